@@ -14,8 +14,11 @@ from unrote.data.sources import Sample, digest_of
 from unrote.errors import InputError
 
 IMAGE_SUFFIXES = frozenset(
-    (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-    + (".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".jp2", ".tga")
+    f".{kind}"
+    for kind in (
+        *("png", "apng", "jpg", "jpeg", "jpe", "jfif", "webp", "gif", "bmp", "tif", "tiff"),
+        *("ppm", "pgm", "pbm", "pnm", "avif", "jp2", "tga"),
+    )
 )
 METADATA = "metadata.jsonl"
 _SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval", "holdout", "held-out"}
