@@ -25,7 +25,7 @@ from unrote.data.decode import BadImage, DecodeSettings, Pixels
 from unrote.data.sources import ImageSource, Sample, digest_of
 from unrote.data.store import ImageStore, Quarantined, content_fingerprint, pixel_digest
 from unrote.errors import InputError
-from unrote.files import atomic_write, fsync_folder, write_bytes, write_json
+from unrote.files import atomic_write, fsync, write_bytes, write_json
 
 log = logging.getLogger("unrote")
 
@@ -79,12 +79,12 @@ def _build(source: ImageSource, settings: DecodeSettings, stores: Path, key: str
             shutil.rmtree(partial)
             return final
         shutil.rmtree(final, ignore_errors=True)
-        fsync_folder(partial)
+        fsync(partial)
         partial.rename(final)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    fsync_folder(stores)
+    fsync(stores)
     return final
 
 

@@ -3,7 +3,7 @@
 import errno
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,7 +46,17 @@ class DecodeSettings:
 
 
 def decode_file(path: str | os.PathLike[str], settings: DecodeSettings) -> tuple[Pixels, bool]:
-    """Decode one file.
+    """Decode one file; see :func:`decode_stream`."""
+    try:
+        file = open(path, "rb")  # noqa: PTH123, SIM115 - the path may hold undecodable bytes; closed below
+    except (OSError, ValueError) as error:
+        raise BadImage(_reason(error)) from error
+    with file:
+        return decode_stream(file, settings)
+
+
+def decode_stream(file: BinaryIO, settings: DecodeSettings) -> tuple[Pixels, bool]:
+    """Decode one image file that is open for reading.
 
     Returns:
         The image as ``uint8 [H, W, C]``, and whether it is the first frame of several.
@@ -55,13 +65,13 @@ def decode_file(path: str | os.PathLike[str], settings: DecodeSettings) -> tuple
         BadImage: The file is unreadable, damaged, not an image or too large; the message says which.
     """
     try:
-        with open(path, "rb") as file:  # noqa: PTH123 - the path may hold undecodable bytes; open() is the plain way
-            if os.fstat(file.fileno()).st_size == 0:
-                raise BadImage("empty file")
-            with Image.open(file, formats=_known_formats()) as image:
-                _refuse_bomb(image)
-                image.load()
-                return to_pixels(image, settings), _has_frames(image)
+        if not file.read(1):
+            raise BadImage("empty file")
+        file.seek(0)
+        with Image.open(file, formats=_known_formats()) as image:
+            _refuse_bomb(image)
+            image.load()
+            return to_pixels(image, settings), _has_frames(image)
     except BadImage:
         raise
     except Exception as error:  # decoders of untrusted files raise anything; every one of them means "not usable"

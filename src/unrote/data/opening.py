@@ -8,6 +8,7 @@ import numpy as np
 
 from unrote.data.arrays import ArraySource, NpzSource
 from unrote.data.build import open_source
+from unrote.data.datasets import HuggingFaceSource, MapDatasetSource, is_hugging_face, load_from_hub, load_saved
 from unrote.data.decode import DecodeSettings
 from unrote.data.folder import FolderSource
 from unrote.data.named import SPLITS, downloaded, emoji_store, split_name
@@ -61,14 +62,27 @@ def _find(data: Any) -> ImageStore | ImageSource:
         name, split = named
         return emoji_store(split) if name == "emoji" else _path_source(downloaded(name, split), f"{name}:{split}")
     if isinstance(data, str | Path):
-        return _path_source(Path(data).expanduser(), str(data))
+        return (
+            load_from_hub(str(data))
+            if str(data).startswith("hf:")
+            else _path_source(Path(data).expanduser(), str(data))
+        )
     if isinstance(data, np.ndarray):
         return _array(data)
+    if is_hugging_face(data):
+        return HuggingFaceSource(data, "datasets.Dataset")
+    if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
+        return MapDatasetSource(data, type(data).__name__)
     raise InputError(f"cannot read images from {type(data).__name__}")
 
 
 def _path_source(path: Path, description: str) -> ImageSource:
     if path.is_dir():
+        if (path / "dataset_dict.json").is_file():
+            splits = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
+            raise InputError(f"{description} is a saved DatasetDict; name one split, such as {path / splits[0]}")
+        if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
+            return load_saved(path, description)
         return FolderSource(path, description)
     if path.is_file():
         if path.suffix.lower() == ".npz":
