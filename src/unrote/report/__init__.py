@@ -1,0 +1,1 @@
+"""The audit as a page for people and as files for machines."""

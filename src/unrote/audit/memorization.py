@@ -1,0 +1,97 @@
+"""Memorization from nearest neighbours: neighbour ratio, MQ, held-out control (Carlini et al. 2023; IET-AGC's code)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from unrote.audit.neighbours import Neighbours
+
+Definition = Literal["l2", "squared-l2"]
+DEFINITIONS: tuple[Definition, ...] = ("l2", "squared-l2")
+THRESHOLDS = (0.15, 0.2, 0.3, 0.33, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+HEADLINE: dict[Definition, float] = {"l2": 0.5, "squared-l2": 0.33}
+
+
+def neighbour_ratio(neighbours: Neighbours, definition: Definition) -> np.ndarray:
+    """Distance to the nearest image over the mean distance to the n nearest (the nearest included). float64 [G].
+
+    ``l2`` uses distances (Carlini et al. 2023), ``squared-l2`` squared distances (the code behind IET-AGC's MQ): for
+    the same neighbours the second is smaller, so thresholds do not transfer. 0 is an exact copy, 1 means that all n
+    neighbours are equally far. An exact copy has ratio 0 also where the mean is 0 (all n neighbours are the same
+    image). With n = 1 the ratio is 0 or 1 and says nothing else.
+    """
+    values = neighbours.squared.astype(np.float64)
+    if definition == "l2":
+        values = np.sqrt(values)
+    mean = values.mean(axis=1)
+    ratio: np.ndarray = np.divide(values[:, 0], mean, out=np.zeros_like(mean), where=values[:, 0] > 0)
+    return ratio
+
+
+def wilson_interval(count: float, total: int, z: float = 1.959964) -> tuple[float, float]:
+    """The 95 % score interval of a fraction (Wilson 1927); (0, 1) when nothing was counted."""
+    if total == 0:
+        return 0.0, 1.0
+    fraction, spread = count / total, z * z / total
+    centre = (fraction + spread / 2) / (1 + spread)
+    half = z / (1 + spread) * (fraction * (1 - fraction) / total + spread / (4 * total)) ** 0.5
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def fraction(count: float, total: int) -> dict[str, Any]:
+    """``count`` of ``total`` with its 95 % Wilson interval, JSON-able."""
+    low, high = wilson_interval(count, total)
+    value = count / total if total else 0.0
+    return {"count": count, "total": total, "fraction": value, "interval": [low, high]}
+
+
+def memorization_quantity(
+    ratios: np.ndarray, originals: np.ndarray | None = None, thresholds: Sequence[float] = THRESHOLDS
+) -> list[dict[str, Any]]:
+    """MQ: how many samples have a ratio strictly below each threshold.
+
+    Args:
+        ratios: neighbour ratio of each sample [G].
+        originals: identity of each sample's nearest image [G]; given, the distinct images copied are counted too.
+        thresholds: which thresholds.
+    """
+    rows = []
+    for threshold in thresholds:
+        below = ratios < threshold
+        row = {"threshold": threshold, **fraction(int(below.sum()), len(ratios))}
+        if originals is not None:
+            row["distinct"] = len(np.unique(originals[below]))
+        rows.append(row)
+    return rows
+
+
+def at_threshold(table: Sequence[dict[str, Any]], threshold: float) -> dict[str, Any]:
+    """The row of an MQ table for ``threshold``."""
+    return next(row for row in table if row["threshold"] == threshold)
+
+
+@dataclass(frozen=True)
+class TrainShare:
+    """Whose nearest neighbour in train ∪ held-out (equally many of each) is a training image."""
+
+    wins: np.ndarray
+    """1.0 nearest in train, 0.0 nearest in held-out, 0.5 equally near to both. float64 [G]."""
+
+    def summary(self) -> dict[str, Any]:
+        """The share with its interval; a tie counts as half. 0.5 is what a model without memorization gets."""
+        return {**fraction(float(self.wins.sum()), len(self.wins)), "ties": int((self.wins == 0.5).sum())}
+
+
+def train_share(train: Neighbours, holdout: Neighbours) -> TrainShare:
+    """Compare nearest distances to equally many training and held-out images."""
+    difference = np.sign(holdout.squared[:, 0] - train.squared[:, 0])
+    return TrainShare((1.0 + difference) / 2.0)
+
+
+def image_identity(digests: np.ndarray) -> np.ndarray:
+    """For each image the index of the first one with the same pixels, from digests [N, B]. int64 [N]."""
+    _, first, inverse = np.unique(digests, axis=0, return_index=True, return_inverse=True)
+    identity: np.ndarray = first[inverse.reshape(-1)]
+    return identity

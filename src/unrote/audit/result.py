@@ -1,0 +1,65 @@
+"""What an audit returns."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from unrote.audit.verdict import headline, interval, percent
+from unrote.data.store import ImageStore
+
+
+@dataclass(frozen=True)
+class AuditReport:
+    """The result of :func:`unrote.audit.audit`.
+
+    Attributes:
+        name: what was audited.
+        summary: everything that is a number, with its provenance; JSON-able, described in docs/audit.md.
+        pairs: columns of equal length G, one entry per generated image; described in docs/audit.md.
+        curves: neighbour ratios [·] by ``(view, definition, set)``: view ``plain`` or ``orbit``, definition ``l2`` or
+            ``squared-l2``, set ``train`` (generated against all training images), ``holdout`` (generated against
+            the held-out control) or ``unseen`` (held-out images against training images).
+        generated: the generated images.
+        train: the training images.
+        ledger: the run's ledger columns, aligned with ``train``; None if there was none.
+    """
+
+    name: str
+    summary: dict[str, Any]
+    pairs: dict[str, np.ndarray]
+    curves: dict[tuple[str, str, str], np.ndarray] = field(repr=False)
+    generated: ImageStore = field(repr=False)
+    train: ImageStore = field(repr=False)
+    ledger: Mapping[str, np.ndarray] | None = field(default=None, repr=False)
+
+    def save(self, out: Path) -> Path:
+        """Write report.json, pairs.csv, summary.md and report.html into ``out``; returns the path of the page."""
+        from unrote.report.exports import write_exports
+        from unrote.report.page import write_page
+
+        out = Path(out)
+        write_exports(self, out)
+        page = out / "report.html"
+        write_page([self], page)
+        return page
+
+    def __str__(self) -> str:
+        """A short result in plain words, for a terminal."""
+        lines = [f"{self.name}: {self.summary['verdict']['title']}", self.summary["verdict"]["text"]]
+        plain = headline(self.summary, "plain")
+        lines.append(
+            f"Without flips and shifts: {plain['count']:,} near-copies "
+            f"({percent(plain['fraction'])}, {interval(plain)})."
+        )
+        quality = self.summary["quality"]
+        if quality["generated"]["frechet_distance"] is not None:
+            floor = quality["floor"]
+            beside = f"; training images themselves: {floor['frechet_distance']:.3f}" if floor else ""
+            lines.append(
+                f"Fréchet distance ({quality['encoder']}, to {quality['reference']}): "
+                f"{quality['generated']['frechet_distance']:.3f}{beside}."
+            )
+        return "\n".join(lines)
