@@ -1,0 +1,408 @@
+"""The configuration of a training run: every field is documented where it is declared."""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from unrote.errors import InputError
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+METHODS: dict[str, tuple[str, ...]] = {
+    "standard": (),
+    "agc": ("gate",),
+    "iet": ("ensemble",),
+    "iet-agc": ("ensemble", "gate"),
+    "iet-agc+": ("ensemble", "gate", "redistribution", "augmentation"),
+}
+"""Which parts each method turns on."""
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown keys are errors, values are fixed once read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class DataConfig(Section):
+    """What is trained on."""
+
+    source: str = "emoji"
+    """Image folder, .npz file, or NAME[:SPLIT] of a named set."""
+    resolution: PositiveInt | None = None
+    """Height and width in pixels; none takes the images' own size."""
+    center_crop: bool = True
+    """Crop the centre square after resizing the shorter side; false stretches to a square."""
+    channels: Literal[1, 3] = 3
+    """1 trains on grey images, 3 on RGB."""
+    limit: PositiveInt | None = None
+    """Train on this many images only, a fixed random choice."""
+    random_flip: bool = False
+    """Show each image mirrored half of the time."""
+
+
+class ModelConfig(Section):
+    """The denoiser, a diffusers UNet2DModel, and its noise schedule."""
+
+    block_out_channels: tuple[PositiveInt, ...] = (32, 64, 64)
+    """Channels at each resolution; each level but the last halves it."""
+    layers_per_block: PositiveInt = 1
+    """Residual blocks per level."""
+    attention_levels: tuple[NonNegativeInt, ...] = ()
+    """Levels (0 = full resolution) that have self-attention."""
+    attention_head_dim: PositiveInt = 8
+    """Channels per attention head."""
+    dropout: Fraction = 0.0
+    """Dropout in the residual blocks."""
+    class_conditional: bool = False
+    """Condition on the images' labels."""
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
+    """What the model predicts: the noise, the velocity, or the clean image."""
+    num_train_timesteps: PositiveInt = 1000
+    """T, the number of noise levels."""
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
+    """How the noise grows; linear is β from 1e-4 to 0.02 as in the papers."""
+
+
+class TrainingConfig(Section):
+    """The loop. Step counts are a proxy's own steps."""
+
+    epochs: PositiveFloat = 100.0
+    """The budget: epochs x images is how many samples are seen, whatever the method."""
+    batch_size: PositiveInt = 64
+    """Samples per optimizer step."""
+    gradient_accumulation_steps: PositiveInt = 1
+    """Parts a batch is computed in, to save memory; the result is the same up to rounding."""
+    optimizer: Literal["adam", "adamw"] = "adamw"
+    """Both from torch, fused."""
+    learning_rate: PositiveFloat = 2e-4
+    """Peak learning rate."""
+    adam_beta1: Fraction = 0.9
+    """Decay of the first moment."""
+    adam_beta2: Fraction = 0.999
+    """Decay of the second moment."""
+    adam_weight_decay: NonNegativeFloat = 0.0
+    """Weight decay."""
+    adam_epsilon: PositiveFloat = 1e-8
+    """Added to the denominator of Adam's update."""
+    lr_scheduler: Literal["constant_with_warmup", "cosine", "linear"] = "constant_with_warmup"
+    """How the learning rate goes on after the warm-up."""
+    lr_warmup_steps: NonNegativeInt = 100
+    """Steps over which the learning rate rises from 0."""
+    max_grad_norm: NonNegativeFloat = 1.0
+    """Gradients are scaled down to this norm; 0 does not clip."""
+    use_ema: bool = True
+    """Keep an exponential moving average of the weights, which is what is sampled from."""
+    ema_decay: Fraction = 0.999
+    """Decay of the moving average per step; lower in the first steps."""
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    """Precision of the forward and backward pass; weights and losses stay fp32."""
+    channels_last: bool = False
+    """Memory format of weights and images."""
+    compile: bool = False
+    """Run the model through torch.compile."""
+    log_every_steps: PositiveInt = 50
+    """Steps between two lines of log.jsonl."""
+    checkpointing_steps: PositiveInt = 500
+    """Steps between two checkpoints."""
+    checkpoints_total_limit: Annotated[int, Field(ge=2)] = 2
+    """Checkpoints kept; at least 2, so that one can be lost."""
+    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
+    """Also send the log there."""
+
+
+class EnsembleConfig(Section):
+    """IET, iterative ensemble training (arXiv 2407.15328 §3.1)."""
+
+    enabled: bool = False
+    """Train one proxy per shard and average them; false is one shard."""
+    num_shards: PositiveInt = 4
+    """K, the number of shards and proxies."""
+    local_epochs: PositiveFloat = 4.0
+    """E, how often a proxy sees its shard between two averagings."""
+    split: Literal["iid", "stratified", "contiguous"] = "iid"
+    """How shards are drawn: shuffled, balanced over labels, or in order."""
+    optimizer_state: Literal["per-proxy", "reset", "average"] = "per-proxy"
+    """What becomes of the optimizer's moments when the weights are averaged."""
+
+
+class BankConfig(Section):
+    """AGC's memory bank of the usual loss per timestep."""
+
+    decay: Annotated[float, Field(ge=0, lt=1)] = 0.8
+    """γ, decay of the bank per visit."""
+    bins: PositiveInt | None = None
+    """Pool the timesteps into this many bins; none is one bin per timestep."""
+    smooth: NonNegativeInt = 0
+    """Half-width, in bins, of the window the bank is read through."""
+    warm_start: bool = False
+    """Correct the bank for having started at 0."""
+
+
+class GateConfig(Section):
+    """AGC, anti-gradient control (arXiv 2407.15328 §3.2)."""
+
+    enabled: bool = False
+    """Skip samples with an abnormally low loss."""
+    skip_ratio: PositiveFloat = 0.5
+    """λ: skip below λ times the usual loss at the timestep. 0.5 from scratch, 0.8 for fine-tuning."""
+    bank: BankConfig = BankConfig()
+    """The memory bank."""
+
+
+class RedistributionConfig(Section):
+    """MSR, memory-samples redistribution (arXiv 2502.09434)."""
+
+    enabled: bool = False
+    """Move the most-skipped samples to the next shard in the middle of a round."""
+    fraction: Fraction = 0.25
+    """ρ, the share of a shard that may move."""
+    topology: Literal["ring", "shuffled-ring"] = "ring"
+    """Which shard is next."""
+    every: PositiveInt = 1
+    """Rounds from one redistribution to the next."""
+
+
+class OpsConfig(Section):
+    """What an augmentation may do at full strength."""
+
+    flip: bool = True
+    """Mirror, half of the time. Wrong for digits and text."""
+    shift: Fraction = 0.0625
+    """Largest shift, as a share of the image's side; whole pixels, reflected at the border."""
+    rotate: Annotated[float, Field(ge=0, le=180)] = 0.0
+    """Largest rotation in degrees."""
+    scale: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Largest relative change of size."""
+    brightness: Fraction = 0.0
+    """Largest change of brightness, as a share of the range."""
+    contrast: Fraction = 0.0
+    """Largest relative change of contrast."""
+    saturation: Fraction = 0.0
+    """Largest relative change of saturation."""
+    cutout: Fraction = 0.0
+    """Side of the square that is greyed out, as a share of the image's side."""
+
+
+class AugmentationConfig(Section):
+    """TAA, threshold-aware augmentation (arXiv 2502.09434)."""
+
+    enabled: bool = False
+    """Train on an augmented view of samples whose loss ratio is near the threshold."""
+    policy: Literal["band", "proximity"] = "band"
+    """band augments below β·λ; proximity the more, the nearer to λ."""
+    ratio_source: Literal["ledger", "lookahead"] = "ledger"
+    """Take the loss ratio from the sample's earlier visits, or from an extra forward pass."""
+    beta: Annotated[float, Field(ge=1)] = 1.5
+    """β, the upper end of the band in units of λ."""
+    ops: OpsConfig = OpsConfig()
+    """What an augmentation may do."""
+
+
+class Config(Section):
+    """A whole training run."""
+
+    method: str = "standard"
+    """standard, agc, iet, iet-agc or iet-agc+: which of the four parts below are enabled, unless they say otherwise."""
+    preset: str | None = None
+    """Where the values that you did not set came from."""
+    seed: NonNegativeInt = 0
+    """Of everything random."""
+    data: DataConfig = DataConfig()
+    """What is trained on."""
+    model: ModelConfig = ModelConfig()
+    """The denoiser."""
+    training: TrainingConfig = TrainingConfig()
+    """The loop."""
+    ensemble: EnsembleConfig = EnsembleConfig()
+    """IET."""
+    gate: GateConfig = GateConfig()
+    """AGC."""
+    redistribution: RedistributionConfig = RedistributionConfig()
+    """MSR."""
+    augmentation: AugmentationConfig = AugmentationConfig()
+    """TAA."""
+
+    @model_validator(mode="after")
+    def _parts_fit_together(self) -> "Config":
+        levels = len(self.model.block_out_channels)
+        if any(level >= levels for level in self.model.attention_levels):
+            raise ValueError(f"model.attention_levels: there are {levels} levels, 0 to {levels - 1}")
+        if any(channels % 32 for channels in self.model.block_out_channels):
+            raise ValueError("model.block_out_channels: each must be a multiple of 32, the groups of the normalization")
+        bins, timesteps = self.gate.bank.bins, self.model.num_train_timesteps
+        if bins is not None and bins > timesteps:
+            raise ValueError(f"gate.bank.bins: {bins} bins for {timesteps} timesteps; use at most {timesteps}")
+        if self.redistribution.enabled and not (self.ensemble.enabled and self.ensemble.num_shards > 1):
+            raise ValueError(
+                "redistribution.enabled moves samples between shards: enable ensemble, with num_shards > 1"
+            )
+        if self.redistribution.enabled and not self.gate.enabled:
+            raise ValueError("redistribution.enabled goes by skips: enable gate too")
+        return self
+
+    @property
+    def num_shards(self) -> int:
+        """K; 1 without IET."""
+        return self.ensemble.num_shards if self.ensemble.enabled else 1
+
+    @property
+    def skip_ratio(self) -> float:
+        """λ; 0, which never skips, without AGC."""
+        return self.gate.skip_ratio if self.gate.enabled else 0.0
+
+    def to_yaml(self) -> str:
+        """The configuration as it is kept in a run folder."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load_config(
+    *,
+    method: str | None = None,
+    preset: str | None = None,
+    file: Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> Config:
+    """Put a configuration together; later ones win: defaults, preset, file, method, overrides.
+
+    Args:
+        method: one of :data:`METHODS`.
+        preset: one of :func:`preset_names`.
+        file: a YAML file with any of the fields.
+        overrides: dotted field → value, e.g. ``{"gate.skip_ratio": 0.8}``.
+
+    Raises:
+        InputError: naming the file, the key and the nearest right one.
+    """
+    written = {} if file is None else read_yaml(file)
+    preset = preset or written.get("preset")
+    values = merge(preset_values(preset) if preset else {}, written)
+    method = method or values.get("method", "standard")
+    values = merge(values, {"method": method, "preset": preset} | _parts_of(method, written))
+    for key, value in (overrides or {}).items():
+        values = merge(values, _nest(key, value))
+    return parse(values, str(file) if file else "configuration")
+
+
+def parse(values: Mapping[str, Any], where: str) -> Config:
+    """Validate nested ``values``; ``where`` names them in the error.
+
+    Raises:
+        InputError: naming each wrong key and what is allowed.
+    """
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        problems = [_explain(problem) for problem in error.errors()]
+        raise InputError(f"{where}: " + "; ".join(problems)) from None
+
+
+def preset_names() -> list[str]:
+    """Names of the presets that come with the package."""
+    folder = resources.files("unrote") / "presets"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def preset_values(name: str) -> dict[str, Any]:
+    """What a preset sets. Raises InputError if there is none of that name."""
+    if name not in preset_names():
+        raise InputError(f"there is no preset {name!r}{nearest(name, preset_names())}; `unrote presets` lists them")
+    text = (resources.files("unrote") / "presets" / f"{name}.yaml").read_text("utf-8")
+    return cast(dict[str, Any], yaml.safe_load(text))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping. Raises InputError if it can't be read or holds something else."""
+    try:
+        values = yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: can't be read as YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: must hold a mapping of fields, as `unrote config show` prints")
+    return values
+
+
+def parse_assignment(text: str) -> tuple[str, Any]:
+    """``"gate.skip_ratio=0.8"`` → ``("gate.skip_ratio", 0.8)``. Raises InputError if there is no ``=``."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise InputError(f"--set {text}: write it as key=value, e.g. --set gate.skip_ratio=0.8")
+    return key.strip(), yaml.safe_load(value)
+
+
+def fields_of(section: type[BaseModel] = Config, prefix: str = "") -> list[tuple[str, str, Any, str]]:
+    """Every field as (dotted name, type, default, description)."""
+    rows = []
+    for name, field in section.model_fields.items():
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, Section):
+            rows += fields_of(annotation, f"{prefix}{name}.")
+        else:
+            kind = annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
+            rows.append((prefix + name, kind, field.default, field.description or ""))
+    return rows
+
+
+def changed_keys(old: Config, new: Config) -> list[str]:
+    """Lines ``key: old -> new`` for what differs between two configurations."""
+    before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
+    return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in after if before.get(key) != after[key]]
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """``" (did you mean 'x'?)"``, or nothing if no known word is near."""
+    match = difflib.get_close_matches(word, list(known), 1, 0.5)
+    return f" (did you mean {match[0]!r}?)" if match else ""
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested mappings with ``over`` winning."""
+    result = dict(base)
+    for key, value in over.items():
+        old = result.get(key)
+        result[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return result
+
+
+def _parts_of(method: str, written: Mapping[str, Any]) -> dict[str, Any]:
+    """The parts that ``method`` turns on or off, but for those that the user's file sets itself."""
+    if method not in METHODS:
+        raise InputError(f"there is no method {method!r}{nearest(method, METHODS)}; there are {', '.join(METHODS)}")
+    parts = ("ensemble", "gate", "redistribution", "augmentation")
+    unset = [part for part in parts if "enabled" not in (written.get(part) or {})]
+    return {part: {"enabled": part in METHODS[method]} for part in unset}
+
+
+def _nest(key: str, value: Any) -> dict[str, Any]:
+    head, dot, rest = key.partition(".")
+    return {head: _nest(rest, value) if dot else value}
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
+
+
+def _explain(problem: Any) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return f"there is no key {key!r}{nearest(key, [row[0] for row in fields_of()])}"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{key}: {message}, not {problem['input']!r}" if key else message

@@ -1,0 +1,251 @@
+"""IET, iterative ensemble training, with MSR between half-rounds (arXiv 2407.15328 §3.1; arXiv 2502.09434)."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from unrote.method.gate import LossGate
+from unrote.method.shards import Split, Topology, redistribute, split_shards
+from unrote.method.slots import FolderSlots, MemorySlots
+from unrote.tensorfiles import weighted_average
+
+OptimizerState = Literal["per-proxy", "reset", "average"]
+
+
+class Stateful(Protocol):
+    """Anything whose state can be taken and put back."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state."""
+
+    def load_state_dict(self, state: dict[str, Any], /) -> object:
+        """Put the state back."""
+
+
+@dataclass(frozen=True)
+class Redistribution:
+    """MSR: see :func:`unrote.method.shards.redistribute`; ``every`` is how many rounds lie between two."""
+
+    fraction: float = 0.25
+    topology: Topology = "ring"
+    every: int = 1
+
+
+class Shard(Dataset[Any]):
+    """A proxy's part of the data set, as a map-style data set that adds each sample's ``index``.
+
+    A dict gets a key ``"index"``, a tuple or list one more element; anything else becomes ``(item, index)``.
+
+    Attributes:
+        proxy: k, which proxy is live.
+        indices: int64 [|D_k|], sorted positions in the data set.
+    """
+
+    def __init__(self, dataset: Any, proxy: int, indices: Tensor) -> None:
+        self.dataset = dataset
+        self.proxy = proxy
+        self.indices = indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> Any:
+        index = int(self.indices[position])
+        item = self.dataset[index]
+        if isinstance(item, dict):
+            return {**item, "index": index}
+        return (*item, index) if isinstance(item, list | tuple) else (item, index)
+
+
+class ShardEnsemble:
+    """Trains K proxies in turn in one model and averages them: ``θ̄ ← Σ_k (|D_k|/N) θ_k``.
+
+    The model, optimizer and data set stay the caller's. While a shard is being iterated, its proxy is live in
+    ``model``; when :meth:`round` ends, ``model`` is the aggregate. Each proxy keeps its optimizer state, its memory
+    bank and whatever is in ``kept`` across rounds; with ``folder`` only one proxy's state is in memory.
+
+    With ``redistribution`` a round is two half-rounds, and :meth:`round` yields every proxy twice: train half the local
+    epochs each time.
+
+    >>> import torch
+    >>> model = torch.nn.Linear(2, 2)
+    >>> optimizer = torch.optim.AdamW(model.parameters())
+    >>> ensemble = ShardEnsemble(model, optimizer, torch.randn(10, 2), num_shards=3)
+    >>> [(shard.proxy, len(shard)) for shard in ensemble.round()]
+    [(0, 4), (1, 3), (2, 3)]
+
+    Args:
+        model: the module to train.
+        optimizer: over parameters of ``model``.
+        dataset: a map-style data set; only its length is used here.
+        num_shards: K; 1 is ordinary training.
+        gate: its memory bank becomes per-proxy; its ledger tells redistribution what was skipped.
+        ema: the moving average of the weights, averaged as the weights are.
+        kept: further per-proxy state, e.g. ``{"lr_scheduler": scheduler}``.
+        split: see :func:`unrote.method.shards.split_shards`.
+        labels: int64 [N], for the stratified split.
+        optimizer_state: ``per-proxy`` keeps it, ``reset`` starts each round afresh, ``average`` averages the moments.
+        redistribution: MSR; needs a gate with a ledger.
+        seed: of the split and of the redistribution.
+        folder: keep proxies that are not live in files there, not in memory.
+
+    Raises:
+        ValueError: if the optimizer holds no parameter of the model, or redistribution has no ledger to go by.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        dataset: Any,
+        num_shards: int,
+        *,
+        gate: LossGate | None = None,
+        ema: Stateful | None = None,
+        kept: Mapping[str, Stateful] | None = None,
+        split: Split = "iid",
+        labels: Tensor | None = None,
+        optimizer_state: OptimizerState = "per-proxy",
+        redistribution: Redistribution | None = None,
+        seed: int = 0,
+        folder: Path | None = None,
+    ) -> None:
+        trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if not trained & {id(p) for p in model.parameters()}:
+            raise ValueError("the optimizer holds no parameter of this model: build it from model.parameters()")
+        if redistribution is not None and (gate is None or gate.ledger is None):
+            raise ValueError("redistribution goes by skip counts: pass gate=LossGate(..., ledger=Ledger(len(dataset)))")
+        self.dataset = dataset
+        self.num_shards = num_shards
+        self.shards = split_shards(len(dataset), num_shards, split, seed=seed, labels=labels)
+        self.round_index = 0
+        self.phase = 0
+        self.proxy = 0
+        self._turns = 0
+        self._live = False
+        self._gate = gate
+        self._redistribution = redistribution
+        self._optimizer_state = optimizer_state
+        self._seed = seed
+        self._averaged: dict[str, Stateful] = {"model": model} | ({} if ema is None else {"ema": ema})
+        self._kept: dict[str, Stateful] = dict(kept or {}) | ({} if gate is None else {"bank": gate.bank})
+        (self._averaged if optimizer_state == "average" else self._kept)["optimizer"] = optimizer
+        self._slots = MemorySlots() if folder is None else FolderSlots(folder)
+        if num_shards > 1:
+            self._slots.put("global", _take(self._averaged))
+        if num_shards > 1 or optimizer_state == "reset":
+            self._slots.put("initial", _take(self._kept))
+
+    @property
+    def num_phases(self) -> int:
+        """Parts of the current round: 2 half-rounds where samples are redistributed between them, else 1."""
+        msr = self._redistribution
+        return 2 if msr is not None and self.num_shards > 1 and self.round_index % msr.every == 0 else 1
+
+    @property
+    def slots(self) -> MemorySlots | FolderSlots:
+        """Where the proxies that are not live are kept."""
+        return self._slots
+
+    def round(self) -> Iterator[Shard]:
+        """Yield each proxy's shard while that proxy is live, then redistribute or aggregate.
+
+        Leaving early restores the model to the aggregate that the round began with; the shards stay a partition.
+        """
+        complete = False
+        try:
+            while self.phase < self.num_phases:
+                while self.proxy < self.num_shards:
+                    if not self._live:
+                        self._activate()
+                    yield Shard(self.dataset, self.proxy, self.shards[self.proxy])
+                    self._retire()
+                self.proxy, self.phase = 0, self.phase + 1
+                if self.phase < self.num_phases:
+                    self._redistribute()
+            self._aggregate()
+            complete = True
+        finally:
+            if not complete:
+                self._abandon()
+
+    def _activate(self) -> None:
+        """Make proxy k live: θ̄ at the start of a round, its own weights in a second half-round."""
+        if self.num_shards > 1:
+            name = f"proxy-{self.proxy}"
+            if self.phase == 0:
+                _put(self._kept, self._slots.get(name, list(self._kept)) or self._slots.get("initial"))
+                _put(self._averaged, self._slots.get("global"))
+            else:
+                _put(self._averaged | self._kept, self._slots.get(name))
+        if self.phase == 0 and self._optimizer_state == "reset":
+            self._kept["optimizer"].load_state_dict(self._slots.get("initial")["optimizer"])
+        self._live = True
+
+    def _retire(self) -> None:
+        if self.num_shards > 1:
+            self._slots.put(f"proxy-{self.proxy}", _take(self._averaged | self._kept))
+        self._live = False
+        self.proxy += 1
+
+    def _redistribute(self) -> None:
+        assert self._redistribution is not None and self._gate is not None and self._gate.ledger is not None
+        msr, ledger = self._redistribution, self._gate.ledger
+        self.shards, moved = redistribute(
+            self.shards,
+            ledger.skips_since_move,
+            fraction=msr.fraction,
+            topology=msr.topology,
+            seed=self._seed,
+            turn=self._turns,
+        )
+        ledger.moved(moved)
+        self._turns += 1
+
+    def _aggregate(self) -> None:
+        """``θ̄ ← Σ_k (|D_k|/N) θ_k``, accumulated in float64 in the order of k."""
+        if self.num_shards > 1:
+            parts = list(self._averaged)
+            proxies = (self._slots.get(f"proxy-{k}", parts) for k in range(self.num_shards))
+            weights = [len(shard) / len(self.dataset) for shard in self.shards]
+            average = weighted_average(proxies, weights)
+            self._slots.put("global", average)
+            _put(self._averaged, average)
+        self.round_index, self.phase, self.proxy = self.round_index + 1, 0, 0
+
+    def _abandon(self) -> None:
+        if self.num_shards > 1:
+            _put(self._averaged, self._slots.get("global"))
+        self.phase, self.proxy, self._live = 0, 0, False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position in the round, shards, and the proxies that are not live (the live one is the caller's model)."""
+        position = {"round": self.round_index, "phase": self.phase, "proxy": self.proxy, "turns": self._turns}
+        return position | {"live": self._live, "shards": list(self.shards), "slots": self._slots.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` gave.
+
+        Raises:
+            ValueError: if it is of another number of shards.
+        """
+        if len(state["shards"]) != self.num_shards:
+            raise ValueError(f"the state has {len(state['shards'])} shards, this ensemble {self.num_shards}")
+        self.round_index, self.phase, self.proxy = state["round"], state["phase"], state["proxy"]
+        self._turns, self._live = state["turns"], state["live"]
+        self.shards = [shard.clone() for shard in state["shards"]]
+        self._slots.load_state_dict(state["slots"])
+
+
+def _take(parts: Mapping[str, Stateful]) -> dict[str, Any]:
+    return {name: part.state_dict() for name, part in parts.items()}
+
+
+def _put(parts: Mapping[str, Stateful], states: Mapping[str, Any]) -> None:
+    for name, part in parts.items():
+        part.load_state_dict(states[name])

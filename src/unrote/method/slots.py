@@ -1,0 +1,85 @@
+"""Where proxies wait while they are not live: in memory, or in immutable files that checkpoints can refer to."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from unrote.tensorfiles import clone_state, load_state, save_state
+
+
+class MemorySlots:
+    """Named states in CPU memory."""
+
+    def __init__(self) -> None:
+        self._states: dict[str, Any] = {}
+
+    def put(self, name: str, state: dict[str, Any]) -> None:
+        """Keep a copy of ``state`` under ``name``."""
+        self._states[name] = clone_state(state)
+
+    def get(self, name: str, parts: Sequence[str] | None = None) -> dict[str, Any]:
+        """A copy of the state under ``name``, or of its ``parts`` only; empty if there is none."""
+        state = self._states.get(name, {})
+        # A copy, since an optimizer takes the tensors it is given as its own and changes them in place.
+        return {part: clone_state(value) for part, value in state.items() if parts is None or part in parts}
+
+    def state_dict(self) -> dict[str, Any]:
+        """All states."""
+        return clone_state(self._states)  # type: ignore[no-any-return]
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` gave."""
+        self._states = clone_state(state)
+
+
+class FolderSlots:
+    """Named states in files that are never rewritten: a new version of a state is a new file.
+
+    So a checkpoint need only name the files it goes with. Old versions go at once, but for those named in ``pinned``.
+
+    Args:
+        folder: made if it does not exist.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.pinned: frozenset[str] = frozenset()
+        self._files: dict[str, str] = {}
+        self._version = 0
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def put(self, name: str, state: dict[str, Any]) -> None:
+        """Write ``state`` as the newest version of ``name``; durable only after a checkpoint syncs it."""
+        self._version += 1
+        old, new = self._files.get(name), f"{name}.{self._version:08d}.safetensors"
+        save_state(self.folder / new, state, durable=False)
+        self._files[name] = new
+        if old is not None and old not in self.pinned:
+            (self.folder / old).unlink(missing_ok=True)
+
+    def get(self, name: str, parts: Sequence[str] | None = None) -> dict[str, Any]:
+        """The newest state under ``name``, or only its ``parts``; empty if there is none."""
+        if name not in self._files:
+            return {}
+        state: dict[str, Any] = load_state(self.folder / self._files[name], parts)
+        return state
+
+    def files(self) -> list[str]:
+        """Names of the files that hold the current states."""
+        return sorted(self._files.values())
+
+    def pin(self, files: Iterable[str]) -> None:
+        """Keep ``files``, which checkpoints name; remove every other one that is not current."""
+        self.pinned = frozenset(files)
+        wanted = self.pinned | set(self._files.values())
+        for path in self.folder.iterdir():
+            if path.name not in wanted:
+                path.unlink(missing_ok=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The names of the current files."""
+        return {"files": dict(self._files), "version": self._version}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` gave; the files must still be there."""
+        self._files, self._version = dict(state["files"]), state["version"]

@@ -1,0 +1,102 @@
+"""The denoiser and its per-sample loss."""
+
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler, UNet2DModel
+from torch import Tensor
+
+from unrote.config import ModelConfig
+
+
+def build_unet(config: ModelConfig, *, resolution: int, channels: int, num_classes: int | None) -> UNet2DModel:
+    """A UNet with fresh weights, drawn from torch's global generator.
+
+    Args:
+        config: the architecture.
+        resolution: height and width of the images in pixels; must be divisible by 2^(levels-1).
+        channels: of the images.
+        num_classes: of the labels; None for an unconditional model.
+
+    Raises:
+        ValueError: if the resolution can't be halved often enough.
+    """
+    levels = len(config.block_out_channels)
+    if resolution % 2 ** (levels - 1):
+        raise ValueError(
+            f"data.resolution: {resolution} can't be halved {levels - 1} times, as model.block_out_channels asks; "
+            f"use a multiple of {2 ** (levels - 1)}"
+        )
+    attends = [level in config.attention_levels for level in range(levels)]
+    return UNet2DModel(
+        sample_size=resolution,
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=config.block_out_channels,
+        layers_per_block=config.layers_per_block,
+        down_block_types=tuple("AttnDownBlock2D" if attend else "DownBlock2D" for attend in attends),
+        up_block_types=tuple("AttnUpBlock2D" if attend else "UpBlock2D" for attend in reversed(attends)),
+        attention_head_dim=config.attention_head_dim,
+        dropout=config.dropout,
+        num_class_embeds=num_classes,
+        add_attention=bool(config.attention_levels),
+    )
+
+
+def build_schedule(config: ModelConfig) -> DDPMScheduler:
+    """The noise schedule, as diffusers saves it with the model.
+
+    ``trailing`` spacing makes every sampler start at the last timestep, where the image is pure noise.
+    """
+    return DDPMScheduler(
+        num_train_timesteps=config.num_train_timesteps,
+        beta_schedule=config.beta_schedule,
+        prediction_type=config.prediction_type,
+        timestep_spacing="trailing",
+        clip_sample=True,
+    )
+
+
+class DenoisingLoss:
+    """The loss of each sample: the mean over C, H, W of (prediction − target)², in fp32 (Ho et al. 2020, Eq. 14).
+
+    Args:
+        schedule: the noise schedule; its prediction type says what the target is.
+        device: of the images.
+        dtype: of the forward pass under autocast; None for none.
+    """
+
+    def __init__(self, schedule: DDPMScheduler, device: torch.device, dtype: torch.dtype | None = None) -> None:
+        alphas = schedule.alphas_cumprod.to(device, torch.float32)
+        self._signal, self._noise = alphas.sqrt(), (1 - alphas).sqrt()
+        self._prediction_type: str = schedule.config.prediction_type
+        self._device, self._dtype = device, dtype
+
+    def __call__(self, denoiser: Any, clean: Tensor, noise: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:
+        """Noise the images and judge the prediction.
+
+        Args:
+            denoiser: a UNet2DModel, or what torch.compile made of it.
+            clean: float32 [B, C, H, W] in [-1, 1].
+            noise: float32 [B, C, H, W], standard normal.
+            timesteps: int64 [B].
+            labels: int64 [B], for a class-conditional model.
+
+        Returns:
+            float32 [B].
+        """
+        signal, sigma = self._signal[timesteps].view(-1, 1, 1, 1), self._noise[timesteps].view(-1, 1, 1, 1)
+        noisy = signal * clean + sigma * noise
+        with torch.autocast(self._device.type, self._dtype, enabled=self._dtype is not None):
+            prediction: Tensor = denoiser(noisy, timesteps, class_labels=labels).sample
+        error = prediction.float() - self._target(clean, noise, signal, sigma)
+        return error.square().mean((1, 2, 3))
+
+    def _target(self, clean: Tensor, noise: Tensor, signal: Tensor, sigma: Tensor) -> Tensor:
+        match self._prediction_type:
+            case "epsilon":
+                return noise
+            case "sample":
+                return clean
+            case _:
+                return signal * noise - sigma * clean  # velocity: Salimans & Ho 2022, §2.4

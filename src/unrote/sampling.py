@@ -1,0 +1,242 @@
+"""Sampling: image i is a function of the model, the seed and i."""
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    UNet2DModel,
+)
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from unrote.errors import InputError
+from unrote.files import atomic_path, atomic_write, write_json, write_text
+from unrote.seeding import generator
+from unrote.training.output import RAW_VARIANT
+from unrote.training.run import Run
+
+logger = logging.getLogger("unrote")
+
+Sampler = Literal["ddim", "ddpm", "dpm-solver++"]
+Weights = Literal["ema", "raw"]
+
+
+def sample(
+    model: Run | Path | str,
+    num: int,
+    *,
+    seed: int = 0,
+    out: Path | str | None = None,
+    sampler: Sampler = "ddim",
+    steps: int = 50,
+    eta: float = 0.0,
+    weights: Weights | None = None,
+    batch_size: int = 32,
+    device: torch.device | str = "cpu",
+) -> Path:
+    """Generate images 0..num-1; what is already in ``out`` is not made again.
+
+    Image i depends on the model, the seed and i: not on ``num``, nor on what was made before. Floating-point kernels
+    round differently for different batch shapes, so batches are always computed whole, and another ``batch_size`` may
+    change a pixel by one level of 255.
+
+    Args:
+        model: a run folder, or a folder or Hub id of a diffusers pipeline with a UNet2DModel.
+        num: how many images.
+        seed: of the initial noise and of the samplers' own noise.
+        out: a folder for PNG files and ``samples.jsonl``, or a path ending in ``.npz``; by default in the run folder.
+        sampler: ``ddim``, ``ddpm`` (ancestral) or ``dpm-solver++``.
+        steps: denoising steps.
+        eta: DDIM's share of fresh noise, in [0, 1].
+        weights: the averaged (``ema``) or the ``raw`` weights; by default what the run has, averaged if it has both.
+        batch_size: images denoised at once.
+        device: where to compute.
+
+    Returns:
+        The folder or file.
+
+    Raises:
+        InputError: if there is no such model or weights, or ``out`` holds samples made with other settings.
+    """
+    if num < 1 or steps < 1 or batch_size < 1:
+        raise InputError(f"num, steps and batch_size must be at least 1, not {num}, {steps} and {batch_size}")
+    source, run = _pipeline_of(model)
+    weights = weights or ("ema" if run is None or run.config.training.use_ema else "raw")
+    unet, schedule = _load(source, run, weights)
+    settings = {
+        "model": str(source),
+        "model_sha256": weights_hash(unet),
+        "weights": weights if run is not None else "as saved",
+        "sampler": sampler,
+        "steps": steps,
+        "eta": eta,
+        "seed": seed,
+        "batch_size": batch_size,
+    }
+    target = Path(out) if out is not None else (run.path if run else Path()) / "samples"
+    folder = target.with_name(target.name + ".parts") if target.suffix == ".npz" else target
+    if target.suffix == ".npz" and target.exists():
+        raise InputError(f"--out {target}: exists already; remove it or choose another")
+    _start(folder, settings)
+    denoise = Denoiser(unet.to(device).eval(), schedule, sampler, steps, eta, seed)
+    with tqdm(total=num, unit="img", desc="sampling", leave=False) as bar:
+        for first in range(0, num, batch_size):
+            wanted = range(first, min(first + batch_size, num))
+            if not all((folder / _file_name(i)).exists() for i in wanted):
+                pixels = denoise(range(first, first + batch_size))
+                _write_images(folder, wanted, pixels)
+            bar.update(len(wanted))
+    rows = [{"index": i, "seed": seed, "file": _file_name(i)} for i in range(num)]
+    rows = [row | denoise.label_of(i) for i, row in enumerate(rows)]
+    write_text(folder / "samples.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    if target.suffix == ".npz":
+        _pack(folder, num, target)
+    return target
+
+
+class Denoiser:
+    """A model with its sampler.
+
+    Args:
+        unet: the model.
+        schedule: the noise schedule that it was trained with.
+        sampler: see :func:`sample`.
+        steps: see :func:`sample`.
+        eta: see :func:`sample`.
+        seed: see :func:`sample`.
+    """
+
+    def __init__(self, unet: Any, schedule: Any, sampler: Sampler, steps: int, eta: float, seed: int) -> None:
+        self._unet, self._seed = unet, seed
+        # From the last timestep, where the image is noise alone, to the clean image: nothing starts at 981 or ends short.
+        common = {"timestep_spacing": "trailing"}
+        match sampler:
+            case "ddim":
+                self._scheduler = DDIMScheduler.from_config(schedule.config, set_alpha_to_one=True, **common)
+            case "ddpm":
+                self._scheduler = DDPMScheduler.from_config(schedule.config, **common)
+            case "dpm-solver++":
+                self._scheduler = DPMSolverMultistepScheduler.from_config(
+                    schedule.config, algorithm_type="dpmsolver++", final_sigmas_type="zero", **common
+                )
+            case _:
+                raise InputError(f"--sampler {sampler}: there are ddim, ddpm and dpm-solver++")
+        self._scheduler.set_timesteps(steps)
+        self._eta = {"eta": eta} if sampler == "ddim" else {}
+
+    def label_of(self, index: int) -> dict[str, int]:
+        """``{"label": …}`` of image ``index``, classes in turn; empty for an unconditional model."""
+        classes = self._unet.config.num_class_embeds
+        return {"label": index % classes} if classes else {}
+
+    @torch.inference_mode()
+    def __call__(self, indices: Sequence[int]) -> NDArray[np.uint8]:
+        """The images ``indices``, uint8 [B, H, W, C]."""
+        config, device = self._unet.config, self._unet.device
+        shape = (1, config.in_channels, config.sample_size, config.sample_size)
+        draws = [generator(self._seed, "sample", index) for index in indices]
+        images = torch.cat([torch.randn(shape, generator=draw) for draw in draws]).to(device)
+        images = images * self._scheduler.init_noise_sigma
+        labels = [row["label"] for row in map(self.label_of, indices) if row]
+        condition = torch.tensor(labels, device=device) if labels else None
+        stochastic = {"generator": draws} if not isinstance(self._scheduler, DPMSolverMultistepScheduler) else {}
+        self._scheduler.set_timesteps(len(self._scheduler.timesteps), device=device)
+        for timestep in self._scheduler.timesteps:
+            scaled = self._scheduler.scale_model_input(images, timestep)
+            prediction = self._unet(scaled, timestep, class_labels=condition).sample
+            images = self._scheduler.step(prediction, timestep, images, **stochastic, **self._eta).prev_sample
+        return to_uint8(images)
+
+
+def to_uint8(images: Tensor) -> NDArray[np.uint8]:
+    """Float images [B, C, H, W] in [-1, 1] → uint8 [B, H, W, C], rounded to the nearest level."""
+    levels = ((images.clamp(-1, 1) + 1) * 127.5).round()
+    return cast(NDArray[np.uint8], levels.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
+
+
+def weights_hash(model: Any) -> str:
+    """Hex SHA-256 over a model's tensors in the order of their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _pipeline_of(model: Run | Path | str) -> tuple[Path | str, Run | None]:
+    """Where the pipeline is, and the run it belongs to, if any."""
+    path = model.path if isinstance(model, Run) else Path(model)
+    if (path / "config.yaml").exists():
+        run = Run(path)
+        if not run.finished:
+            raise InputError(f"{path}: training is not finished; run the same `unrote train` command to go on")
+        return run.model_folder, run
+    if path.is_dir() and not (path / "model_index.json").exists():
+        raise InputError(
+            f"{path}: is neither a run folder nor a diffusers pipeline (no config.yaml, no model_index.json)"
+        )
+    return (path if path.is_dir() else str(model)), None
+
+
+def _load(source: Path | str, run: Run | None, weights: Weights) -> tuple[Any, Any]:
+    if weights not in ("ema", "raw"):
+        raise InputError(f"--weights {weights}: there are ema and raw")
+    averaged = run is not None and run.config.training.use_ema
+    if run is not None and weights == "ema" and not averaged:
+        raise InputError(f"--weights ema: {run.path} was trained without EMA; use --weights raw")
+    variant = RAW_VARIANT if weights == "raw" and averaged else None
+    try:
+        unet = UNet2DModel.from_pretrained(source, subfolder="unet", variant=variant, low_cpu_mem_usage=False)
+        return unet, DDPMScheduler.from_pretrained(source, subfolder="scheduler")
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{source}: no diffusers pipeline with a UNet2DModel can be loaded: {reason}") from None
+
+
+def _start(folder: Path, settings: dict[str, Any]) -> None:
+    """Make the folder, or check that its samples were made with the same settings."""
+    file = folder / "sampling.json"
+    if not file.exists():
+        if folder.exists() and any(folder.iterdir()):
+            raise InputError(f"--out {folder}: is not empty and holds no samples of ours; choose another")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(file, settings)
+        return
+    old = json.loads(file.read_text())
+    # The path of the model is no part of what the images depend on: its hash is.
+    keys = [key for key in settings if key != "model" and old.get(key) != settings[key]]
+    changed = [f"{key}: {old.get(key)} -> {settings[key]}" for key in keys]
+    if changed:
+        raise InputError(f"--out {folder}: holds samples made otherwise ({'; '.join(changed)}); choose another folder")
+
+
+def _file_name(index: int) -> str:
+    return f"{index:06d}.png"
+
+
+def _write_images(folder: Path, wanted: range, pixels: NDArray[np.uint8]) -> None:
+    for index, image in zip(wanted, pixels, strict=False):
+        with atomic_path(folder / _file_name(index), durable=False) as temporary:
+            Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(temporary, "PNG")
+
+
+def _pack(folder: Path, num: int, target: Path) -> None:
+    """One ``.npz`` of all images, with the settings beside it."""
+    images = np.stack([np.atleast_3d(np.asarray(Image.open(folder / _file_name(i)))) for i in range(num)])
+    with atomic_write(target) as file:
+        np.savez_compressed(file, images=images)
+    for name in ("sampling.json", "samples.jsonl"):
+        (folder / name).replace(target.with_name(f"{target.stem}.{name}"))
+    shutil.rmtree(folder)

@@ -1,0 +1,117 @@
+"""One safetensors file for a nested state: dicts, lists and tuples of tensors and plain values."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from unrote.files import atomic_path
+
+_SKELETON = "unrote.state"
+
+
+def save_state(path: Path, state: Any, *, durable: bool = True) -> None:
+    """Write ``state`` atomically.
+
+    Args:
+        path: the ``.safetensors`` file.
+        state: nested dicts (keys: str or int), lists and tuples of tensors, numbers, strings, bools and None.
+        durable: see :func:`unrote.files.atomic_path`.
+
+    Raises:
+        TypeError: for a leaf of another type.
+    """
+    tensors: dict[str, Tensor] = {}
+    skeleton = _flatten(state, "", tensors)
+    with atomic_path(path, durable=durable) as temporary:
+        save_file(tensors, temporary, metadata={_SKELETON: json.dumps(skeleton)})
+
+
+def load_state(path: Path, parts: Sequence[str] | None = None) -> Any:
+    """Read what :func:`save_state` wrote, tensors on the CPU; of a dict, only the entries ``parts`` if given.
+
+    Raises:
+        OSError, safetensors.SafetensorError, KeyError: if the file is not whole or not ours.
+    """
+    with safe_open(path, framework="pt") as file:
+        skeleton = json.loads(file.metadata()[_SKELETON])
+        if parts is not None:
+            skeleton = {"dict": [[key, value] for key, value in skeleton["dict"] if key in parts]}
+        return _unflatten(skeleton, file)
+
+
+def clone_state(state: Any) -> Any:
+    """A copy of a nested state whose tensors lie on the CPU and are shared with nothing."""
+    if isinstance(state, Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {key: clone_state(value) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(clone_state(value) for value in state)
+    return state
+
+
+def _flatten(state: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(state, Tensor):
+        tensors[name] = state.detach().contiguous()
+        return {"tensor": name}
+    if isinstance(state, dict):
+        # Pairs, since JSON would turn the whole-number keys of an optimizer's state into strings.
+        return {"dict": [[key, _flatten(value, f"{name}/{key}", tensors)] for key, value in state.items()]}
+    if isinstance(state, list | tuple):
+        kind = "tuple" if isinstance(state, tuple) else "list"
+        return {kind: [_flatten(value, f"{name}/{i}", tensors) for i, value in enumerate(state)]}
+    if state is None or isinstance(state, bool | int | float | str):
+        return {"value": state}
+    raise TypeError(f"{name}: a state can't hold a {type(state).__name__}")
+
+
+def _unflatten(skeleton: dict[str, Any], file: Any) -> Any:
+    ((kind, content),) = skeleton.items()
+    match kind:
+        case "tensor":
+            return file.get_tensor(content)
+        case "dict":
+            return {key: _unflatten(value, file) for key, value in content}
+        case "list":
+            return [_unflatten(value, file) for value in content]
+        case "tuple":
+            return tuple(_unflatten(value, file) for value in content)
+        case _:
+            return content
+
+
+def weighted_average(states: Any, weights: list[float]) -> Any:
+    """``Σ_k w_k s_k`` over nested states of equal structure, accumulated in float64.
+
+    Floating-point tensors are averaged and keep their type; everything else is the first state's.
+
+    Args:
+        states: an iterable of K states; only one is held at a time.
+        weights: K weights that sum to 1.
+    """
+    first: Any = None
+    sums: list[Tensor] = []
+    for state, weight in zip(states, weights, strict=True):
+        leaves = [leaf for leaf in _leaves(state) if leaf.is_floating_point()]
+        if first is None:
+            first = clone_state(state)
+            sums = [leaf.double() * weight for leaf in leaves]
+        else:
+            for total, leaf in zip(sums, leaves, strict=True):
+                total += leaf.double() * weight
+    averaged = [leaf for leaf in _leaves(first) if leaf.is_floating_point()]
+    for leaf, total in zip(averaged, sums, strict=True):
+        leaf.copy_(total)
+    return first
+
+
+def _leaves(state: Any) -> list[Tensor]:
+    if isinstance(state, Tensor):
+        return [state]
+    children = state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else ()
+    return [leaf for child in children for leaf in _leaves(child)]

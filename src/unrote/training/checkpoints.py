@@ -1,0 +1,102 @@
+"""Checkpoints: whole or absent, verified by checksum, the newest good one is used."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from unrote.errors import InputError
+from unrote.files import fsync, sha256_file, write_json
+from unrote.method.slots import FolderSlots, MemorySlots
+from unrote.tensorfiles import load_state, save_state
+
+logger = logging.getLogger("unrote")
+
+
+class Checkpoints:
+    """A folder of checkpoints; each is a manifest of checksums that names the files it consists of.
+
+    A checkpoint is its own state file and the files of the proxies that were not live. The manifest is written last, so
+    a checkpoint without one, or with a file that does not match, is not used.
+
+    Args:
+        folder: made if it does not exist.
+        slots: the proxies' files.
+        limit: how many checkpoints are kept.
+    """
+
+    def __init__(self, folder: Path, slots: FolderSlots | MemorySlots, limit: int) -> None:
+        assert isinstance(slots, FolderSlots)
+        self._folder, self._slots, self._limit = folder, slots, limit
+        self._checksums: dict[str, str] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Write a checkpoint and remove the oldest beyond the limit."""
+        path = self._folder / f"{step:09d}.safetensors"
+        save_state(path, state)
+        proxies = self._slots.files()
+        for name in proxies:
+            if name not in self._checksums:
+                fsync(self._slots.folder / name)
+                self._checksums[name] = sha256_file(self._slots.folder / name)
+        fsync(self._slots.folder)
+        manifest = {
+            "step": step,
+            "state": sha256_file(path),
+            "proxies": {name: self._checksums[name] for name in proxies},
+        }
+        write_json(path.with_suffix(".json"), manifest)
+        self._prune()
+
+    def load_newest(self) -> dict[str, Any] | None:
+        """The state of the newest whole checkpoint; None if there has never been one.
+
+        Raises:
+            InputError: if there are checkpoints and none is whole.
+        """
+        manifests = sorted(self._folder.glob("*.json"), reverse=True)
+        problems = []
+        for path in manifests:
+            problem = self._problem_of(path)
+            if problem is None:
+                state: dict[str, Any] = load_state(path.with_suffix(".safetensors"))
+                return state
+            logger.warning("checkpoint %s is damaged (%s): using the one before", path.stem, problem)
+            problems.append(f"{path.stem}: {problem}")
+        if problems:
+            raise InputError(
+                f"{self._folder}: no checkpoint is whole ({'; '.join(problems)}). "
+                "Restore the files from a backup, or train into a new folder"
+            )
+        return None
+
+    def _problem_of(self, manifest_path: Path) -> str | None:
+        try:
+            manifest = json.loads(manifest_path.read_text())
+            files = {manifest_path.with_suffix(".safetensors"): manifest["state"]}
+            files |= {self._slots.folder / name: checksum for name, checksum in manifest["proxies"].items()}
+            for path, checksum in files.items():
+                if sha256_file(path) != checksum:
+                    return f"{path.name} does not match its checksum"
+        except FileNotFoundError as error:
+            return f"{Path(error.filename).name} is missing"
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return f"{manifest_path.name} can't be read"
+        return None
+
+    def _prune(self) -> None:
+        kept = sorted(self._folder.glob("*.json"))[-self._limit :]
+        names = {path.stem for path in kept}
+        # A manifest goes before its files, so that none ever names a file that was removed on purpose.
+        for path in sorted(self._folder.iterdir(), key=lambda path: path.suffix != ".json"):
+            if path.stem not in names:
+                path.unlink(missing_ok=True)
+        pinned: set[str] = set()
+        for path in kept:
+            try:
+                pinned |= set(json.loads(path.read_text())["proxies"])
+            except (ValueError, KeyError, TypeError):
+                path.unlink(missing_ok=True)
+        self._slots.pin(pinned)
+        self._checksums = {name: self._checksums[name] for name in self._slots.files()}
