@@ -1,3 +1,61 @@
 """Train diffusion models that do not learn their data by rote, and prove it."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from unrote.api import audit, train
+    from unrote.audit import AuditReport
+    from unrote.data import ImageStore, open_images
+    from unrote.errors import InputError
+    from unrote.method.bank import LossBank
+    from unrote.method.ensemble import Redistribution, ShardEnsemble
+    from unrote.method.gate import LossGate
+    from unrote.method.ledger import Ledger
+    from unrote.sampling import sample
+    from unrote.training.run import Run
+
+_HOMES = {
+    "AuditReport": "unrote.audit",
+    "ImageStore": "unrote.data",
+    "InputError": "unrote.errors",
+    "Ledger": "unrote.method.ledger",
+    "LossBank": "unrote.method.bank",
+    "LossGate": "unrote.method.gate",
+    "Redistribution": "unrote.method.ensemble",
+    "Run": "unrote.training.run",
+    "ShardEnsemble": "unrote.method.ensemble",
+    "audit": "unrote.api",
+    "open_images": "unrote.data",
+    "sample": "unrote.sampling",
+    "train": "unrote.api",
+}
+
+__all__ = [
+    "AuditReport",
+    "ImageStore",
+    "InputError",
+    "Ledger",
+    "LossBank",
+    "LossGate",
+    "Redistribution",
+    "Run",
+    "ShardEnsemble",
+    "audit",
+    "open_images",
+    "sample",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Public names are imported when they are first used, so that ``unrote --help`` loads no torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'unrote' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,6 +1,7 @@
 """The configuration of a training run: every field is documented where it is declared."""
 
 import difflib
+import logging
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
@@ -21,7 +22,12 @@ from pydantic import (
 
 from unrote.errors import InputError
 
+logger = logging.getLogger("unrote")
+
 Fraction = Annotated[float, Field(ge=0, le=1)]
+
+PARTS = ("ensemble", "gate", "redistribution", "augmentation")
+"""IET, AGC, MSR, TAA."""
 
 METHODS: dict[str, tuple[str, ...]] = {
     "standard": (),
@@ -217,9 +223,9 @@ class AugmentationConfig(Section):
 class Config(Section):
     """A whole training run."""
 
-    method: str = "standard"
+    method: str = "iet-agc+"
     """standard, agc, iet, iet-agc or iet-agc+: which of the four parts below are enabled, unless they say otherwise."""
-    preset: str | None = None
+    preset: str = "tiny"
     """Where the values that you did not set came from."""
     seed: NonNegativeInt = 0
     """Of everything random."""
@@ -290,13 +296,18 @@ def load_config(
         InputError: naming the file, the key and the nearest right one.
     """
     written = {} if file is None else read_yaml(file)
-    preset = preset or written.get("preset")
-    values = merge(preset_values(preset) if preset else {}, written)
-    method = method or values.get("method", "standard")
+    preset = preset or written.get("preset", "tiny")
+    values = merge(preset_values(preset), written)
+    method = method or values.get("method", "iet-agc+")
     values = merge(values, {"method": method, "preset": preset} | _parts_of(method, written))
     for key, value in (overrides or {}).items():
         values = merge(values, _nest(key, value))
-    return parse(values, str(file) if file else "configuration")
+    config = parse(values, str(file) if file else "configuration")
+    for key in overrides or {}:
+        section, _, field = key.partition(".")
+        if section in PARTS and field != "enabled" and not getattr(config, section).enabled:
+            logger.warning("%s is ignored: method %s does not enable %s", key, config.method, section)
+    return config
 
 
 def parse(values: Mapping[str, Any], where: str) -> Config:
@@ -383,8 +394,7 @@ def _parts_of(method: str, written: Mapping[str, Any]) -> dict[str, Any]:
     """The parts that ``method`` turns on or off, but for those that the user's file sets itself."""
     if method not in METHODS:
         raise InputError(f"there is no method {method!r}{nearest(method, METHODS)}; there are {', '.join(METHODS)}")
-    parts = ("ensemble", "gate", "redistribution", "augmentation")
-    unset = [part for part in parts if "enabled" not in (written.get(part) or {})]
+    unset = [part for part in PARTS if "enabled" not in (written.get(part) or {})]
     return {part: {"enabled": part in METHODS[method]} for part in unset}
 
 

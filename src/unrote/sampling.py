@@ -91,7 +91,7 @@ def sample(
         raise InputError(f"--out {target}: exists already; remove it or choose another")
     _start(folder, settings)
     denoise = Denoiser(unet.to(device).eval(), schedule, sampler, steps, eta, seed)
-    with tqdm(total=num, unit="img", desc="sampling", leave=False) as bar:
+    with tqdm(total=num, unit="img", desc="sampling", leave=False, disable=None) as bar:
         for first in range(0, num, batch_size):
             wanted = range(first, min(first + batch_size, num))
             if not all((folder / _file_name(i)).exists() for i in wanted):
@@ -120,7 +120,7 @@ class Denoiser:
 
     def __init__(self, unet: Any, schedule: Any, sampler: Sampler, steps: int, eta: float, seed: int) -> None:
         self._unet, self._seed = unet, seed
-        # From the last timestep, where the image is noise alone, to the clean image: nothing starts at 981 or ends short.
+        # From the last timestep, where the image is noise alone, to the clean image: no start at 981, no end at ᾱ_0.
         common = {"timestep_spacing": "trailing"}
         match sampler:
             case "ddim":

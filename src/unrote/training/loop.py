@@ -180,7 +180,8 @@ def _train(config: Config, images: ImageStore, run: Run, device: torch.device, s
         checkpoints.save(whole.steps, everything | {"log_length": log.length})
 
     started, samples_before = time.monotonic(), whole.samples
-    with tqdm(total=budget.total, initial=whole.samples, unit="img", desc=config.method, leave=False) as bar:
+    bar = tqdm(total=budget.total, initial=whole.samples, unit="img", desc=config.method, leave=False, disable=None)
+    with bar:
         while ensemble.round_index < budget.num_rounds:
             for shard in ensemble.round():
                 k, r = shard.proxy, ensemble.round_index

@@ -1,0 +1,5 @@
+"""``python -m unrote``."""
+
+from unrote.cli import main
+
+main()

@@ -1,0 +1,172 @@
+"""What ``import unrote`` offers: train, sample, audit."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unrote.audit import AuditReport
+from unrote.audit import audit as _audit
+from unrote.config import Config, load_config
+from unrote.data import ImageStore, open_images
+from unrote.errors import InputError
+from unrote.training.loop import train as _train
+from unrote.training.plan import Plan, make_plan
+from unrote.training.run import Run
+
+
+def train(
+    data: Any,
+    *,
+    out: Path | str,
+    method: str | None = None,
+    preset: str | None = None,
+    config: Path | str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    device: str | None = None,
+) -> Run:
+    """Train a diffusion model; the same call again goes on where it was interrupted.
+
+    Args:
+        data: anything :func:`unrote.open_images` takes: a folder, an ``.npz``, a named set, a Hugging Face or torch
+            data set.
+        out: the run folder.
+        method: ``standard``, ``agc``, ``iet``, ``iet-agc`` or ``iet-agc+`` (the default).
+        preset: where the other settings come from; ``tiny`` by default.
+        config: a YAML file of settings.
+        settings: dotted field → value, e.g. ``{"gate.skip_ratio": 0.8}``; these win.
+        device: ``cpu``, ``cuda``, …; by default what there is.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        InputError: if data, settings and folder do not fit together; nothing is changed then.
+    """
+    source = {"data.source": str(data)} if isinstance(data, str | Path) else {"data.source": type(data).__name__}
+    loaded = load_config(
+        method=method,
+        preset=preset,
+        file=Path(config) if config else None,
+        overrides={**source, **(settings or {})},
+    )
+    return train_config(loaded, training_images(loaded, data), out, device)
+
+
+def train_config(config: Config, images: ImageStore, out: Path | str, device: str | None = None) -> Run:
+    """Train ``config`` on ``images``; see :func:`train`."""
+    run = Run(Path(out))
+    make_plan(config, images, run.path)
+    _train(config, images, run, pick_device(device))
+    return run
+
+
+def audit(
+    generated: Any,
+    train: Any,
+    holdout: Any = None,
+    *,
+    resolution: int | None = None,
+    limit: int | None = None,
+    neighbors: int = 50,
+    flip: bool = True,
+    max_shift: int = 2,
+    seed: int = 0,
+    name: str | None = None,
+) -> AuditReport:
+    """Measure what generated images copy from the training images.
+
+    Args:
+        generated: anything :func:`unrote.open_images` takes, or a run (its ``samples``).
+        train: the training images; of a run, those that it was trained on, with its ledger.
+        holdout: images of the same kind that were not trained on: the control.
+        resolution: compare at this size; by default that of the generated images.
+        limit: only this many training images, the fixed choice that ``data.limit`` makes.
+        neighbors: n of the neighbour ratio.
+        flip: look for mirrored copies too.
+        max_shift: look for copies shifted by up to so many pixels.
+        seed: of the subsets that make train and held-out equally large.
+        name: what to call the generated images.
+
+    Raises:
+        InputError: if sets are empty, unreadable or do not fit together.
+    """
+    source_run, train_run = _as_run(generated), _as_run(train)
+    samples = source_run.path / "samples" if source_run else generated
+    channels = train_run.config.data.channels if train_run else 3
+    images = open_images(samples, resolution=resolution, channels=channels)
+    side = images.images.shape[1]
+    if train_run:
+        known = _known_images(train_run)
+        reference = known if limit is None else known.limit(limit)
+        ledger = train_run.read_ledger() if limit is None else None
+    else:
+        reference, ledger = open_images(train, resolution=side, channels=channels, limit=limit), None
+    control = None if holdout is None else open_images(holdout, resolution=side, channels=channels)
+    return _audit(
+        images,
+        reference,
+        control,
+        num_neighbors=neighbors,
+        flip=flip,
+        max_shift=max_shift,
+        seed=seed,
+        ledger=ledger,
+        provenance=_provenance(samples),
+        name=name or (source_run.config.method if source_run else str(samples)),
+    )
+
+
+def _as_run(what: Any) -> Run | None:
+    if isinstance(what, Run):
+        return what
+    if isinstance(what, str | Path) and (Path(what) / "config.yaml").exists():
+        return Run(Path(what))
+    return None
+
+
+def _known_images(run: Run) -> ImageStore:
+    """The images that ``run`` was trained on. Raises InputError if they have changed since."""
+    images = training_images(run.config)
+    if images.fingerprint != run.data["fingerprint"]:
+        raise InputError(f"{run.path}: {run.config.data.source} no longer holds the images it was trained on")
+    return images
+
+
+def _provenance(samples: Any) -> dict[str, Any]:
+    """How the images were sampled, if we sampled them."""
+    if not isinstance(samples, str | Path):
+        return {}
+    path = Path(samples)
+    file = path.with_name(f"{path.stem}.sampling.json") if path.suffix == ".npz" else path / "sampling.json"
+    return dict(json.loads(file.read_text())) if file.exists() else {}
+
+
+def plan(config: Config, data: Any, out: Path) -> Plan:
+    """Validate a run without starting it; see :func:`unrote.training.plan.make_plan`."""
+    return make_plan(config, training_images(config, data), out)
+
+
+def training_images(config: Config, data: Any = None) -> ImageStore:
+    """The images that a run of ``config`` trains on; ``data`` where the source is no path or name."""
+    settings = config.data
+    return open_images(
+        settings.source if data is None else data,
+        resolution=settings.resolution,
+        center_crop=settings.center_crop,
+        channels=settings.channels,
+        limit=settings.limit,
+    )
+
+
+def pick_device(device: str | None) -> torch.device:
+    """The named device, or the best there is. Raises InputError if it is not there."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"--device {device}: {str(error).splitlines()[0]}") from None
+    return torch.device(device)

