@@ -193,7 +193,8 @@ def data_list() -> None:
     from unrote.data.download import list_datasets
 
     for row in list_datasets():
-        click.echo(str(row))
+        where = row.path or ("part of unrote" if row.name == "emoji" else f"not here: unrote data get {row.name}")
+        click.echo(f"{row.name:<10} {row.about}\n{'':<10} splits {', '.join(row.splits)}; {where}")
 
 
 @data.command("get")
