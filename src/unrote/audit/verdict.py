@@ -19,50 +19,68 @@ def headline(summary: Summary, view: str = "orbit") -> dict[str, Any]:
 def verdict(summary: Summary) -> dict[str, Any]:
     """``level`` (heavy, some, none), ``title`` and ``text``.
 
-    With a held-out set memorization is asserted only where the 95 % interval of the fraction of near-copies of
-    training images lies above that of equally many held-out images. Without one, resemblance that any good sample
-    bears to common images cannot be told from copying, and the text says so.
+    ``excess`` is by how much the fraction of near-copies certainly exceeds what needs no memorization: the distance
+    between 95 % intervals, the larger of two comparisons. Equal sizes: generated against train, and against equally
+    many held-out images (blind to copies of images outside the subset, when train is larger). All: generated against
+    the whole training set, and the higher of that control and what held-out images score themselves. Copying is
+    asserted only with excess > 0. Without held-out images nothing is certain but the exact copies, and the text
+    says so.
     """
-    row, table = headline(summary), summary["memorization"]["orbit"]["squared-l2"]
-    control = table["control"]
-    if control is None:
-        level = _level(row["interval"][0], certain=row["interval"][0] > 0.01)
+    row, excess = headline(summary), certain_excess(summary)
+    if excess is None:
+        level = _level(row["interval"][0] - 0.01)
     else:
-        threshold = HEADLINE["squared-l2"]
-        train, holdout = (at_threshold(control[side], threshold) for side in ("train", "holdout"))
-        certain = train["interval"][0] > holdout["interval"][1]
-        level = _level(train["interval"][0], certain)
+        level = _level(excess)
     titles = {"heavy": "It copies its training images", "some": "It copies some training images"}
-    title = titles.get(level, "No copying found")
-    return {"level": level, "title": title, "text": " ".join(_sentences(summary, row, control))}
+    title = titles.get(level, "No copying found" if excess is not None else "Few near-copies, without a control")
+    return {"level": level, "title": title, "text": " ".join(_sentences(summary, row)), "excess": excess}
 
 
-def _level(lower_bound: float, certain: bool) -> str:
-    if not certain:
+def certain_excess(summary: Summary) -> float | None:
+    """See :func:`verdict`; negative when nothing is certain, None without held-out images."""
+    table, threshold = summary["memorization"]["orbit"]["squared-l2"], HEADLINE["squared-l2"]
+    if table["control"] is None:
+        return None
+    train, holdout = (at_threshold(table["control"][side], threshold) for side in ("train", "holdout"))
+    unseen = at_threshold(table["unseen"], threshold)
+    equal_sizes: float = train["interval"][0] - holdout["interval"][1]
+    all_images: float = headline(summary)["interval"][0] - max(holdout["interval"][1], unseen["interval"][1])
+    return max(equal_sizes, all_images)
+
+
+def _level(excess: float) -> str:
+    if excess <= 0:
         return "none"
-    return "heavy" if lower_bound >= HEAVY else "some"
+    return "heavy" if excess >= HEAVY else "some"
 
 
-def _sentences(summary: Summary, row: Mapping[str, Any], control: Mapping[str, Any] | None) -> list[str]:
+def _sentences(summary: Summary, row: Mapping[str, Any]) -> list[str]:
     views = "allowing for flips and shifts" if summary["settings"]["num_transforms"] > 1 else "compared as they are"
+    exact = summary["exact_copies"]["orbit"]["count"]
     sentences = [
-        f"{row['count']:,} of {row['total']:,} generated images ({percent(row['fraction'])}, 95 % interval "
-        f"{interval(row)}) are near-copies of a training image (squared-L2 neighbour ratio below "
-        f"{row['threshold']}, {views}); they copy {row['distinct']:,} distinct training "
-        f"image{'' if row['distinct'] == 1 else 's'}."
+        f"{row['count']:,} of {row['total']:,} generated images ({percent(row['fraction'])}) score as near-copies of a "
+        f"training image (squared-L2 neighbour ratio below {row['threshold']}, {views}), {exact:,} of them exact to the "
+        f"pixel; {row['distinct']:,} distinct training image{'' if row['distinct'] == 1 else 's'} come back."
     ]
-    if control is None:
+    table = summary["memorization"]["orbit"]["squared-l2"]
+    if table["control"] is None:
         return [*sentences, "No held-out set was given, so natural resemblance cannot be told from copying."]
-    holdout = at_threshold(control["holdout"], row["threshold"])
+    holdout, unseen = (at_threshold(rows, row["threshold"]) for rows in (table["control"]["holdout"], table["unseen"]))
     share = summary["train_share"]["plain"]
     sentences.append(
-        f"Against equally many held-out images ({summary['counts']['control']:,}) it is {percent(holdout['fraction'])}."
+        f"What needs no memorization: {percent(unseen['fraction'])} of real held-out images score the same, and "
+        f"{percent(holdout['fraction'])} of the generated images do against {holdout_words(summary)}."
     )
     sentences.append(
-        f"The nearest image is a training image for {percent(share['fraction'])} of them ({interval(share)}); "
-        "50 % would be no memorization."
+        f"With equally many of both, the nearest image is a training image for {percent(share['fraction'])} "
+        f"({interval(share)}); 50 % would be no memorization."
     )
     return sentences
+
+
+def holdout_words(summary: Summary) -> str:
+    """The control in words: ``700 held-out images``."""
+    return f"{summary['counts']['control']:,} held-out images"
 
 
 def certainty(summary: Summary) -> list[str]:
@@ -75,11 +93,7 @@ def certainty(summary: Summary) -> list[str]:
             "that are none. Give images of the same kind that were not trained on."
         )
     else:
-        unseen = at_threshold(summary["memorization"]["orbit"]["squared-l2"]["unseen"], HEADLINE["squared-l2"])
-        notes.append(
-            f"False alarms: of {unseen['total']:,} held-out images, which no model made, {percent(unseen['fraction'])} "
-            f"({interval(unseen)}) count as near-copies of a training image at the same threshold."
-        )
+        notes += _control_notes(summary)
     if counts["generated"] < 400:
         notes.append(
             f"Only {counts['generated']:,} generated images: fractions are known to about ±"
@@ -99,6 +113,22 @@ def certainty(summary: Summary) -> list[str]:
         "Pixel distance sees copies that are pixel-wise close, after a flip or a small shift. It does not see a copy "
         "that is cropped, rescaled, recoloured or reassembled from parts; the count of copies is a lower bound."
     )
+    return notes
+
+
+def _control_notes(summary: Summary) -> list[str]:
+    """How often the measure is wrong on real images, and what the size of the control can show."""
+    counts = summary["counts"]
+    unseen = at_threshold(summary["memorization"]["orbit"]["squared-l2"]["unseen"], HEADLINE["squared-l2"])
+    notes = [
+        f"False alarms: of {unseen['total']:,} held-out images, which no model made, {percent(unseen['fraction'])} "
+        f"({interval(unseen)}) score as near-copies of a training image at the same threshold."
+    ]
+    if counts["control"] < counts["train"]:
+        notes.append(
+            f"The equal-size control compares with {counts['control']:,} of the {counts['train']:,} training images, "
+            "drawn by the seed; copies of the others do not show in it. More held-out images make it sharper."
+        )
     return notes
 
 

@@ -1,20 +1,167 @@
-"""The report page: one self-contained HTML file."""
+"""The report page: one self-contained HTML file that opens from disk, with or without JavaScript.
 
-from collections.abc import Sequence
+Names and captions come from strangers. They only ever reach the page through ``html.escape``, no data is put inside
+``<script>``, and a content security policy lets nothing run or load but the page's own script, style and pictures.
+"""
+
+import base64
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from html import escape
+from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from unrote.audit.memorization import HEADLINE, at_threshold
+from unrote.audit.verdict import headline as headline_row
+from unrote.audit.verdict import interval, percent
 from unrote.files import write_text
+from unrote.report.charts import Series, cumulative_chart, histogram_chart
+from unrote.report.gallery import pairs_gallery, skipped_gallery
+from unrote.report.tables import comparison_table, quality_table, thresholds_table
 
 if TYPE_CHECKING:
     from unrote.audit.result import AuditReport
 
+COLOURS = 5
+
 
 def write_page(reports: Sequence["AuditReport"], path: Path, *, headline: str | None = None) -> None:
-    """Write one page for one or several audits, side by side."""
-    parts = [f"<h1>{escape(headline or 'Memorization audit')}</h1>"]
-    for report in reports:
-        verdict = report.summary["verdict"]
-        parts.append(f"<h2>{escape(report.name)}: {escape(verdict['title'])}</h2><p>{escape(verdict['text'])}</p>")
-    write_text(path, "<!doctype html><meta charset=utf-8><title>Memorization audit</title>" + "".join(parts))
+    """Write one page for one or several audits, side by side; ``headline`` is the sentence on top (plain text)."""
+    assert reports
+    sections, styles = [], []
+    for number, report in enumerate(reports):
+        section, style = _run_section(report, number, len(reports))
+        sections.append(section)
+        styles.append(style)
+    title = headline or (reports[0].summary["verdict"]["title"] if len(reports) == 1 else "Memorization, side by side")
+    script = (files("unrote.report") / "page.js").read_text(encoding="utf-8")
+    style = (files("unrote.report") / "page.css").read_text(encoding="utf-8") + "".join(styles)
+    write_text(Path(path), _document(title, style, script, _top(title, reports), "".join(sections)))
+
+
+def _document(title: str, style: str, script: str, top: str, content: str) -> str:
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>{style}</style>\n</head>\n<body>\n{top}\n<main>{content}</main>\n"
+        "<footer>Made by unrote. Numbers: report.json. This measures copies; it is no differential-privacy "
+        "guarantee.</footer>\n"
+        '<dialog aria-label="enlarged pair"><div class="pair"></div><button type="button">Close</button></dialog>\n'
+        f"<script>{script}</script>\n</body>\n</html>\n"
+    )
+
+
+def _top(title: str, reports: Sequence["AuditReport"]) -> str:
+    cards = "".join(_verdict_card(report) for report in reports)
+    parts = [f'<p class="kicker">unrote memorization audit</p><h1>{escape(title)}</h1><div class="cards">{cards}</div>']
+    if len(reports) > 1:
+        parts.append("<h2>Side by side</h2>")
+        parts.append(comparison_table([report.name for report in reports], [report.summary for report in reports]))
+        parts.append('<p class="soft small">95 % intervals (Wilson). Bold: best value of its line.</p>')
+        parts.append("<h3>How near the generated images come to training images</h3>")
+        parts.append(_cumulative(reports))
+    return f'<header class="top">{"".join(parts)}</header>'
+
+
+def _verdict_card(report: "AuditReport") -> str:
+    verdict, row = report.summary["verdict"], headline_row(report.summary)
+    return (
+        f'<article class="verdict {verdict["level"]}"><h2>{escape(report.name)}</h2>'
+        f'<p class="title">{escape(verdict["title"])}</p><p class="big">{percent(row["fraction"])}</p>'
+        f"<p>near-copies ({interval(row)}){_beside(report)}</p><p>{escape(verdict['text'])}</p></article>"
+    )
+
+
+def _beside(report: "AuditReport") -> str:
+    """What real images score, to stand beside the big number."""
+    unseen = report.summary["memorization"]["orbit"]["squared-l2"]["unseen"]
+    if unseen is None:
+        return ""
+    row = at_threshold(unseen, HEADLINE["squared-l2"])
+    return f"; real images that were not trained on: <b>{percent(row['fraction'])}</b>"
+
+
+def _series(report: "AuditReport", number: int, view: str, *, several: bool) -> list[Series]:
+    """The run's ratios and its held-out control's."""
+    prefix = f"{report.name}: " if several else ""
+    colour = f"c{number % COLOURS}"
+    ratios = report.curves[view, "squared-l2", "train"]
+    series = [Series(f"{prefix}generated → training images", ratios, colour)]
+    holdout = report.curves.get((view, "squared-l2", "holdout"))
+    if holdout is not None:
+        control_colour = colour if several else "control"
+        series.append(Series(f"{prefix}generated → held-out images", holdout, control_colour, dashed=True))
+    return series
+
+
+def _cumulative(reports: Sequence["AuditReport"]) -> str:
+    several = len(reports) > 1
+    series = [one for number, run in enumerate(reports) for one in _series(run, number, "orbit", several=several)]
+    label = "Cumulative share of generated images by squared-L2 neighbour ratio"
+    return cumulative_chart(series, threshold=HEADLINE["squared-l2"], label=label)
+
+
+def _run_section(report: "AuditReport", number: int, num_reports: int) -> tuple[str, str]:
+    """HTML and CSS of everything about one audit."""
+    summary = report.summary
+    pairs, pairs_css = pairs_gallery(report, f"p{number}", num_reports)
+    skipped, skipped_css = skipped_gallery(report, f"s{number}")
+    series = _series(report, number, "orbit", several=False)
+    label = f"Histogram of squared-L2 neighbour ratios, {report.name}"
+    histogram = histogram_chart(series, threshold=HEADLINE["squared-l2"], label=label)
+    tables = "".join(thresholds_table(summary, definition) for definition in ("squared-l2", "l2"))
+    parts = [
+        f"<h2>{escape(report.name)}</h2>",
+        "<h3>Generated | nearest training image, worst first</h3>",
+        "<p>The number is the squared-L2 neighbour ratio, up to flips and shifts: 0 is an exact copy, 1 is nothing "
+        "special. The training image is shown as it is, the transform says how it was matched.</p>",
+        pairs,
+        f'<div class="two"><div><h3>Ratios, as a histogram</h3>{histogram}</div>'
+        f"<div><h3>Ratios, cumulative</h3>{_own_cumulative(series)}</div></div>",
+        f'<h3>Near-copies at every threshold</h3><div class="two">{tables}</div>',
+        f"<h3>Quality, next to memorization</h3>{quality_table(summary)}{_quality_note(summary)}",
+        skipped,
+        f"<h3>How sure is this</h3>{_notes(summary)}",
+        f"<details><summary>Provenance</summary>{_provenance(summary)}</details>",
+    ]
+    return f'<section class="run">{"".join(parts)}</section>', pairs_css + skipped_css
+
+
+def _own_cumulative(series: Sequence[Series]) -> str:
+    label = "Cumulative share of generated images by squared-L2 neighbour ratio"
+    return cumulative_chart(series, threshold=HEADLINE["squared-l2"], label=label)
+
+
+def _quality_note(summary: Mapping[str, Any]) -> str:
+    quality = summary["quality"]
+    text = (
+        f"Features {quality['encoder']} (weights {quality['weights_sha256'][:12]}), resizing: {quality['resize']}; "
+        f"{quality['num_generated']:,} images against {quality['num_reference']:,} "
+        f"{'held-out' if quality['reference'] == 'holdout' else 'training'} images. Not an FID: compare it only with "
+        "numbers of the same features and counts. A model that returns its training images scores well here."
+    )
+    return f'<p class="soft small">{escape(text)}</p>'
+
+
+def _notes(summary: Mapping[str, Any]) -> str:
+    return f'<ul class="notes">{"".join(f"<li>{escape(note)}</li>" for note in summary["certainty"])}</ul>'
+
+
+def _provenance(summary: Mapping[str, Any]) -> str:
+    entries: dict[str, Any] = {}
+    for role, origin in summary["data"].items():
+        if origin is not None:
+            shape = "×".join(str(size) for size in origin["shape"])
+            entries[role] = f"{origin['source']}, {shape}, fingerprint {origin['fingerprint'][:16]}"
+    entries |= summary["settings"] | summary["provenance"] | {f"{k} version": v for k, v in summary["versions"].items()}
+    items = "".join(f"<dt>{escape(str(key))}</dt><dd>{escape(_plain(value))}</dd>" for key, value in entries.items())
+    return f"<dl>{items}</dl>"
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
