@@ -219,3 +219,18 @@ def test_missing_path_names_the_nearest(photos: Path) -> None:
     (photos.parent / "file.txt").write_text("x")
     with pytest.raises(InputError, match=r"a file, but no \.npz"):
         open_images(photos.parent / "file.txt", resolution=8)
+
+
+def test_animations_are_said_aloud(photos: Path, caplog: pytest.LogCaptureFixture) -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames[0].save(photos / "a.gif", save_all=True, append_images=frames[1:])
+    caplog.set_level("INFO", "unrote")
+    assert open_images(photos, resolution=8).images[0, 0, 0].tolist() == [255, 0, 0]
+    assert "of 1 animations the first frame is used" in caplog.text
+
+
+def test_cache_that_cannot_be_made(photos: Path, cache: Path) -> None:
+    picture(photos / "a.png")
+    cache.write_text("in the way")
+    with pytest.raises(InputError, match=r"cannot make the cache folder .* set UNROTE_CACHE"):
+        open_images(photos, resolution=8)

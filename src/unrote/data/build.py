@@ -51,7 +51,10 @@ def open_source(source: ImageSource, settings: DecodeSettings, cache_dir: Path |
         InputError: Nothing usable in the source, images of several sizes without a resolution, or no disk space.
     """
     stores = (cache_folder() if cache_dir is None else cache_dir) / "stores"
-    stores.mkdir(parents=True, exist_ok=True)
+    try:
+        stores.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the cache folder {stores} ({error.strerror}); set UNROTE_CACHE") from error
     _remove_leftovers(stores)
     known = source.key()
     own = None if known is None else digest_of(FORMAT, known, vars(settings))[:40]
@@ -96,9 +99,9 @@ def _decode_into(partial: Path, source: ImageSource, settings: DecodeSettings) -
             rows.write_all(file)
             file.flush()
             os.fsync(file.fileno())
+        return rows.write_columns()
     except OSError as error:
         raise InputError(f"cannot write the decoded images to {partial.parent}: {error.strerror}") from error
-    return rows.write_columns()
 
 
 class _RowWriter:
@@ -164,6 +167,8 @@ class _RowWriter:
             "first_frames": self._animated,
         }
         write_json(self._partial / "meta.json", meta)
+        if self._animated:
+            log.info("%s: of %s animations the first frame is used", self._source.description, f"{self._animated:,}")
         return fingerprint
 
     def _accept_shape(self, shape: tuple[int, ...], name: str) -> None:

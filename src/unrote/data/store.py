@@ -76,7 +76,7 @@ class Quarantined:
     reason: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ImageStore:
     """A set of equally sized images. Nothing here is ever changed after it is made.
 
