@@ -112,7 +112,8 @@ def audit(
             "features": "pixels in [0, 1], no resizing, L2",
         },
         "memorization": {view.name: _tables(view, curves, identity) for view in views},
-        "exact_copies": {view.name: _exact_copies(view.train, identity) for view in views},
+        "exact_copies": {view.name: _exact_copies(view.train, identity) for view in views}
+        | {"unseen": None if views[1].unseen is None else _exact_copies(views[1].unseen, identity)},
         "train_share": None if holdout is None else {view.name: _share(view) for view in views},
         "quality": quality(generated.images, train.images, None if holdout is None else holdout.images, seed),
         "ledger": join_ledger(ledger, pairs, identity),

@@ -23,14 +23,13 @@ def verdict(summary: Summary) -> dict[str, Any]:
     between 95 % intervals, the larger of two comparisons. Equal sizes: generated against train, and against equally
     many held-out images (blind to copies of images outside the subset, when train is larger). All: generated against
     the whole training set, and the higher of that control and what held-out images score themselves. Copying is
-    asserted only with excess > 0. Without held-out images nothing is certain but the exact copies, and the text
-    says so.
+    asserted only with excess > 0, or by pixel-exact copies where real held-out images are none. Without held-out
+    images the level rests on the fraction alone (above 1 %), and the text says so.
     """
     row, excess = headline(summary), certain_excess(summary)
-    if excess is None:
-        level = _level(row["interval"][0] - 0.01)
-    else:
-        level = _level(excess)
+    level = _level(row["interval"][0] - 0.01 if excess is None else excess)
+    if level == "none" and exact_beyond_chance(summary):
+        level = "some"
     titles = {"heavy": "It copies its training images", "some": "It copies some training images"}
     title = titles.get(level, "No copying found" if excess is not None else "Few near-copies, without a control")
     return {"level": level, "title": title, "text": " ".join(_sentences(summary, row)), "excess": excess}
@@ -48,6 +47,14 @@ def certain_excess(summary: Summary) -> float | None:
     return max(equal_sizes, all_images)
 
 
+def exact_beyond_chance(summary: Summary) -> bool:
+    """Whether there are exact copies that cannot be explained by images that train and held-out share."""
+    exact, unseen = summary["exact_copies"]["orbit"], summary["exact_copies"]["unseen"]
+    if unseen is None or unseen["count"] == 0:
+        return bool(exact["count"] > 0)
+    return bool(exact["interval"][0] > unseen["interval"][1])
+
+
 def _level(excess: float) -> str:
     if excess <= 0:
         return "none"
@@ -59,8 +66,8 @@ def _sentences(summary: Summary, row: Mapping[str, Any]) -> list[str]:
     exact = summary["exact_copies"]["orbit"]["count"]
     sentences = [
         f"{row['count']:,} of {row['total']:,} generated images ({percent(row['fraction'])}) score as near-copies of a "
-        f"training image (squared-L2 neighbour ratio below {row['threshold']}, {views}), {exact:,} of them exact to the "
-        f"pixel; {row['distinct']:,} distinct training image{'' if row['distinct'] == 1 else 's'} come back."
+        f"training image (squared-L2 neighbour ratio below {row['threshold']}, {views}), {exact:,} of them exact to "
+        f"the pixel; {row['distinct']:,} distinct training image{'' if row['distinct'] == 1 else 's'} come back."
     ]
     table = summary["memorization"]["orbit"]["squared-l2"]
     if table["control"] is None:
