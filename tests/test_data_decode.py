@@ -164,6 +164,11 @@ def test_bomb_is_refused_from_its_header(tmp_path: Path) -> None:
     assert f"{side} x {side} is larger than {MAX_PIXELS:,} pixels" == reason(png(side, side, 8, 2, b""), tmp_path)
 
 
+def test_the_limit_is_our_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # as scripts for large scans do
+    assert reason(png(30_000, 30_000, 8, 2, b""), tmp_path).startswith("30000 x 30000 is larger than")
+
+
 def test_damaged_files_have_reasons(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     Image.fromarray(noise(64, 64, 3)).save(buffer, format="PNG")

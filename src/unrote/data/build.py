@@ -12,9 +12,9 @@ import os
 import shutil
 import uuid
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -124,19 +124,9 @@ class _RowWriter:
         if side is not None:
             self._check_space((side, side, channels))
         file.write(_npy_header((0, 0, 0, 0)))
-        for index, loaded in enumerate(_load_all(self._source, self._settings)):
-            name = self._source.name(index)
-            if isinstance(loaded, BadImage):
-                self._quarantined.append(Quarantined(name, str(loaded)))
-                continue
-            sample, digest = loaded
-            self._accept_shape(sample.pixels.shape, name)
-            file.write(sample.pixels.data)
-            self._names.append(name)
-            self._labels.append(sample.label)
-            self._captions.append(sample.caption)
-            self._digests.append(digest)
-            self._animated += sample.first_frame
+        with closing(_load_all(self._source, self._settings)) as entries:
+            for index, loaded in enumerate(entries):
+                self._write(file, self._source.name(index), loaded)
         if self._shape is None:
             raise InputError(_nothing_usable(self._source, self._quarantined))
         file.seek(0)
@@ -171,6 +161,19 @@ class _RowWriter:
             log.info("%s: of %s animations the first frame is used", self._source.description, f"{self._animated:,}")
         return fingerprint
 
+    def _write(self, file: BinaryIO, name: str, loaded: tuple[Sample, bytes] | BadImage) -> None:
+        if isinstance(loaded, BadImage):
+            self._quarantined.append(Quarantined(name, str(loaded)))
+            return
+        sample, digest = loaded
+        self._accept_shape(sample.pixels.shape, name)
+        file.write(sample.pixels.data)
+        self._names.append(name)
+        self._labels.append(sample.label)
+        self._captions.append(sample.caption)
+        self._digests.append(digest)
+        self._animated += sample.first_frame
+
     def _accept_shape(self, shape: tuple[int, ...], name: str) -> None:
         if self._shape is None:
             self._shape = shape
@@ -192,7 +195,7 @@ class _RowWriter:
             )
 
 
-def _load_all(source: ImageSource, settings: DecodeSettings) -> Iterator[tuple[Sample, bytes] | BadImage]:
+def _load_all(source: ImageSource, settings: DecodeSettings) -> Generator[tuple[Sample, bytes] | BadImage]:
     """Every entry in order, decoded in threads a few images ahead (Pillow and hashlib release the GIL)."""
 
     def load(index: int) -> tuple[Sample, bytes] | BadImage:
