@@ -74,20 +74,40 @@ def at_threshold(table: Sequence[dict[str, Any]], threshold: float) -> dict[str,
 
 @dataclass(frozen=True)
 class TrainShare:
-    """Whose nearest neighbour in train ∪ held-out (equally many of each) is a training image."""
+    """Whose nearest neighbour in train ∪ held-out (equally many of each) is a training image.
+
+    Attributes:
+        wins: 1.0 nearest in train, 0.0 nearest in held-out, 0.5 equally near to both. float64 [G].
+        null_spread: standard deviation of the share if it were chance which of these images were trained on.
+    """
 
     wins: np.ndarray
-    """1.0 nearest in train, 0.0 nearest in held-out, 0.5 equally near to both. float64 [G]."""
+    null_spread: float
 
     def summary(self) -> dict[str, Any]:
-        """The share with its interval; a tie counts as half. 0.5 is what a model without memorization gets."""
-        return {**fraction(float(self.wins.sum()), len(self.wins)), "ties": int((self.wins == 0.5).sum())}
+        """The share (a tie counts as half) with its interval, and the 95 % range without memorization around 0.5.
+
+        The interval covers which images were generated; ``null_interval`` covers which real images happened to be
+        on which side, and is the wider one when a few images are near to many samples.
+        """
+        null = [max(0.0, 0.5 - 1.96 * self.null_spread), min(1.0, 0.5 + 1.96 * self.null_spread)]
+        ties = int((self.wins == 0.5).sum())
+        return {**fraction(float(self.wins.sum()), len(self.wins)), "ties": ties, "null_interval": null}
 
 
-def train_share(train: Neighbours, holdout: Neighbours) -> TrainShare:
-    """Compare nearest distances to equally many training and held-out images."""
-    difference = np.sign(holdout.squared[:, 0] - train.squared[:, 0])
-    return TrainShare((1.0 + difference) / 2.0)
+def train_share(train: Neighbours, holdout: Neighbours, size: int) -> TrainShare:
+    """Compare nearest distances to ``size`` training and ``size`` held-out images.
+
+    If it were chance which half of these M = 2·size images was trained on, and image j is the nearest of c_j of the G
+    samples, the share would be a mean over half of them drawn without replacement, of variance
+    M / (M − 1) · (Σ c_j² − G² / M) / (4 G²).
+    """
+    wins = (1.0 + np.sign(holdout.squared[:, 0] - train.squared[:, 0])) / 2.0
+    winner = np.where(wins >= 0.5, train.indices[:, 0], -1 - holdout.indices[:, 0])
+    counts = np.unique(winner, return_counts=True)[1].astype(np.float64)
+    samples, pool = len(wins), 2 * size
+    spread = (counts**2).sum() - samples**2 / pool
+    return TrainShare(wins, float(np.sqrt(pool / (pool - 1) * max(0.0, spread)) / (2 * samples)))
 
 
 def image_identity(digests: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
 """The audit: from images to numbers, top to bottom."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -38,12 +38,13 @@ class _View:
     control_train: Neighbours | None = None
     control_holdout: Neighbours | None = None
     unseen: Neighbours | None = None
+    control_size: int = 0
 
     def share(self) -> TrainShare | None:
         """Whether the nearest image is a training image, for each generated image."""
         if self.control_train is None or self.control_holdout is None:
             return None
-        return train_share(self.control_train, self.control_holdout)
+        return train_share(self.control_train, self.control_holdout, self.control_size)
 
 
 def audit(
@@ -86,7 +87,7 @@ def audit(
     if len(transforms) > 1:
         views.append(_compare("orbit", generated, train, holdout, num_neighbors, seed, transforms))
     else:
-        views.append(_View("orbit", views[0].train, views[0].control_train, views[0].control_holdout, views[0].unseen))
+        views.append(replace(views[0], name="orbit"))
     identity = image_identity(image_digests(train.images) if train.digests is None else train.digests)
     curves = {key: ratios for view in views for key, ratios in _curves(view).items()}
     pairs = _pairs(generated, train, views, transforms, curves)
@@ -169,7 +170,8 @@ def _compare(
         control_train = nearest(generated, _chosen(train, size, seed, "control-train"), "generated → train, subset")
     control = nearest(generated, _chosen(holdout, size, seed, "control-holdout"), "generated → held-out")
     unseen_images = _chosen(holdout, min(len(generated), len(holdout)), seed, "unseen")
-    return _View(view, found, control_train, control, nearest(unseen_images, train, "held-out → train"))
+    unseen = nearest(unseen_images, train, "held-out → train")
+    return _View(view, found, control_train, control, unseen, size)
 
 
 def _chosen(store: ImageStore, size: int, seed: int, purpose: str) -> ImageStore:

@@ -80,7 +80,8 @@ def _sentences(summary: Summary, row: Mapping[str, Any]) -> list[str]:
     )
     sentences.append(
         f"With equally many of both, the nearest image is a training image for {percent(share['fraction'])} "
-        f"({interval(share)}); 50 % would be no memorization."
+        f"({interval(share)}); without memorization it would be 50 % "
+        f"({interval({'interval': share['null_interval']})} by chance)."
     )
     return sentences
 

@@ -78,14 +78,14 @@ def _ledger_line(ledger: Mapping[str, np.ndarray], index: int) -> str:
     return " · ".join(words)
 
 
-def skipped_gallery(report: "AuditReport", css_class: str) -> tuple[str, str]:
+def skipped_gallery(report: "AuditReport", css_class: str, num_reports: int) -> tuple[str, str]:
     """HTML and CSS of the training images skipped most; empty without a ledger or skips."""
     if report.ledger is None or report.summary["ledger"] is None:
         return "", ""
     indices = most_skipped(report.ledger)
     if not len(indices):
         return "", ""
-    room = max(1, RAW_BYTES // 4 // thumbnail_bytes(report.train.images.shape[1:]))
+    room = max(1, RAW_BYTES // num_reports // 4 // thumbnail_bytes(report.train.images.shape[1:]))
     indices = indices[:room]
     sheet = make_sheet(css_class, _rows(report.train.images, indices))
     copies = times_copied(report.pairs, len(report.train))

@@ -110,7 +110,7 @@ def _run_section(report: "AuditReport", number: int, num_reports: int) -> tuple[
     """HTML and CSS of everything about one audit."""
     summary = report.summary
     pairs, pairs_css = pairs_gallery(report, f"p{number}", num_reports)
-    skipped, skipped_css = skipped_gallery(report, f"s{number}")
+    skipped, skipped_css = skipped_gallery(report, f"s{number}", num_reports)
     series = _series(report, number, "orbit", several=False)
     label = f"Histogram of squared-L2 neighbour ratios, {report.name}"
     histogram = histogram_chart(series, threshold=HEADLINE["squared-l2"], label=label)
