@@ -34,7 +34,7 @@ def run_demo(out: Path, *, toy: bool = False) -> str:
     for method in METHODS:
         started = time.monotonic()
         config = _config(method, toy)
-        run = train_config(config, training_images(config), out / method.replace("+", "-plus"))
+        run = train_config(config, training_images(config), run_folder(out, method))
         logger.info("%s: trained (%.0f s), sampling %d images", method, time.monotonic() - started, num)
         samples = sample(run, num)
         reports.append(audit(samples, run, "emoji:holdout", name=method))
@@ -48,6 +48,11 @@ def run_demo(out: Path, *, toy: bool = False) -> str:
         f"      unrote sample runs/first --num 256\n"
         f"      unrote audit runs/first --train runs/first --holdout YOUR_OTHER_IMAGES"
     )
+
+
+def run_folder(out: Path, method: str) -> Path:
+    """The run of ``method`` in a demo's folder."""
+    return out / method.replace("+", "-plus")
 
 
 def _config(method: str, toy: bool) -> Config:

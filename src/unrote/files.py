@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,12 +20,9 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-fsync_folder = fsync
-
-
 @contextmanager
 def atomic_path(path: Path, *, durable: bool = True) -> Iterator[Path]:
-    """A temporary path beside ``path`` to write to; it replaces ``path`` only if the block succeeds.
+    """A temporary path beside ``path`` for a file or a folder; it becomes ``path`` only if the block succeeds.
 
     ``durable=False`` leaves out the fsync: whole or absent after the process is killed, but not after a power cut.
     """
@@ -33,9 +31,12 @@ def atomic_path(path: Path, *, durable: bool = True) -> Iterator[Path]:
     try:
         yield temporary
         if durable:
-            fsync(temporary)
+            for part in [*temporary.rglob("*"), temporary]:
+                fsync(part)
         temporary.replace(path)
     except BaseException:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
         temporary.unlink(missing_ok=True)
         raise
     if durable:
