@@ -57,7 +57,7 @@ def _document(title: str, style: str, script: str, top: str, content: str) -> st
 
 
 def _top(title: str, reports: Sequence["AuditReport"]) -> str:
-    cards = "".join(_verdict_card(report) for report in reports)
+    cards = "".join(_verdict_card(report, alone=len(reports) == 1) for report in reports)
     parts = [f'<p class="kicker">unrote memorization audit</p><h1>{escape(title)}</h1><div class="cards">{cards}</div>']
     if len(reports) > 1:
         parts.append("<h2>Side by side</h2>")
@@ -68,13 +68,20 @@ def _top(title: str, reports: Sequence["AuditReport"]) -> str:
     return f'<header class="top">{"".join(parts)}</header>'
 
 
-def _verdict_card(report: "AuditReport") -> str:
+def _verdict_card(report: "AuditReport", *, alone: bool) -> str:
     verdict, row = report.summary["verdict"], headline_row(report.summary)
+    title = "" if alone else f'<p class="title">{escape(verdict["title"])}</p>'
     return (
-        f'<article class="verdict {verdict["level"]}"><h2>{escape(report.name)}</h2>'
-        f'<p class="title">{escape(verdict["title"])}</p><p class="big">{percent(row["fraction"])}</p>'
-        f"<p>near-copies ({interval(row)}){_beside(report)}</p><p>{escape(verdict['text'])}</p></article>"
+        f'<article class="verdict {verdict["level"]}{" alone" if alone else ""}"><div><h2>{escape(report.name)}</h2>'
+        f'{title}<p class="big">{_unbroken(percent(row["fraction"]))}</p>'
+        f"<p>near-copies ({_unbroken(interval(row))}){_beside(report)}</p></div>"
+        f"<p>{_unbroken(escape(verdict['text']))}</p></article>"
     )
+
+
+def _unbroken(text: str) -> str:
+    """No line break between a number and its percent sign."""
+    return text.replace(" %", "&nbsp;%")
 
 
 def _beside(report: "AuditReport") -> str:
@@ -83,7 +90,7 @@ def _beside(report: "AuditReport") -> str:
     if unseen is None:
         return ""
     row = at_threshold(unseen, HEADLINE["squared-l2"])
-    return f"; real images that were not trained on: <b>{percent(row['fraction'])}</b>"
+    return f"; real images that were not trained on: <b>{_unbroken(percent(row['fraction']))}</b>"
 
 
 def _series(report: "AuditReport", number: int, view: str, *, several: bool) -> list[Series]:
@@ -123,7 +130,7 @@ def _run_section(report: "AuditReport", number: int, num_reports: int) -> tuple[
         pairs,
         f'<div class="two"><div><h3>Ratios, as a histogram</h3>{histogram}</div>'
         f"<div><h3>Ratios, cumulative</h3>{_own_cumulative(series)}</div></div>",
-        f'<h3>Near-copies at every threshold</h3><div class="two">{tables}</div>',
+        f"<h3>Near-copies at every threshold</h3>{tables}",
         f"<h3>Quality, next to memorization</h3>{quality_table(summary)}{_quality_note(summary)}",
         skipped,
         f"<h3>How sure is this</h3>{_notes(summary)}",
