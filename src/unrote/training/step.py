@@ -151,22 +151,24 @@ class TrainingStep:
     def _train_gated(self, batch: Batch) -> tuple[Tensor, Decision]:
         """AGC: judge and train in one forward pass; skipped samples get no gradient."""
         parts = batch.parts(self.config.training.gradient_accumulation_steps)
-        losses, decisions = [], []
+        losses: list[Tensor] = []
+        decisions: list[Decision] = []
         for part in parts:
             loss = self._losses(part)
             decision = self.gate.decide(loss, part.timesteps)
-            # The batch's number of kept samples is known only after its last part: then gradients are rescaled below.
-            divisor = decision.keep.sum().clamp(min=1) if len(parts) == 1 else len(batch.indices)
-            self.scaler.scale(gated_sum(loss, decision.keep) / divisor).backward()  # type: ignore[no-untyped-call]
             losses.append(loss.detach())
             decisions.append(decision)
-        loss = torch.cat(losses)
-        decision = Decision(*(torch.cat(column) for column in zip(*decisions, strict=True)))
-        self.gate.record(decision, loss, batch.timesteps, batch.indices, batch.augmented)
+            if part is parts[-1]:
+                # Before the last backward pass, so that the wait for what was kept is over when that pass is queued.
+                whole = Decision(*(torch.cat(column) for column in zip(*decisions, strict=True)))
+                self.gate.record(whole, torch.cat(losses), batch.timesteps, batch.indices, batch.augmented)
+            # The batch's number of kept samples is known only after its last part: then gradients are rescaled below.
+            divisor = self.gate.num_kept.clamp(min=1) if len(parts) == 1 else len(batch.indices)
+            self.scaler.scale(gated_sum(loss, decision.keep) / divisor).backward()  # type: ignore[no-untyped-call]
         if len(parts) > 1:
             gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
             torch._foreach_mul_(gradients, len(batch.indices) / self.gate.num_kept.clamp(min=1))
-        return loss, decision
+        return torch.cat(losses), whole
 
     def _train_on_kept(self, batch: Batch, draw: torch.Generator) -> tuple[Tensor, Decision]:
         """TAA by look-ahead: judge the clean views without gradient, then train on what is kept.
