@@ -108,6 +108,22 @@ def test_the_policy_alone_stops_a_script_that_got_in(reports, tmp_path):
     assert "<title>pwned</title>" not in dom
 
 
+def test_filter_and_zoom(reports, tmp_path):
+    """A second script, let in by taking the policy out, does what a reader would."""
+    actions = """<script>
+      document.querySelectorAll("section.run")[0].querySelector("input[type=checkbox]").click();
+      const second = document.querySelectorAll("section.run")[1].querySelector("input[type=search]");
+      second.value = "generated 7<"; second.dispatchEvent(new Event("input"));
+      document.querySelector(".pair .images").click();
+    </script></body>"""
+    text = re.sub(r"<meta http-equiv[^>]*>", "", page_text(reports, tmp_path)).replace("</body>", actions)
+    (tmp_path / "acting.html").write_text(text, encoding="utf-8")
+    dom = browser(tmp_path / "acting.html", tmp_path, "--virtual-time-budget=2000", "--dump-dom")
+    assert "20 of 40 shown" in dom and "1 of 40 shown" in dom
+    opened = dom[dom.index("<dialog") :]
+    assert " open" in opened[: opened.index(">")] and opened.count('role="img"') == 2
+
+
 def test_nothing_is_loaded_from_anywhere(reports, tmp_path):
     text = page_text(reports, tmp_path)
     tags = Tags()

@@ -14,6 +14,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from unrote.audit.orbit import IDENTITY, Transform
@@ -23,7 +24,7 @@ MAX_BLOCK = 2048
 
 
 class Images(Protocol):
-    """Rows of uint8 images [N, H, W, C]: an array, a memory map, or a view that reads rows when sliced."""
+    """Rows of uint8 images [N, H, W, C]: an array, a memory map, or a view that reads rows when indexed."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -31,7 +32,7 @@ class Images(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, rows: slice, /) -> np.ndarray: ...
+    def __getitem__(self, rows: slice | NDArray[np.int64], /) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)

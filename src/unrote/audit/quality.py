@@ -35,6 +35,7 @@ class RandomConvEncoder:
             kernel = random.standard_normal((outputs, inputs, 3, 3)) * (2 / (9 * inputs)) ** 0.5
             self.weights.append(torch.from_numpy(kernel.astype(np.float32)))
             inputs = outputs
+        self.weights[-1] *= 10  # only the unit: distances between sets of real images are then of the order of 10
 
     @property
     def weights_sha256(self) -> str:
@@ -115,23 +116,22 @@ def quality(generated: Images, train: Images, holdout: Images | None, seed: int)
     The reference is the held-out set; without one it is the training set, towards which copies are favoured.
     """
     encoder = RandomConvEncoder()
-    features, train_features = encoder(generated), encoder(train)
-    reference = train_features if holdout is None else encoder(holdout)
-    count = len(features) if holdout is None else min(len(features), len(train_features))
-    result: dict[str, Any] = {
+    count = len(generated) if holdout is None else min(len(generated), len(train))
+    reference = encoder(train if holdout is None else holdout)
+    features = encoder(generated[subsample(len(generated), count, seed, "quality-generated")])
+    floor = None
+    if holdout is not None:
+        floor = _compare(encoder(train[subsample(len(train), count, seed, "quality-train")]), reference, seed)
+    return {
         "encoder": ENCODER,
         "weights_sha256": encoder.weights_sha256,
         "resize": RESIZE_RULE,
         "reference": "train" if holdout is None else "holdout",
         "num_generated": count,
         "num_reference": len(reference),
-        "generated": _compare(features[subsample(len(features), count, seed, "quality-generated")], reference, seed),
-        "floor": None,
+        "generated": _compare(features, reference, seed),
+        "floor": floor,
     }
-    if holdout is not None:
-        chosen = subsample(len(train_features), count, seed, "quality-train")
-        result["floor"] = _compare(train_features[chosen], reference, seed)
-    return result
 
 
 def _compare(features: np.ndarray, reference: np.ndarray, seed: int) -> dict[str, float | None]:

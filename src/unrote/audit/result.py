@@ -57,9 +57,9 @@ class AuditReport:
         quality = self.summary["quality"]
         if quality["generated"]["frechet_distance"] is not None:
             floor = quality["floor"]
-            beside = f"; training images themselves: {floor['frechet_distance']:.3f}" if floor else ""
+            beside = f"; training images themselves: {floor['frechet_distance']:.2f}" if floor else ""
             lines.append(
                 f"Fréchet distance ({quality['encoder']}, to {quality['reference']}): "
-                f"{quality['generated']['frechet_distance']:.3f}{beside}."
+                f"{quality['generated']['frechet_distance']:.2f}{beside}."
             )
         return "\n".join(lines)

@@ -73,12 +73,12 @@ def summary_markdown(report: "AuditReport") -> str:
             )
     distance = quality["generated"]["frechet_distance"]
     if distance is not None:
-        floor = f"; training images themselves {quality['floor']['frechet_distance']:.3f}" if quality["floor"] else ""
+        floor = f"; training images themselves {quality['floor']['frechet_distance']:.2f}" if quality["floor"] else ""
         lines += [
             "",
             f"Fréchet distance in `{quality['encoder']}` features (not an FID; weights "
             f"`{quality['weights_sha256'][:12]}`) to {quality['num_reference']:,} {quality['reference']} images, "
-            f"{quality['num_generated']:,} generated: {distance:.3f}{floor}.",
+            f"{quality['num_generated']:,} generated: {distance:.2f}{floor}.",
         ]
     holdout = "none" if counts["holdout"] is None else f"{counts['holdout']:,}"
     lines += [

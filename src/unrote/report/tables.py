@@ -160,4 +160,6 @@ def _with_interval(row: Mapping[str, Any]) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}" if value < 100 else f"{value:,.0f}"
+    if value is None:
+        return "–"
+    return f"{value:.3f}" if value < 2 else f"{value:,.1f}"
