@@ -31,7 +31,10 @@ def verdict(summary: Summary) -> dict[str, Any]:
     if level == "none" and exact_beyond_chance(summary):
         level = "some"
     titles = {"heavy": "It copies its training images", "some": "It copies some training images"}
-    title = titles.get(level, "No copying found" if excess is not None else "Few near-copies, without a control")
+    title = titles.get(
+        level,
+        "No copying found beyond natural resemblance" if excess is not None else "Few near-copies, without a control",
+    )
     return {"level": level, "title": title, "text": " ".join(_sentences(summary, row)), "excess": excess}
 
 

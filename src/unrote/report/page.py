@@ -62,7 +62,9 @@ def _top(title: str, reports: Sequence["AuditReport"]) -> str:
     if len(reports) > 1:
         parts.append("<h2>Side by side</h2>")
         parts.append(comparison_table([report.name for report in reports], [report.summary for report in reports]))
-        parts.append('<p class="soft small">95 % intervals (Wilson). Bold: best value of its line.</p>')
+        parts.append(
+            '<p class="soft small">95 % intervals (Wilson). Bold: best of its line; where intervals overlap it may be chance.</p>'
+        )
         parts.append("<h3>How near the generated images come to training images</h3>")
         parts.append(_cumulative(reports))
     return f'<header class="top">{"".join(parts)}</header>'
