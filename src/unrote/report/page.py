@@ -63,7 +63,7 @@ def _top(title: str, reports: Sequence["AuditReport"]) -> str:
         parts.append("<h2>Side by side</h2>")
         parts.append(comparison_table([report.name for report in reports], [report.summary for report in reports]))
         parts.append(
-            '<p class="soft small">95 % intervals (Wilson). Bold: best of its line; where intervals overlap it may be chance.</p>'
+            '<p class="soft small">95 % intervals (Wilson). Bold: best of its line, by chance where they overlap.</p>'
         )
         parts.append("<h3>How near the generated images come to training images</h3>")
         parts.append(_cumulative(reports))
