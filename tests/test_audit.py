@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from unrote.audit import audit
-from unrote.audit.memorization import THRESHOLDS, at_threshold
-from unrote.audit.orbit import Transform
+from unrote.auditing import audit
+from unrote.auditing.memorization import THRESHOLDS, at_threshold
+from unrote.auditing.orbit import Transform
 from unrote.data import in_memory_store, open_images
 from unrote.errors import InputError
 

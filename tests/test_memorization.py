@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from unrote.audit.memorization import (
+from unrote.auditing.memorization import (
     image_identity,
     memorization_quantity,
     neighbour_ratio,
     train_share,
     wilson_interval,
 )
-from unrote.audit.neighbours import Neighbours, nearest_images
+from unrote.auditing.neighbours import Neighbours, nearest_images
 from unrote.data.store import image_digests
 
 

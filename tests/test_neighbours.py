@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unrote.audit.neighbours import EXACT_CHUNK, nearest_images
-from unrote.audit.orbit import IDENTITY, Transform, orbit
+from unrote.auditing.neighbours import EXACT_CHUNK, nearest_images
+from unrote.auditing.orbit import IDENTITY, Transform, orbit
 from unrote.errors import InputError
 
 

@@ -6,7 +6,7 @@ import scipy.linalg
 import torch
 import torch.nn.functional as F
 
-from unrote.audit.quality import RandomConvEncoder, frechet_distance, manifold_metrics, quality, subsample
+from unrote.auditing.quality import RandomConvEncoder, frechet_distance, manifold_metrics, quality, subsample
 from unrote.data import open_images
 
 WEIGHTS_SHA256 = "80aba535e015"

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unrote.audit import AuditReport, audit
+from unrote.auditing import AuditReport, audit
 from unrote.data import in_memory_store
 from unrote.report.charts import Series, cumulative_chart, histogram_chart
 from unrote.report.exports import pairs_csv, summary_markdown

@@ -7,7 +7,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from unrote.api import audit, train
-    from unrote.audit import AuditReport
+    from unrote.auditing import AuditReport
     from unrote.data import ImageStore, open_images
     from unrote.errors import InputError
     from unrote.method.bank import LossBank
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from unrote.training.run import Run
 
 _HOMES = {
-    "AuditReport": "unrote.audit",
+    "AuditReport": "unrote.auditing",
     "ImageStore": "unrote.data",
     "InputError": "unrote.errors",
     "Ledger": "unrote.method.ledger",

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from unrote.audit import AuditReport
-from unrote.audit import audit as _audit
+from unrote.auditing import AuditReport
+from unrote.auditing import audit as _audit
 from unrote.config import Config, load_config
 from unrote.data import ImageStore, open_images
 from unrote.errors import InputError

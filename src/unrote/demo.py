@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from unrote.api import audit, train_config, training_images
-from unrote.audit import AuditReport
-from unrote.audit.memorization import at_threshold
+from unrote.auditing import AuditReport
+from unrote.auditing.memorization import at_threshold
 from unrote.config import Config, load_config
 from unrote.report.page import write_page
 from unrote.sampling import sample

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from unrote.audit.memorization import at_threshold
-from unrote.audit.verdict import interval, percent
+from unrote.auditing.memorization import at_threshold
+from unrote.auditing.verdict import interval, percent
 from unrote.files import write_json, write_text
 
 if TYPE_CHECKING:
-    from unrote.audit.result import AuditReport
+    from unrote.auditing.result import AuditReport
 
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 LEDGER_COLUMNS = ("visits", "skips", "augmented", "moves", "last_ratio", "mean_ratio", "running_ratio")

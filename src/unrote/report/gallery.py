@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from unrote.audit.ledger import most_skipped, times_copied
-from unrote.audit.memorization import HEADLINE
+from unrote.auditing.ledger import most_skipped, times_copied
+from unrote.auditing.memorization import HEADLINE
 from unrote.report.sprites import Sheet, make_sheet, thumbnail_bytes
 
 if TYPE_CHECKING:
-    from unrote.audit.result import AuditReport
+    from unrote.auditing.result import AuditReport
 
 MAX_PAIRS = 240
 RAW_BYTES = 7_000_000  # of thumbnails on a page, before PNG and base64: keeps any page below 15 MB

@@ -13,16 +13,16 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unrote.audit.memorization import HEADLINE, at_threshold
-from unrote.audit.verdict import headline as headline_row
-from unrote.audit.verdict import interval, percent
+from unrote.auditing.memorization import HEADLINE, at_threshold
+from unrote.auditing.verdict import headline as headline_row
+from unrote.auditing.verdict import interval, percent
 from unrote.files import write_text
 from unrote.report.charts import Series, cumulative_chart, histogram_chart
 from unrote.report.gallery import pairs_gallery, skipped_gallery
 from unrote.report.tables import comparison_table, quality_table, thresholds_table
 
 if TYPE_CHECKING:
-    from unrote.audit.result import AuditReport
+    from unrote.auditing.result import AuditReport
 
 COLOURS = 5
 

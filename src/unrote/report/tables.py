@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from unrote.audit.memorization import HEADLINE, at_threshold
-from unrote.audit.verdict import headline, interval, percent
+from unrote.auditing.memorization import HEADLINE, at_threshold
+from unrote.auditing.verdict import headline, interval, percent
 
 Summary = Mapping[str, Any]
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from unrote.audit.memorization import HEADLINE
+from unrote.auditing.memorization import HEADLINE
 from unrote.errors import InputError
 
 MOST_SKIPPED = 48

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from unrote.audit.orbit import IDENTITY, Transform
+from unrote.auditing.orbit import IDENTITY, Transform
 
 EXACT_CHUNK = 1024  # 1,024 · 128² = 2²⁴: the longest dot product of centred pixels that float32 always holds exactly
 MAX_BLOCK = 2048

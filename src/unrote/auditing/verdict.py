@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from unrote.audit.memorization import HEADLINE, at_threshold
+from unrote.auditing.memorization import HEADLINE, at_threshold
 
 HEAVY = 0.10
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from unrote.audit.verdict import headline, interval, percent
+from unrote.auditing.verdict import headline, interval, percent
 from unrote.data.store import ImageStore
 
 

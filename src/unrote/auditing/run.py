@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from unrote.audit.ledger import check_ledger, join_ledger
-from unrote.audit.memorization import (
+from unrote.auditing.ledger import check_ledger, join_ledger
+from unrote.auditing.memorization import (
     DEFINITIONS,
     HEADLINE,
     TrainShare,
@@ -18,11 +18,11 @@ from unrote.audit.memorization import (
     neighbour_ratio,
     train_share,
 )
-from unrote.audit.neighbours import Neighbours, nearest_images
-from unrote.audit.orbit import IDENTITY, Transform, orbit
-from unrote.audit.quality import quality, subsample
-from unrote.audit.result import AuditReport
-from unrote.audit.verdict import certainty, verdict
+from unrote.auditing.neighbours import Neighbours, nearest_images
+from unrote.auditing.orbit import IDENTITY, Transform, orbit
+from unrote.auditing.quality import quality, subsample
+from unrote.auditing.result import AuditReport
+from unrote.auditing.verdict import certainty, verdict
 from unrote.data.store import ImageStore, image_digests
 from unrote.errors import InputError
 
