@@ -1,0 +1,45 @@
+"""Direct distances in float64 between pairs of rows, and the nearest of them."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from unrote.auditing.streaming import Rows, release
+
+Lists = tuple[np.ndarray, np.ndarray, np.ndarray]  # query int64, squared distance float64, reference int64; each [m]
+PAIR_BYTES = 1 << 20  # float64 differences that a thread works on at a time: they stay in the processor's cache
+
+
+def squared_distances(queries: np.ndarray, references: Rows, rows: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    """‖queries[rows] − references[indices]‖² directly in float64 [m]; the same whatever else is in the lists."""
+    squared = np.empty(len(rows))
+    order = np.argsort(indices, kind="stable")  # references that several queries share are then read once
+    step = max(1, PAIR_BYTES // (8 * queries.shape[1]))
+
+    def compute(chunk: np.ndarray) -> None:
+        differences = references[indices[chunk]].astype(np.float64)
+        differences -= queries[rows[chunk]]
+        squared[chunk] = np.einsum("ij,ij->i", differences, differences)
+
+    def chunks() -> Iterator[np.ndarray]:
+        for start in range(0, len(order), step):
+            yield order[start : start + step]
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for _ in pool.map(compute, chunks()):
+            pass
+    release(references)
+    return squared
+
+
+def least(lists: Lists, more: Lists, num: int) -> Lists:
+    """The ``num`` least (squared distance, reference) of each query in either list, in order."""
+    rows, squared, indices = (np.concatenate(pair) for pair in zip(lists, more, strict=True))
+    order = np.lexsort((indices, squared, rows))
+    rows, squared, indices = rows[order], squared[order], indices[order]
+    starts = np.flatnonzero(np.diff(rows, prepend=-1))
+    places = np.arange(len(rows)) - np.repeat(starts, np.diff(starts, append=len(rows)))
+    kept = places < num
+    return rows[kept], squared[kept], indices[kept]

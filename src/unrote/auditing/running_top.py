@@ -1,0 +1,55 @@
+"""The least keys of each query while blocks of scores stream by."""
+
+import torch
+from torch import Tensor
+
+EMPTY = torch.iinfo(torch.int64).max
+SEGMENT = 64
+
+
+class RunningTop:
+    """The ``slots`` least keys per row seen so far. A key is one int64 that orders (value, index): no ties to break.
+
+    Attributes:
+        keys: int64 [rows, slots], ascending; ``EMPTY`` where fewer were seen.
+    """
+
+    def __init__(self, rows: int, slots: int, device: torch.device):
+        self.keys = torch.full((rows, slots), EMPTY, dtype=torch.int64, device=device)
+
+    def add_all(self, rows: slice, keys: Tensor) -> None:
+        """Merge a whole tile of keys [t, b]; needs no word from the device."""
+        fresh = keys.topk(min(self.keys.shape[1], keys.shape[1]), dim=1, largest=False).values
+        self._merge(rows, fresh)
+
+    def add_some(self, rows: Tensor, keys: Tensor) -> None:
+        """Merge single keys [m] of ``rows`` [m], which ascend."""
+        if len(rows) == 0:
+            return
+        touched, counts = torch.unique_consecutive(rows, return_counts=True)
+        places = torch.arange(len(rows), device=rows.device)
+        places -= (counts.cumsum(0) - counts).repeat_interleave(counts)
+        fresh = torch.full((len(touched), int(counts.max())), EMPTY, dtype=torch.int64, device=rows.device)
+        fresh[torch.arange(len(touched), device=rows.device).repeat_interleave(counts), places] = keys
+        self._merge(touched, fresh)
+
+    def _merge(self, rows: slice | Tensor, fresh: Tensor) -> None:
+        merged = torch.cat([self.keys[rows], fresh], dim=1)
+        self.keys[rows] = merged.topk(self.keys.shape[1], dim=1, largest=False).values
+
+
+def below(scores: Tensor, limits: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Rows (ascending) and columns of the scores [t, b] below the ``limits`` [t] of their rows.
+
+    None when that is no small part of them, or when to look would make the host wait for another device.
+    """
+    if scores.device.type != "cpu":
+        return None
+    width = SEGMENT if scores.shape[1] % SEGMENT == 0 else 1
+    segments = scores.view(len(scores), -1, width)
+    # Minima of segments first: an elementwise search of the whole tile costs as much as a short matrix product.
+    rows, parts = (segments.amin(2) < limits[:, None]).nonzero(as_tuple=True)
+    if len(rows) * 4 * width > scores.numel() and len(rows) > len(scores):
+        return None
+    within, places = (segments[rows, parts] < limits[rows, None]).nonzero(as_tuple=True)
+    return rows[within], parts[within] * width + places
