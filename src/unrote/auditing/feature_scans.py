@@ -44,8 +44,7 @@ class FloatScan:
         the query takes it no farther away: a bound from below stays one.
         """
         where = self.queries.device if device is None else device
-        centred = torch.from_numpy(rows).to(where).sub(torch.from_numpy(self.centre).to(where))
-        scaled: Tensor = centred.mul_(self.scale).clamp_(-(2.0**40), 2.0**40)
+        scaled: Tensor = torch.from_numpy(rows - self.centre).to(where).mul_(self.scale).clamp_(-(2.0**40), 2.0**40)
         return scaled
 
     def scores(self, rows: slice, columns: Tensor, norms: Tensor) -> Tensor:
@@ -82,12 +81,14 @@ class FloatScan:
     def _keys(self, scores: Tensor, norms: Tensor, indices: Tensor) -> Tensor:
         """The bits of a non-negative float32 order like an integer. Rounded down, so that it stays a lower bound."""
         bounds = (scores.double() + norms - self.underflow).mul_(1 - 2.0**-23).clamp_(min=0.0).float()
-        return bounds.view(torch.int32).long() * self.num_references + indices
+        keys: Tensor = bounds.view(torch.int32).long() * self.num_references + indices
+        return keys
 
     def _bounds(self, keys: Tensor) -> Tensor:
         """Lower bounds of squared distances (scaled) in keys: float64; infinite where there is none."""
         bits = torch.where(keys == EMPTY, 0, keys // self.num_references).to(torch.int32)
-        return bits.view(torch.float32).double().masked_fill_(keys == EMPTY, torch.inf)
+        bounds: Tensor = bits.view(torch.float32).double().masked_fill_(keys == EMPTY, torch.inf)
+        return bounds
 
     def candidates(self) -> tuple[Tensor, Tensor]:
         """Lower bounds of distances float64 (infinite: none) and indices int64, each [g, slots], bounds ascending."""
@@ -106,29 +107,38 @@ class FloatScan:
 class QuantisedScan:
     """The ``slots`` nearest of N references after rounding to 8 bits, and what rounding can have done to them.
 
-    The bound. Map every value x of dimension j to (x − low_j) · t, where the box [0, 255]^D holds all queries. To
-    project a reference on a box that holds the query brings it no farther away, and rounding the two vectors moves
-    them by e_q and e_r, which are measured: t·‖q − r‖ ≥ ‖q̂ − r̂‖ − e_q − e_r, where ‖q̂ − r̂‖² is an exact integer.
+    The bounds. Map every value x of dimension j to (x − low_j) · t, where the box [0, 255]^D holds all queries. To
+    project a reference on a box that holds the query brings it no farther away, and rounding the two projections moves
+    them by e_q and e_r, which are measured: t·‖q − r‖ ≥ ‖q̂ − r̂‖ − e_q − e_r, where ‖q̂ − r̂‖² is an exact integer. In
+    the other direction t·‖q − r‖ ≤ ‖q̂ − r̂‖ + e_q + m_r, where m_r is how far projecting and rounding moved r.
+
+    Args:
+        queries: float32 [g, D].
+        box: float32 [2, D], low and high, that holds the queries (and better most references).
     """
 
-    def __init__(self, queries: np.ndarray, num: int, slots: int, count: int, tile: int, device: torch.device):
-        self.low = torch.from_numpy(queries.min(0)).to(device)
-        self.factor = float(np.float32(255.0 / query_range(queries)))
+    def __init__(
+        self, queries: np.ndarray, box: np.ndarray, num: int, slots: int, count: int, tile: int, device: torch.device
+    ):
+        self.low, self.device = box[0], device
+        self.factor = float(np.float32(255.0 / widest(box)))
         rounded, errors = self.rounded(queries)
         self.scan = IntegerScan(rounded, slots, count, num=num, tile=tile)
-        self.errors, self.greatest = errors, 0.0
+        self.errors, self.greatest = errors[0], torch.zeros(2, dtype=torch.float64, device=device)
 
     def rounded(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        """int8 [n, D], and how far each row was moved at most, in steps of 1/t: float64 [n]."""
-        result = torch.empty(rows.shape, dtype=torch.int8, device=self.low.device)
-        errors = torch.empty(len(rows), dtype=torch.float64, device=self.low.device)
+        """int8 [n, D], and at most how far rounding, and projecting and rounding, moved each: float64 [2, n]."""
+        result = torch.empty(rows.shape, dtype=torch.int8, device=self.device)
+        errors = torch.empty((2, len(rows)), dtype=torch.float64, device=self.device)
         values = rows.shape[1]
         step = max(1, (1 << 18) // values)  # a piece stays in the processor's cache through all passes
         for start in range(0, len(rows), step):
             piece = slice(start, start + step)
-            scaled = torch.from_numpy(rows[piece]).to(self.low.device) - self.low
-            levels = scaled.mul_(self.factor).clamp_(0.0, 255.0).round()
-            errors[piece] = scaled.sub_(levels).square_().sum(1)
+            scaled = torch.from_numpy(rows[piece] - self.low).to(self.device)
+            projected = scaled.mul_(self.factor).clamp(0.0, 255.0)
+            levels = projected.round()
+            for error, moved in zip(errors, (projected, scaled), strict=True):
+                error[piece] = moved.sub_(levels).square_().sum(1)
             result[piece] = levels.sub_(128.0)
         # Sums in float32 are off by at most D · 2⁻²³; scaled values of up to 255 by less than 1e-4 each.
         return result, errors.sqrt_().mul_(1 + values * 2.0**-23).add_(1e-4 * values**0.5)
@@ -136,24 +146,25 @@ class QuantisedScan:
     def add(self, first: int, references: np.ndarray) -> None:
         """Take in float32 rows [b, D]."""
         rounded, errors = self.rounded(checked(references))
-        greatest = float(errors.max())
-        self.scan.add_signed(first, rounded, 2 * self.errors + (self.greatest + greatest))
-        self.greatest = max(self.greatest, greatest)
+        greatest = errors.amax(1)
+        # What is kept is at most so much farther than it seems, what is dropped at most so much nearer.
+        self.scan.add_signed(first, rounded, 2 * self.errors + self.greatest[1] + greatest[0])
+        self.greatest = torch.maximum(self.greatest, greatest)
 
     def candidates(self) -> tuple[Tensor, Tensor]:
         """Lower bounds of distances float64 (infinite: none) and indices int64, each [g, slots], bounds ascending."""
         squared, indices, _, there = self.scan.unpacked()
-        bounds = squared.double().sqrt_().sub_(self.errors[:, None] + self.greatest).clamp_(min=0.0)
+        bounds = squared.double().sqrt_().sub_(self.errors[:, None] + self.greatest[0]).clamp_(min=0.0)
         return bounds.div_(self.factor).mul_(1 - 1e-9).masked_fill_(~there, torch.inf), indices
 
     def state(self) -> State:
-        """The keys and the greatest error of a reference."""
-        return {**self.scan.state(), "greatest": np.array([self.greatest])}
+        """The keys and the greatest errors of references."""
+        return {**self.scan.state(), "greatest": self.greatest.cpu().numpy()}
 
     def merge(self, state: State) -> None:
-        """Keep the least keys and the greatest error of both."""
+        """Keep the least keys and the greatest errors of both."""
         self.scan.merge({"keys": state["keys"]})
-        self.greatest = max(self.greatest, float(state["greatest"][0]))
+        self.greatest = torch.maximum(self.greatest, torch.from_numpy(state["greatest"]).to(self.device))
 
 
 class RangeScan:
@@ -212,9 +223,14 @@ def checked(rows: np.ndarray) -> np.ndarray:
     return rows
 
 
-def query_range(queries: np.ndarray) -> float:
-    """The widest range of a dimension."""
-    return float((queries.max(0).astype(np.float64) - queries.min(0)).max())
+def bounding_box(*parts: np.ndarray) -> np.ndarray:
+    """The least and the greatest value of each dimension: [2, D] of rows [n, D]."""
+    return np.stack([np.min([part.min(0) for part in parts], 0), np.max([part.max(0) for part in parts], 0)])
+
+
+def widest(box: np.ndarray) -> float:
+    """The longest side of a box [2, D]."""
+    return float((box[1].astype(np.float64) - box[0]).max())
 
 
 def shrunk_norms(rows: Tensor, error: float) -> Tensor:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from unrote.auditing.direct import least, squared_distances
-from unrote.auditing.feature_scans import FloatScan, QuantisedScan, RangeScan, checked, query_range
+from unrote.auditing.feature_scans import FloatScan, QuantisedScan, RangeScan, bounding_box, checked, widest
 from unrote.auditing.neighbours import MEMORY_BYTES, Neighbours
 from unrote.auditing.products import int8_is_exact, integer_norms, integer_product, squared_dtype
 from unrote.auditing.streaming import Blocks, Ranks, Rows, Saved, Stream, release
@@ -111,9 +111,10 @@ class _Group:
         return squared, indices
 
     def _fast_scan(self) -> FloatScan | QuantisedScan:
-        if quantising_pays(self.queries, self.references, self.num, self.slots, self.device):
-            return QuantisedScan(self.queries, self.num, self.slots, self.count, self.tile, self.device)
-        return FloatScan(self.queries, self.slots, self.count, tile=self.tile, device=self.device)
+        box = box_for_quantising(self.queries, self.references, self.num, self.slots, self.device)
+        if box is None:
+            return FloatScan(self.queries, self.slots, self.count, tile=self.tile, device=self.device)
+        return QuantisedScan(self.queries, box, self.num, self.slots, self.count, self.tile, self.device)
 
     def _decide(self, bounds: np.ndarray, candidates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The ``num`` nearest of the candidates; processes share the queries, as all have the same candidates."""
@@ -143,21 +144,28 @@ class _Group:
         return squared_distances(self.queries, self.references, rows, indices)
 
 
-def quantising_pays(queries: np.ndarray, references: Rows, num: int, slots: int, device: torch.device) -> bool:
-    """A guess from a sample, about speed only: whether few enough references lie within the error of 8 bits."""
-    spread = query_range(queries)
-    if not int8_is_exact(device.type) or not 1e-30 < spread < 1e30:
-        return False
+def box_for_quantising(
+    queries: np.ndarray, references: Rows, num: int, slots: int, device: torch.device
+) -> np.ndarray | None:
+    """The box of a :class:`QuantisedScan` if one pays: a guess from a sample, about speed only.
+
+    It pays if so few references lie within the error of 8 bits that the slots hold them.
+    """
+    if not int8_is_exact(device.type):
+        return None
     count = len(references)
-    some = np.array(queries[np.linspace(0, len(queries) - 1, 64).astype(np.int64)])
-    pieces = [references[start : start + 256] for start in np.linspace(0, max(0, count - 256), 16).astype(np.int64)]
+    starts = np.linspace(0, max(0, count - 256), 16).astype(np.int64)
+    sample = checked(np.concatenate([references[start : start + 256] for start in starts]))
     release(references)
-    scan = QuantisedScan(some, 1, 1, count, 64, device)
-    rounded, errors = scan.rounded(checked(np.concatenate(pieces)))
+    box = bounding_box(queries, sample)
+    if not 1e-30 < widest(box) < 1e30:
+        return None
+    some = queries[np.linspace(0, len(queries) - 1, 64).astype(np.int64)]
+    scan = QuantisedScan(some, box, 1, 1, count, len(some), device)
+    rounded, errors = scan.rounded(sample)
     dots = integer_product(scan.scan.queries, rounded.T, squared_dtype(rounded.shape[1]))
-    squared = integer_norms(rounded) + scan.scan.norms[:, None] - 2 * dots
-    distances = squared.double().sqrt()
-    rank = min(len(rounded), max(16, num * len(rounded) // count))
-    within = distances.kthvalue(rank, dim=1, keepdim=True).values + 2 * (scan.errors[:, None] + errors.max())
+    distances = (integer_norms(rounded) + scan.scan.norms[:, None] - 2 * dots).double().sqrt_()
+    rank = min(len(sample), max(16, num * len(sample) // count))
+    within = distances.kthvalue(rank, dim=1, keepdim=True).values + 2 * (scan.errors[:, None] + errors[0].max())
     growth = float((distances <= within).sum(1).double().median()) / rank
-    return growth * num <= slots / 2
+    return box if growth * num <= slots / 2 else None

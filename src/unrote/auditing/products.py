@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 EXACT_CHUNK = 1024  # 1,024 · 128² = 2²⁴: the longest dot product that float32 always holds exactly
+SHORTEST = 32  # torch 2.13 leaves the int8 product of [g, 1] and [1, b] unwritten, as both strides are then 1
 INT32_CHUNK = 1 << 16  # 2¹⁶ · 128² = 2³⁰ < 2³¹
 
 
@@ -25,10 +26,13 @@ def squared_dtype(values: int) -> torch.dtype:
 
 def integer_product(rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
     """Exact dot products [g, b] in ``dtype`` of int8 [g, D] and [D, b]."""
-    product, span = (_int8_product, INT32_CHUNK) if int8_is_exact(rows.device.type) else (_float_product, EXACT_CHUNK)
+    fast = int8_is_exact(rows.device.type)
+    span = INT32_CHUNK if fast else EXACT_CHUNK
     total = None
     for start in range(0, len(columns), span):
-        part = product(rows[:, start : start + span], columns[start : start + span]).to(dtype)
+        chunk = columns[start : start + span]
+        product = _int8_product if fast and len(chunk) >= SHORTEST else _float_product
+        part = product(rows[:, start : start + span], chunk).to(dtype)
         total = part if total is None else total.add_(part)
     assert total is not None
     return total
@@ -59,10 +63,12 @@ def int8_is_exact(device: str) -> bool:
     if device != "cpu" or not hasattr(torch, "_int_mm"):
         return False
     random = torch.Generator().manual_seed(0)
-    for size in ((1, 1024, 1), (1, 1024, 64), (33, 1027, 17), (512, 1024, 512)):
+    for size in ((1, 1024, 1), (1, SHORTEST, 64), (33, 1027, 17), (512, 1024, 512)):
         rows, columns = _extremes(size[:2], random), _extremes(size[1:], random)
-        if not torch.equal(_int8_product(rows, columns).double(), rows.double() @ columns.double()):
-            return False
+        expected = rows.double() @ columns.double()
+        for stored in (columns, columns.T.contiguous().T):
+            if not torch.equal(_int8_product(rows, stored).double(), expected):
+                return False
     return _seconds(_int8_product, rows, columns) < _seconds(_float_product, rows, columns)
 
 

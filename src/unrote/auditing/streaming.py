@@ -86,13 +86,14 @@ class Ranks:
     def shares(self, state: State) -> Iterator[State]:
         """Every process's ``state``, in the order of ranks; shapes and dtypes are the same everywhere."""
         device = "cuda" if self.world > 1 and dist.get_backend() == "nccl" else "cpu"
+        state = {name: np.array(array) for name, array in state.items()}  # the caller may merge while this goes on
         for source in range(self.world):
             if self.world == 1:
                 yield state
                 continue
             received: State = {}
             for name, array in state.items():
-                tensor = torch.from_numpy(np.array(array)).to(device)
+                tensor = torch.from_numpy(array.copy()).to(device)
                 dist.broadcast(tensor, source)
                 received[name] = tensor.cpu().numpy()
             yield received
@@ -150,7 +151,6 @@ class Stream:
     ranks: Ranks
     saved: Saved
     bar: "tqdm[Any]"
-    save_seconds: float = SAVE_SECONDS
     _since: float = field(default_factory=time.monotonic)
 
     def run(self, stage: str, scan: Scan) -> None:
@@ -164,7 +164,7 @@ class Stream:
             release(self.references)
             self.bar.update(stop - position)
             position = stop
-            if position == span.stop or time.monotonic() - self._since > self.save_seconds:
+            if position == span.stop or time.monotonic() - self._since > SAVE_SECONDS:
                 self.saved.save(stage, scan, position)
                 self._since = time.monotonic()
         for rank, share in enumerate(self.ranks.shares(scan.state())):

@@ -1,0 +1,247 @@
+"""Feature search against brute force in float64, the bounds it rests on, and inputs that force its guard to fire."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from unrote.auditing.feature_scans import FloatScan, QuantisedScan, bounding_box
+from unrote.auditing.feature_search import box_for_quantising, nearest_features
+from unrote.auditing.products import int8_is_exact
+from unrote.errors import InputError
+
+CPU = torch.device("cpu")
+needs_int8 = pytest.mark.skipif(not int8_is_exact("cpu"), reason="no fast exact int8 product on this processor")
+
+
+def brute_force(queries: np.ndarray, references: np.ndarray, num: int) -> tuple[np.ndarray, np.ndarray]:
+    squared = np.stack([((query.astype(np.float64) - references) ** 2).sum(1) for query in queries])
+    order = np.argsort(squared, axis=1, kind="stable")[:, :num]
+    return np.take_along_axis(squared, order, 1), order
+
+
+def assert_brute_force(found, queries, references, num):
+    squared, indices = brute_force(queries, references, num)
+    np.testing.assert_array_equal(found.indices, indices)
+    np.testing.assert_allclose(found.squared, squared, rtol=1e-13)
+
+
+def normal(seed: int, count: int, values: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(count, values)).astype(np.float32)
+
+
+def features(kind: str) -> tuple[np.ndarray, np.ndarray]:
+    queries, references = normal(1, 70, 96), normal(2, 2500, 96)
+    if kind == "far from zero":
+        return queries + 5000, references + 5000
+    if kind == "low-dimensional":
+        basis = normal(3, 4, 96)
+        return queries[:, :4] @ basis, references[:, :4] @ basis
+    if kind == "unit length":
+        return tuple(part / np.linalg.norm(part, axis=1, keepdims=True) for part in (queries, references))
+    if kind == "8-bit":
+        return tuple(np.random.default_rng(4).integers(0, 256, (n, 96)).astype(np.float32) / 255 for n in (70, 2500))
+    if kind == "sparse and heavy-tailed":
+        return tuple(np.maximum(part, 1.5) ** 8 for part in (queries, references))
+    if kind == "tiny":
+        return queries * np.float32(1e-30), references * np.float32(1e-30)
+    if kind == "huge":
+        return queries * np.float32(1e30), references * np.float32(1e30)
+    if kind == "references out of range":
+        references[::7] *= np.float32(1e12)
+        references[5] = np.finfo(np.float32).max
+    if kind == "one query":
+        return queries[:1], references
+    if kind == "fewer references than neighbours":
+        return queries, references[:7]
+    return queries, references
+
+
+KINDS = [
+    "normal",
+    "far from zero",
+    "low-dimensional",
+    "unit length",
+    "8-bit",
+    "sparse and heavy-tailed",
+    "tiny",
+    "huge",
+    "references out of range",
+    "one query",
+    "fewer references than neighbours",
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_brute_force(kind):
+    queries, references = features(kind)
+    with np.errstate(over="ignore"):
+        assert_brute_force(nearest_features(queries, references, 50), queries, references, 50)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_near_copies_do_not_drown_in_cancellation(offset):
+    queries, references = normal(1, 20, 512) + np.float32(offset), normal(2, 900, 512) + np.float32(offset)
+    references[10] = queries[3]
+    references[20] = queries[3]
+    references[30] = queries[3]
+    references[30, 7] = np.nextafter(queries[3, 7], np.float32(np.inf))
+    found = nearest_features(queries, references, 5)
+    assert found.indices[3, :3].tolist() == [10, 20, 30]
+    assert found.squared[3, :2].tolist() == [0.0, 0.0]
+    assert found.distances[3, 2] == np.abs(np.float64(references[30, 7]) - queries[3, 7])
+    assert_brute_force(found, queries, references, 5)
+
+
+def crowded(spread: float) -> tuple[np.ndarray, np.ndarray, int]:
+    """Three queries, each in a crowd of 400 references that are all nearly equally far: more than are kept."""
+    basis = normal(6, 8, 64)
+    queries, references = normal(1, 70, 8) @ basis, normal(2, 3000, 8) @ basis
+    directions = normal(3, 1200, 64).astype(np.float64)
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    radii = 0.5 + spread * np.random.default_rng(4).random((1200, 1))
+    references[:1200] = np.repeat(queries[:3], 400, axis=0) + directions * radii
+    return queries, references[np.random.default_rng(5).permutation(3000)], 3
+
+
+@needs_int8
+def test_the_guard_fires_where_rounding_to_8_bits_cannot_tell_and_mends_it():
+    queries, references, crowds = crowded(1e-3)
+    assert box_for_quantising(queries, references, 50, 232, CPU) is not None
+    found = nearest_features(queries, references, 50)
+    assert crowds <= found.searched_again < len(queries)
+    assert_brute_force(found, queries, references, 50)
+
+
+def test_the_guard_fires_where_float32_cannot_tell_and_mends_it():
+    """More equally distant references than are kept, for one query alone: 8 bits have no range then."""
+    queries, references = normal(1, 1, 64), normal(2, 1500, 64)
+    references[100:800] = queries[0]
+    references[100:800, 3] += np.float32(0.25) * np.where(np.arange(700) % 2, 1, -1)
+    found = nearest_features(queries, references, 50)
+    assert found.searched_again == 1
+    assert_brute_force(found, queries, references, 50)
+
+
+def test_all_references_equal():
+    queries, references = normal(1, 5, 16), np.ones((600, 16), np.float32)
+    found = nearest_features(queries, references, 50)
+    assert found.searched_again == 5
+    assert found.indices.tolist() == [list(range(50))] * 5
+
+
+def test_without_the_guard_neighbours_would_be_lost():
+    """The guard is needed: the candidates that the fast pass kept for a crowded query miss true neighbours."""
+    queries, references, _ = crowded(1e-3)
+    scan = QuantisedScan(queries, bounding_box(queries), 50, 60, len(references), 64, CPU)
+    scan.add(0, references)
+    candidates = scan.candidates()[1].numpy()
+    _, indices = brute_force(queries, references, 50)
+    assert not set(indices[0]) <= set(candidates[0])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 2**31),
+    st.integers(1, 40),
+    st.sampled_from([1e-20, 1e-3, 1.0, 1e15]),
+    st.sampled_from([0.0, 1.0, 1e4]),
+    st.sampled_from([1.0, 1e-4, 1e6]),
+)
+def test_bounds_never_exceed_the_distance(seed, values, scale, offset, wild):
+    """Of both fast passes, whatever the range, the offset and the outliers of the references."""
+    random = np.random.default_rng(seed)
+    queries = ((random.standard_t(2, size=(9, values)) + offset) * scale).astype(np.float32)
+    references = ((random.standard_t(2, size=(130, values)) * wild + offset) * scale).astype(np.float32)
+    references[::5] = queries[random.integers(0, 9, 26)]
+    references[1::5] = np.nextafter(references[::5], np.float32(np.inf))
+    squared = np.stack([((query.astype(np.float64) - references) ** 2).sum(1) for query in queries])
+    for scan in (
+        FloatScan(queries, 130, 130, tile=4, device=CPU),
+        QuantisedScan(queries, bounding_box(queries), 130, 130, 130, 4, CPU),
+    ):
+        for start in range(0, 130, 40):
+            scan.add(start, references[start : start + 40])
+        bounds, indices = (part.numpy() for part in scan.candidates())
+        distances = np.sqrt(np.take_along_axis(squared, indices, 1)) * (1 + 1e-12)
+        assert ((bounds <= distances) | (bounds == np.inf)).all()
+        dropped = (bounds == np.inf).sum(1)
+        assert (dropped == 0).all() or isinstance(scan, QuantisedScan)  # all are kept, but what cannot be near
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(1, 30),
+    st.integers(1, 300),
+    st.integers(1, 60),
+    st.integers(1, 12),
+    st.sampled_from([2, 3, 1000]),
+    st.integers(1 << 13, 1 << 20),
+    st.integers(0, 2**31),
+)
+def test_equals_brute_force_and_block_sizes_change_nothing(count, total, num, values, levels, memory, seed):
+    """Few levels make ties everywhere, and sums that float64 holds exactly: the order is defined to the last place."""
+    random = np.random.default_rng(seed)
+    queries = random.integers(0, levels, (count, values)).astype(np.float32)
+    references = random.integers(0, levels, (total, values)).astype(np.float32)
+    whole = nearest_features(queries, references, num)
+    assert_brute_force(whole, queries, references, num)
+    parts = nearest_features(queries, references, num, memory_bytes=memory)
+    np.testing.assert_array_equal(parts.indices, whole.indices)
+    np.testing.assert_array_equal(parts.squared, whole.squared)
+
+
+def test_the_result_does_not_depend_on_the_batch_of_queries_or_threads():
+    queries, references = features("normal")
+    whole = nearest_features(queries, references, 50)
+    single = [nearest_features(queries[i : i + 1], references, 50) for i in range(5)]
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3 - min(2, threads))
+        other = nearest_features(queries, references, 50)
+    finally:
+        torch.set_num_threads(threads)
+    np.testing.assert_array_equal(np.concatenate([found.squared for found in single]), whole.squared[:5])
+    np.testing.assert_array_equal(np.concatenate([found.indices for found in single]), whole.indices[:5])
+    np.testing.assert_array_equal(other.squared, whole.squared)
+
+
+def test_low_precision_settings_change_nothing_and_are_kept():
+    queries, references = features("normal")
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = nearest_features(queries[:1], references, 50)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert_brute_force(found, queries[:1], references, 50)
+
+
+def test_a_memory_map_is_read_from_disk(tmp_path):
+    queries, references = features("normal")
+    np.save(tmp_path / "references.npy", references)
+    mapped = np.load(tmp_path / "references.npy", mmap_mode="r")
+    assert_brute_force(nearest_features(queries, mapped, 50), queries, references, 50)
+    assert_brute_force(nearest_features(queries, mapped[100:], 50), queries, references[100:], 50)
+
+
+@pytest.mark.parametrize("where", ["queries", "references"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_values_that_are_not_finite_are_refused(where, value):
+    queries, references = normal(1, 5, 8), normal(2, 50, 8)
+    (queries if where == "queries" else references)[3, 2] = value
+    with pytest.raises(InputError, match="not finite"):
+        nearest_features(queries, references, 5)
+
+
+def test_other_types_are_refused():
+    with pytest.raises(InputError, match="must be float32"):
+        nearest_features(np.zeros((3, 4)), np.zeros((5, 4), np.float32), 2)
+
+
+def test_no_queries():
+    found = nearest_features(normal(1, 0, 4), normal(2, 9, 4), 3)
+    assert found.squared.shape == found.indices.shape == (0, 3)
