@@ -64,7 +64,8 @@ def test_a_killed_search_goes_on_where_it_stopped(alone, tmp_path, world):
     assert run(kind, tmp_path / "again", world, resume) == 0
     for rank in range(world):
         assert_same(result(tmp_path / "again", rank), expected)
-    assert result(tmp_path / "again", world - 1)["reads"] < 0.7 * reads
+    # Features also need reads for the pilot sample and the candidates, which are not saved.
+    assert result(tmp_path / "again", world - 1)["reads"] < (0.7 if kind == "images" else 0.95) * reads
 
 
 def test_progress_is_kept_under_the_content_and_the_settings(tmp_path):

@@ -15,7 +15,7 @@ class FloatScan:
 
     The bound. Let u = 2⁻²³ (twice the unit roundoff of float32, so that truncating adders are covered) and q, r the
     centred rows. A float32 dot product summed in any order is off by at most γ‖q‖‖r‖ with γ = Du / (1 − Du); rounding
-    the centred rows, the norms and two additions adds at most 16u(‖q‖² + ‖r‖²). As 2‖q‖‖r‖ ≤ ‖q‖² + ‖r‖²,
+    the centred rows, the norms and three additions adds at most 16u(‖q‖² + ‖r‖²). As 2‖q‖‖r‖ ≤ ‖q‖² + ‖r‖²,
     ‖q − r‖² ≥ (1 − c)(‖q‖² + ‖r‖²) − 2 fl(q·r) with c = γ + 16u. Rows are scaled by a power of two so that the largest
     query value is about 1, and products that underflow are covered by D · 2⁻¹²⁴.
     """
@@ -79,9 +79,9 @@ class FloatScan:
             self.top.add_some(queries, self._keys(scores[places, columns], self.norms[queries], columns + first))
 
     def _keys(self, scores: Tensor, norms: Tensor, indices: Tensor) -> Tensor:
-        """The bits of a non-negative float32 order like an integer. Rounded down, so that it stays a lower bound."""
-        bounds = (scores.double() + norms - self.underflow).mul_(1 - 2.0**-23).clamp_(min=0.0).float()
-        keys: Tensor = bounds.view(torch.int32).long() * self.num_references + indices
+        """The bits of a non-negative float32 order like an integer."""
+        bounds = (scores + norms).sub_(self.underflow).clamp_(min=0.0)
+        keys: Tensor = bounds.view(torch.int32).long().mul_(self.num_references).add_(indices)
         return keys
 
     def _bounds(self, keys: Tensor) -> Tensor:

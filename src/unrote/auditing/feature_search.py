@@ -15,7 +15,7 @@ import torch
 from unrote.auditing.direct import least, squared_distances
 from unrote.auditing.feature_scans import FloatScan, QuantisedScan, RangeScan, bounding_box, checked, widest
 from unrote.auditing.neighbours import MEMORY_BYTES, Neighbours
-from unrote.auditing.products import int8_is_exact, integer_norms, integer_product, squared_dtype
+from unrote.auditing.products import float32_products, int8_is_exact, integer_norms, integer_product, squared_dtype
 from unrote.auditing.streaming import Blocks, Ranks, Rows, Saved, Stream, release
 
 
@@ -53,25 +53,22 @@ def nearest_features(
     """
     assert queries.shape[1:] == references.shape[1:] and len(references) > 0 and num > 0
     num, count, values = min(num, len(references)), len(references), references.shape[1]
-    slots = min(4 * num + 32, count)
+    slots = min(3 * num + 16, count)
     sizes = Blocks.within(memory_bytes, values, slots, 8, 16)
     ranks, device = Ranks.here(distributed=distributed), torch.device(device)
     saved = Saved.keyed(resume, ranks, queries, references, "features/1", num, sizes.group)
     groups = range(0, len(queries), sizes.group)
     squared, indices = np.zeros((len(queries), num)), np.zeros((len(queries), num), dtype=np.int64)
-    again, before = 0, torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")  # the bound is one of float32 products
-    try:
-        with ranks.bar(progress, "row", len(groups), count) as bar:
-            stream = Stream(references, sizes.block, ranks, saved, bar)
-            for start in groups:
-                group = slice(start, start + sizes.group)
-                search = _Group(checked(np.array(queries[group])), stream, num, slots, sizes.tile, device, str(start))
-                release(queries)
-                squared[group], indices[group] = search.run()
-                again += search.searched_again
-    finally:
-        torch.set_float32_matmul_precision(before)
+    again = 0
+    # The bound is one of float32 products.
+    with float32_products("highest"), ranks.bar(progress, "row", len(groups), count) as bar:
+        stream = Stream(references, sizes.block, ranks, saved, bar)
+        for start in groups:
+            group = slice(start, start + sizes.group)
+            search = _Group(checked(np.array(queries[group])), stream, num, slots, sizes.tile, device, str(start))
+            release(queries)
+            squared[group], indices[group] = search.run()
+            again += search.searched_again
     return Neighbours(squared, indices, np.zeros(indices.shape, dtype=np.int16), 1.0, again)
 
 
@@ -113,6 +110,7 @@ class _Group:
     def _fast_scan(self) -> FloatScan | QuantisedScan:
         box = box_for_quantising(self.queries, self.references, self.num, self.slots, self.device)
         if box is None:
+            self.slots = min(self.slots, self.num + self.num // 2 + 16)  # its bounds are far tighter
             return FloatScan(self.queries, self.slots, self.count, tile=self.tile, device=self.device)
         return QuantisedScan(self.queries, box, self.num, self.slots, self.count, self.tile, self.device)
 
@@ -168,4 +166,4 @@ def box_for_quantising(
     rank = min(len(sample), max(16, num * len(sample) // count))
     within = distances.kthvalue(rank, dim=1, keepdim=True).values + 2 * (scan.errors[:, None] + errors[0].max())
     growth = float((distances <= within).sum(1).double().median()) / rank
-    return box if growth * num <= slots / 2 else None
+    return box if growth * num <= 0.7 * slots else None

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from unrote.auditing.orbit import IDENTITY, Transform
+from unrote.auditing.products import float32_products
 from unrote.auditing.scans import IntegerScan, signed
 from unrote.auditing.streaming import Blocks, Ranks, Rows, Saved, Stream, release
 
@@ -89,7 +90,8 @@ def nearest_images(
     groups = range(0, len(queries), sizes.group)
     squared = np.zeros((len(queries), num), dtype=np.int64)
     indices, chosen = np.zeros_like(squared), np.zeros(squared.shape, dtype=np.int16)
-    with ranks.bar(progress, "img", len(groups), count) as bar:
+    # TF32 is fast on a GPU, and exact here.
+    with float32_products("high"), ranks.bar(progress, "img", len(groups), count) as bar:
         stream = Stream(references, sizes.block, ranks, saved, bar)
         for start in groups:
             group = slice(start, start + sizes.group)

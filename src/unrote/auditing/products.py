@@ -8,8 +8,10 @@ holds all of them without rounding (TF32 and bfloat16 products, which round only
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +19,17 @@ from torch import Tensor
 EXACT_CHUNK = 1024  # 1,024 · 128² = 2²⁴: the longest dot product that float32 always holds exactly
 SHORTEST = 32  # torch 2.13 leaves the int8 product of [g, 1] and [1, b] unwritten, as both strides are then 1
 INT32_CHUNK = 1 << 16  # 2¹⁶ · 128² = 2³⁰ < 2³¹
+
+
+@contextmanager
+def float32_products(precision: Literal["highest", "high"]) -> Iterator[None]:
+    """``torch.set_float32_matmul_precision`` for a while, whatever it was before. It holds for the whole process."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def squared_dtype(values: int) -> torch.dtype:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 EMPTY = torch.iinfo(torch.int64).max
-SEGMENT = 64
+SEGMENT = 16
 
 
 class RunningTop:
@@ -45,11 +45,14 @@ def below(scores: Tensor, limits: Tensor) -> tuple[Tensor, Tensor] | None:
     """
     if scores.device.type != "cpu":
         return None
-    width = SEGMENT if scores.shape[1] % SEGMENT == 0 else 1
-    segments = scores.view(len(scores), -1, width)
-    # Minima of segments first: an elementwise search of the whole tile costs as much as a short matrix product.
-    rows, parts = (segments.amin(2) < limits[:, None]).nonzero(as_tuple=True)
-    if len(rows) * 4 * width > scores.numel() and len(rows) > len(scores):
-        return None
-    within, places = (segments[rows, parts] < limits[rows, None]).nonzero(as_tuple=True)
-    return rows[within], parts[within] * width + places
+    count, total = scores.shape
+    if total % SEGMENT == 0:
+        # An elementwise search of the whole tile costs as much as a short matrix product; minima of every
+        # (total / SEGMENT)-th column are nearly free.
+        segments = scores.view(count, SEGMENT, -1)
+        rows, parts = (segments.amin(1) < limits[:, None]).nonzero(as_tuple=True)
+        if 4 * SEGMENT * len(rows) < scores.numel():
+            within, places = (segments[rows, :, parts] < limits[rows, None]).nonzero(as_tuple=True)
+            return rows[within], parts[within] + places * (total // SEGMENT)
+    rows, columns = (scores < limits[:, None]).nonzero(as_tuple=True)
+    return None if 8 * len(rows) > scores.numel() and len(rows) > 8 * count else (rows, columns)
