@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -79,7 +78,7 @@ def measured(threads: int, *arguments: object) -> dict[str, float]:
 
 
 def compare(folder: Path, options: argparse.Namespace) -> list[dict[str, object]]:
-    """One size, every way; each twice in alternation, so that a disturbance does not hit one way alone. Best of two."""
+    """One size, every way, three times in alternation (a disturbance does not hit one way alone); the best of each."""
     count, total, values = SIZES
     random = np.random.default_rng(0)
     if options.images:
@@ -99,7 +98,7 @@ def compare(folder: Path, options: argparse.Namespace) -> list[dict[str, object]
     del images, normalised, sets
     ways = [("sgemm", "normal"), ("images", "pixels8")]
     ways += [(way, name) for name in ("pixels", "normal") for way in ("features", "faiss", "cdist")]
-    runs = [(way, name, measured(options.threads, way, folder, name)) for _ in range(2) for way, name in ways]
+    runs = [(way, name, measured(options.threads, way, folder, name)) for _ in range(3) for way, name in ways]
     results = []
     for way, name in ways:
         best = min((result for w, n, result in runs if (w, n) == (way, name)), key=lambda result: result["seconds"])
@@ -134,7 +133,7 @@ def scaling(folder: Path, options: argparse.Namespace) -> list[dict[str, object]
 
 
 def child(way: str, folder: str, name: str) -> dict[str, float]:
-    """One measurement in this process: seconds, rate, peak memory above that of the imports, and a checksum."""
+    """One measurement in this process: seconds, rate, peak memory, and a checksum."""
     queries = np.load(Path(folder) / f"{name}-queries.npy", mmap_mode="r")
     references = np.load(Path(folder) / f"{name}-references.npy", mmap_mode="r")
     run = {"sgemm": sgemm, "images": images, "features": features, "faiss": faiss, "cdist": cdist}[way]
@@ -143,9 +142,15 @@ def child(way: str, folder: str, name: str) -> dict[str, float]:
     return {
         "seconds": round(seconds, 4),
         "gflops": round(work / seconds / 1e9, 1),
-        "peak_rss_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        "peak_rss_mib": peak_rss_mib(),
         **result,
     }
+
+
+def peak_rss_mib() -> int:
+    """The most memory this program ever held. (ru_maxrss would count that of the parent before exec, too.)"""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) // 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def sgemm(queries: np.ndarray, references: np.ndarray) -> tuple[float, dict[str, float]]:

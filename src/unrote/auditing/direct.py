@@ -1,6 +1,5 @@
 """Direct distances in float64 between pairs of rows, and the nearest of them."""
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -18,18 +17,18 @@ def squared_distances(queries: np.ndarray, references: Rows, rows: np.ndarray, i
     order = np.argsort(indices, kind="stable")  # references that several queries share are then read once
     step = max(1, PAIR_BYTES // (8 * queries.shape[1]))
 
-    def compute(chunk: np.ndarray) -> None:
-        differences = references[indices[chunk]].astype(np.float64)
-        differences -= queries[rows[chunk]]
-        squared[chunk] = np.einsum("ij,ij->i", differences, differences)
+    def compute(part: np.ndarray) -> None:
+        for place, start in enumerate(range(0, len(part), step)):
+            if place % 8 == 0:
+                release(references)  # scattered reads map far more of a file than they use
+            chunk = part[start : start + step]
+            differences = references[indices[chunk]].astype(np.float64)
+            differences -= queries[rows[chunk]]
+            squared[chunk] = np.einsum("ij,ij->i", differences, differences)
 
-    def chunks() -> Iterator[np.ndarray]:
-        for start in range(0, len(order), step):
-            yield order[start : start + step]
-
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for _ in pool.map(compute, chunks()):
-            pass
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(compute, np.array_split(order, 4 * threads)))
     release(references)
     return squared
 

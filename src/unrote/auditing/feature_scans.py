@@ -21,8 +21,8 @@ class FloatScan:
     """
 
     def __init__(self, queries: np.ndarray, slots: int, num_references: int, *, tile: int, device: torch.device):
-        self.centre = queries.mean(0, dtype=np.float64).astype(np.float32)
-        largest = float(np.abs(queries - self.centre).max(initial=0.0))
+        self.centre = torch.from_numpy(queries).mean(0, dtype=torch.float64).float().numpy()
+        largest = float(np.abs(bounding_box(queries).astype(np.float64) - self.centre).max())
         self.scale = 2.0 ** -int(np.clip(np.ceil(np.log2(largest)), -126, 126)) if largest > 0 else 1.0
         values = queries.shape[1]
         rounding = values * 2.0**-23

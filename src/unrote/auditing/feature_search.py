@@ -54,7 +54,7 @@ def nearest_features(
     assert queries.shape[1:] == references.shape[1:] and len(references) > 0 and num > 0
     num, count, values = min(num, len(references)), len(references), references.shape[1]
     slots = min(3 * num + 16, count)
-    sizes = Blocks.within(memory_bytes, values, slots, 8, 16)
+    sizes = Blocks.within(memory_bytes, values, slots, 8, 10)
     ranks, device = Ranks.here(distributed=distributed), torch.device(device)
     saved = Saved.keyed(resume, ranks, queries, references, "features/1", num, sizes.group)
     groups = range(0, len(queries), sizes.group)
@@ -152,8 +152,8 @@ def box_for_quantising(
     if not int8_is_exact(device.type):
         return None
     count = len(references)
-    starts = np.linspace(0, max(0, count - 256), 16).astype(np.int64)
-    sample = checked(np.concatenate([references[start : start + 256] for start in starts]))
+    starts = np.linspace(0, max(0, count - 128), 16).astype(np.int64)
+    sample = checked(np.concatenate([references[start : start + 128] for start in starts]))
     release(references)
     box = bounding_box(queries, sample)
     if not 1e-30 < widest(box) < 1e30:

@@ -9,6 +9,7 @@ import numpy as np
 
 from unrote.auditing.verdict import headline, interval, percent
 from unrote.data.store import ImageStore
+from unrote.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,18 @@ class AuditReport:
         page = out / "report.html"
         write_page([self], page)
         return page
+
+    def to_pandas(self) -> Any:
+        """``pairs`` as a ``pandas.DataFrame``, one row per generated image.
+
+        Raises:
+            InputError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError:
+            raise InputError("to_pandas() needs pandas: pip install pandas, or read pairs.csv of save()") from None
+        return pandas.DataFrame(dict(self.pairs))
 
     def __str__(self) -> str:
         """A short result in plain words, for a terminal."""

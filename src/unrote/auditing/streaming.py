@@ -19,7 +19,7 @@ from unrote.auditing.scans import Scan, State
 from unrote.errors import InputError
 from unrote.files import write_bytes
 
-MAX_BLOCK = 2048
+MAX_BLOCK = 4096
 SAVE_SECONDS = 30.0
 
 
