@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from unrote.api import audit, train
+    from unrote.api import audit, membership, scan, train
     from unrote.auditing import AuditReport
     from unrote.data import ImageStore, open_images
+    from unrote.detection.prompts import prompt_scores
     from unrote.errors import InputError
     from unrote.method.bank import LossBank
     from unrote.method.ensemble import Redistribution, ShardEnsemble
@@ -28,8 +29,11 @@ _HOMES = {
     "Run": "unrote.training.run",
     "ShardEnsemble": "unrote.method.ensemble",
     "audit": "unrote.api",
+    "membership": "unrote.api",
     "open_images": "unrote.data",
+    "prompt_scores": "unrote.detection.prompts",
     "sample": "unrote.sampling",
+    "scan": "unrote.api",
     "train": "unrote.api",
 }
 
@@ -44,8 +48,11 @@ __all__ = [
     "Run",
     "ShardEnsemble",
     "audit",
+    "membership",
     "open_images",
+    "prompt_scores",
     "sample",
+    "scan",
     "train",
 ]
 

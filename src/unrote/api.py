@@ -6,11 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import DDPMScheduler, UNet2DModel
 
 from unrote.auditing import AuditReport
 from unrote.auditing import audit as _audit
+from unrote.auditing.scan import ScanReport
+from unrote.auditing.scan import scan as _scan
 from unrote.config import Config, load_config
 from unrote.data import ImageStore, open_images
+from unrote.detection.membership import TIMESTEPS, pia_scores
+from unrote.detection.roc import separation
 from unrote.errors import InputError
 from unrote.training.loop import train as _train
 from unrote.training.plan import Plan, make_plan
@@ -119,6 +124,75 @@ def audit(
     )
 
 
+def scan(
+    data: Any,
+    holdout: Any = None,
+    *,
+    run: Run | Path | str | None = None,
+    resolution: int | None = None,
+    max_shift: int = 2,
+    seed: int = 0,
+) -> ScanReport:
+    """Look at images before training: duplicates, leaks, unusable ones, and a ranking by risk of memorization.
+
+    Args:
+        data: anything :func:`unrote.open_images` takes.
+        holdout: images that must not be among them.
+        run: a finished run on exactly these images; its ledger sharpens the ranking.
+        resolution: compare at this size; by default their own, for folders 64 pixels.
+        max_shift: duplicates may be shifted by up to so many pixels.
+        seed: of the images that isolation is measured against, when there are more than 20,000.
+
+    Raises:
+        InputError: if data cannot be read, or the run was trained on other images.
+    """
+    trained = None if run is None else Run(Path(run))
+    images = _scanned(data, resolution)
+    control = None if holdout is None else _scanned(holdout, images.images.shape[1])
+    if trained is not None and list(training_images(trained.config).names) != list(images.names):
+        raise InputError(f"{trained.path} was not trained on exactly the images of {images.source}")
+    return _scan(images, control, max_shift=max_shift, seed=seed, ledger=trained.read_ledger() if trained else None)
+
+
+def membership(run: Run | Path | str, holdout: Any, *, seed: int = 0, device: str | None = None) -> dict[str, Any]:
+    """Test on the loss whether the run's images can be told from held-out ones, by PIA (Kong et al.).
+
+    Args:
+        run: a finished run.
+        holdout: images of the same kind that were not trained on.
+        seed: of the bootstrap.
+        device: ``cpu``, ``cuda``, …; by default what there is.
+
+    Returns:
+        JSON-able: AUC, TPR at 1 % FPR, their 95 % intervals, counts and provenance.
+    """
+    trained, where = Run(Path(run)), pick_device(device)
+    if not trained.finished:
+        raise InputError(f"{trained.path}: is not a finished run; train it to its end first")
+    members = _known_images(trained)
+    others = open_images(holdout, resolution=members.images.shape[1], channels=members.images.shape[3])
+    unet = UNet2DModel.from_pretrained(trained.model_folder, subfolder="unet", low_cpu_mem_usage=False).to(where).eval()
+    schedule = DDPMScheduler.from_pretrained(trained.model_folder, subfolder="scheduler")
+    scores = [
+        pia_scores(unet, schedule.alphas_cumprod, store, prediction_type=schedule.config.prediction_type, device=where)
+        for store in (members, others)
+    ]
+    origin = {
+        "run": str(trained.path),
+        "weights": "ema" if trained.config.training.use_ema else "raw",
+        "holdout": others.source,
+        "seed": seed,
+    }
+    prints = {"train_fingerprint": members.fingerprint, "holdout_fingerprint": others.fingerprint}
+    return {"method": "pia", "timesteps": list(TIMESTEPS), **separation(*scores, seed=seed), **origin, **prints}
+
+
+def _scanned(data: Any, resolution: int | None) -> ImageStore:
+    """Files of any size are made small; what has one size keeps it."""
+    folder = isinstance(data, str | Path) and Path(data).is_dir()
+    return open_images(data, resolution=64 if folder and resolution is None else resolution)
+
+
 def _as_run(what: Any) -> Run | None:
     if isinstance(what, Run):
         return what
@@ -152,13 +226,28 @@ def plan(config: Config, data: Any, out: Path) -> Plan:
 def training_images(config: Config, data: Any = None) -> ImageStore:
     """The images that a run of ``config`` trains on; ``data`` where the source is no path or name."""
     settings = config.data
-    return open_images(
+    images = open_images(
         settings.source if data is None else data,
         resolution=settings.resolution,
         center_crop=settings.center_crop,
         channels=settings.channels,
-        limit=settings.limit,
     )
+    if settings.include is not None:
+        images = _included(images, Path(settings.include))
+    return images if settings.limit is None else images.limit(settings.limit)
+
+
+def _included(images: ImageStore, file: Path) -> ImageStore:
+    """The images that ``file`` names. Raises InputError for names that there are not."""
+    try:
+        wanted = set(file.read_text(encoding="utf-8").splitlines()) - {""}
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"data.include: {file}: cannot be read as a list of names ({error})") from None
+    unknown = sorted(wanted - set(images.names))
+    if unknown or not wanted:
+        what = f"names {unknown[0]!r}" if unknown else "names nothing"
+        raise InputError(f"data.include: {file} {what}, and {images.source} has {len(images)} other images")
+    return images.subset([index for index, name in enumerate(images.names) if name in wanted])
 
 
 def pick_device(device: str | None) -> torch.device:

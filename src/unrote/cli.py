@@ -173,6 +173,47 @@ def audit(generated: str, train: str, out: Path | None, as_json: bool, **options
 
 
 @cli.command()
+@click.argument("data", metavar="DATA")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of what is found.")
+@click.option("--holdout", metavar="DATA", help="Images that must not be among them.")
+@click.option("--run", type=click.Path(path_type=Path), help="A finished run on these images: its ledger counts too.")
+@click.option("--resolution", type=int, help="Compare at this size [their own; 64 for folders].")
+@click.option("--max-shift", default=2, show_default=True, help="Duplicates may be shifted by up to so many pixels.")
+@click.option("--seed", default=0, show_default=True, help="Of what isolation is measured against.")
+@_json_option
+def scan(data: str, out: Path, as_json: bool, **options: Any) -> None:
+    """Find duplicates, leaks and images at risk before training."""
+    from unrote.api import scan as look
+
+    report = look(data, **options)
+    page = report.save(out)
+    keep = f"next: unrote train --data {data} --set data.include={out / 'keep.txt'} --out runs/first"
+    click.echo(json.dumps(report.summary) if as_json else f"{report}\n{page}\n{keep}")
+
+
+@cli.command()
+@click.argument("run", metavar="RUN")
+@click.option("--holdout", required=True, metavar="DATA", help="Images of the same kind that were not trained on.")
+@click.option("--seed", default=0, show_default=True, help="Of the bootstrap.")
+@_device_option
+@_json_option
+def membership(run: str, as_json: bool, **options: Any) -> None:
+    """Test whether a run's training images can be told from others by the loss (PIA)."""
+    from unrote.api import membership as test
+
+    result = test(run, **options)
+    low, high = result["auc_interval"]
+    rate, (least, most) = result["tpr_at_1_percent_fpr"], result["tpr_interval"]
+    click.echo(
+        json.dumps(result)
+        if as_json
+        else f"AUC {result['auc']:.3f} ({low:.3f}–{high:.3f}; 0.5 = members cannot be told from others)\n"
+        f"TPR at 1 % FPR {rate:.1%} ({least:.1%}–{most:.1%}); "
+        f"{result['members']:,} members, {result['others']:,} others"
+    )
+
+
+@cli.command()
 @click.option("--out", default="demo", show_default=True, type=click.Path(path_type=Path), help="Folder of the demo.")
 @click.option("--toy", is_flag=True, help="Seconds instead of minutes: shows that it works, proves nothing.")
 def demo(out: Path, toy: bool) -> None:

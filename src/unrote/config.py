@@ -58,6 +58,8 @@ class DataConfig(Section):
     """1 trains on grey images, 3 on RGB."""
     limit: PositiveInt | None = None
     """Train on this many images only, a fixed random choice."""
+    include: str | None = None
+    """File with the names of the images to train on, one a line, such as the keep.txt of a scan; none takes all."""
     random_flip: bool = False
     """Show each image mirrored half of the time."""
 

@@ -38,11 +38,12 @@ def pairs_csv(report: "AuditReport") -> str:
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(columns)
     for row in zip(*(values.tolist() for values in columns.values()), strict=True):
-        writer.writerow([_cell(value) for value in row])
+        writer.writerow([cell(value) for value in row])
     return file.getvalue()
 
 
-def _cell(value: Any) -> Any:
+def cell(value: Any) -> Any:
+    """A value as it stands in a CSV file: a name that would start a formula is made text, NaN is empty."""
     if isinstance(value, str):
         return "'" + value if value.startswith(FORMULA_STARTS) else value
     if isinstance(value, float):

@@ -38,10 +38,11 @@ def write_page(reports: Sequence["AuditReport"], path: Path, *, headline: str | 
     title = headline or (reports[0].summary["verdict"]["title"] if len(reports) == 1 else "Memorization, side by side")
     script = (files("unrote.report") / "page.js").read_text(encoding="utf-8")
     style = (files("unrote.report") / "page.css").read_text(encoding="utf-8") + "".join(styles)
-    write_text(Path(path), _document(title, style, script, _top(title, reports), "".join(sections)))
+    write_text(Path(path), document(title, style, script, _top(title, reports), "".join(sections)))
 
 
-def _document(title: str, style: str, script: str, top: str, content: str) -> str:
+def document(title: str, style: str, script: str, top: str, content: str) -> str:
+    """A whole page: plain ``title``, and style, script, top and content as they are."""
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     return (

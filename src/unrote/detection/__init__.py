@@ -1,0 +1,1 @@
+"""Signs of memorization in a model itself, without searching the training set."""
