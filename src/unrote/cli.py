@@ -14,7 +14,7 @@ from unrote import __version__
 from unrote.config import METHODS, Config, fields_of, load_config, nearest, parse_assignment, preset_names
 from unrote.errors import InputError
 
-EXIT_UNUSABLE, EXIT_INTERRUPTED = 2, 130
+EXIT_FAILED, EXIT_UNUSABLE, EXIT_INTERRUPTED = 1, 2, 130
 
 
 class _Group(click.Group):
@@ -41,7 +41,7 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Run the command line and exit: 0 fine, 2 wrong use or unusable input, 130 interrupted."""
+    """Run the command line and exit: 0 fine, 1 a limit is exceeded, 2 wrong use or unusable input, 130 interrupted."""
     logger = logging.getLogger("unrote")
     logger.setLevel(logging.INFO)
     logger.addHandler(_Stderr())
@@ -161,15 +161,25 @@ def sample(model: str, out: Path | None, device: str | None, **options: Any) -> 
 @click.option("--flip/--no-flip", default=True, show_default=True, help="Look for mirrored copies too.")
 @click.option("--max-shift", default=2, show_default=True, help="Look for copies shifted by up to so many pixels.")
 @click.option("--seed", default=0, show_default=True, help="Of the subsets that make the control equally large.")
+@click.option("--fail-above", multiple=True, metavar="MQ@T=F", help="Exit 1 above mq@0.5=0.01; may be repeated.")
 @_json_option
-def audit(generated: str, train: str, out: Path | None, as_json: bool, **options: Any) -> None:
+def audit(
+    generated: str, train: str, out: Path | None, fail_above: tuple[str, ...], as_json: bool, **options: Any
+) -> None:
     """Measure what generated images copy from the training images."""
     from unrote.api import audit as measure
+    from unrote.auditing.limits import exceeded, parse_limit
 
+    limits = [parse_limit(text) for text in fail_above]
     report = measure(generated, train, **options)
     folder = out or Path(f"{generated.removesuffix('.npz').rstrip('/')}-report")
     page = report.save(folder)
     click.echo(json.dumps(report.summary) if as_json else f"{report}\n{page}")
+    failures = exceeded(report, limits)
+    for failure in failures:
+        click.echo(f"failed: {failure}", err=True)
+    if failures:
+        sys.exit(EXIT_FAILED)
 
 
 @cli.command()

@@ -1,0 +1,81 @@
+"""Limits for continuous integration: ``mq@0.5=0.01`` fails an audit that finds more than 1 % near-copies."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from unrote.auditing.memorization import Definition, fraction
+from unrote.errors import InputError
+
+if TYPE_CHECKING:
+    from unrote.auditing.result import AuditReport
+
+MEASURES: dict[str, tuple[str, Definition]] = {
+    "mq": ("plain", "l2"),
+    "mq-squared": ("plain", "squared-l2"),
+    "mq-orbit": ("orbit", "l2"),
+    "mq-orbit-squared": ("orbit", "squared-l2"),
+}
+GRAMMAR = f"MEASURE@THRESHOLD=FRACTION with MEASURE one of {', '.join(MEASURES)}, or exact=FRACTION"
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The greatest fraction of generated images that may score below a threshold.
+
+    Attributes:
+        measure: a key of :data:`MEASURES`, or ``exact`` (pixel-exact copies, flips and shifts allowed for).
+        threshold: of the neighbour ratio, in (0, 1]; None for ``exact``.
+        greatest: the fraction that is still allowed, in [0, 1].
+    """
+
+    measure: str
+    threshold: float | None
+    greatest: float
+
+    @property
+    def label(self) -> str:
+        """As it is written: ``mq@0.5``."""
+        return self.measure if self.threshold is None else f"{self.measure}@{self.threshold:g}"
+
+    def measured(self, report: "AuditReport") -> dict[str, Any]:
+        """``count``, ``total``, ``fraction`` and ``interval`` of the report, whatever thresholds its tables have."""
+        if self.threshold is None:
+            row: dict[str, Any] = report.summary["exact_copies"]["orbit"]
+            return row
+        ratios = report.curves[(*MEASURES[self.measure], "train")]
+        return fraction(int((ratios < self.threshold).sum()), len(ratios))
+
+
+def parse_limit(text: str) -> Limit:
+    """``mq@0.5=0.01`` as a limit.
+
+    Raises:
+        InputError: it does not follow the grammar, or a number is out of range.
+    """
+    match = re.fullmatch(r"([a-z-]+)(?:@([0-9.eE+-]+))?=([0-9.eE+-]+)", text.strip())
+    if match is None or (match[1] == "exact") is not (match[2] is None) or match[1] not in (*MEASURES, "exact"):
+        raise InputError(f"--fail-above {text!r} is not {GRAMMAR}, such as mq@0.5=0.01")
+    try:
+        threshold, greatest = None if match[2] is None else float(match[2]), float(match[3])
+    except ValueError:
+        raise InputError(f"--fail-above {text!r}: not a number; write it as mq@0.5=0.01") from None
+    if threshold is not None and not 0 < threshold <= 1:
+        raise InputError(f"--fail-above {text!r}: the threshold of a ratio lies in (0, 1], not at {threshold:g}")
+    if not 0 <= greatest <= 1:
+        raise InputError(f"--fail-above {text!r}: {greatest:g} is no fraction in [0, 1]; 1 % is 0.01")
+    return Limit(match[1], threshold, greatest)
+
+
+def exceeded(report: "AuditReport", limits: Sequence[Limit]) -> list[str]:
+    """One sentence for each limit that the report exceeds: the fraction itself, not its interval, is compared."""
+    sentences = []
+    for limit in limits:
+        row = limit.measured(report)
+        if row["fraction"] > limit.greatest:
+            sentences.append(
+                f"{limit.label} is {row['fraction']:.6g} ({row['count']:,} of {row['total']:,}), "
+                f"above the limit of {limit.greatest:g}"
+            )
+    return sentences
