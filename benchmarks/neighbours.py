@@ -169,7 +169,7 @@ def sgemm(queries: np.ndarray, references: np.ndarray) -> tuple[float, dict[str,
 
 def images(queries: np.ndarray, references: np.ndarray) -> tuple[float, dict[str, float]]:
     """Ours, of 8-bit images."""
-    from unrote.auditing.neighbours import nearest_images
+    from unrote.neighbours.images import nearest_images
 
     nearest_images(queries[:64], references[:4096], NUM)  # libraries load, the products are checked
     start = time.perf_counter()
@@ -179,7 +179,7 @@ def images(queries: np.ndarray, references: np.ndarray) -> tuple[float, dict[str
 
 def features(queries: np.ndarray, references: np.ndarray) -> tuple[float, dict[str, float]]:
     """Ours, of float32 rows."""
-    from unrote.auditing.feature_search import nearest_features
+    from unrote.neighbours.features import nearest_features
 
     nearest_features(queries[:64], references[:4096], NUM)
     start = time.perf_counter()

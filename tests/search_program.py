@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch.distributed as dist
 
-from unrote.auditing import streaming
-from unrote.auditing.feature_search import nearest_features
-from unrote.auditing.neighbours import nearest_images
-from unrote.auditing.orbit import orbit
+from unrote.neighbours import streaming
+from unrote.neighbours.features import nearest_features
+from unrote.neighbours.images import nearest_images
+from unrote.neighbours.orbit import orbit
 
 
 class Rows:

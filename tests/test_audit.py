@@ -7,9 +7,9 @@ import pytest
 
 from unrote.auditing import audit
 from unrote.auditing.memorization import THRESHOLDS, at_threshold
-from unrote.auditing.orbit import Transform
 from unrote.data import in_memory_store, open_images
 from unrote.errors import InputError
+from unrote.neighbours.orbit import Transform
 
 
 def emoji() -> tuple[np.ndarray, np.ndarray]:

@@ -6,10 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unrote.auditing.feature_scans import FloatScan, QuantisedScan, bounding_box
-from unrote.auditing.feature_search import box_for_quantising, nearest_features
-from unrote.auditing.products import int8_is_exact
 from unrote.errors import InputError
+from unrote.neighbours.feature_scans import FloatScan, QuantisedScan, bounding_box
+from unrote.neighbours.features import box_for_quantising, nearest_features
+from unrote.neighbours.products import int8_is_exact
 
 CPU = torch.device("cpu")
 needs_int8 = pytest.mark.skipif(not int8_is_exact("cpu"), reason="no fast exact int8 product on this processor")

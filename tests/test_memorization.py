@@ -11,8 +11,8 @@ from unrote.auditing.memorization import (
     train_share,
     wilson_interval,
 )
-from unrote.auditing.neighbours import Neighbours, nearest_images
 from unrote.data.store import image_digests
+from unrote.neighbours.images import Neighbours, nearest_images
 
 
 def images(seed: int, count: int) -> np.ndarray:

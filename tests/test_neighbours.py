@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unrote.auditing.neighbours import nearest_images
-from unrote.auditing.orbit import IDENTITY, Transform, orbit
 from unrote.errors import InputError
+from unrote.neighbours.images import nearest_images
+from unrote.neighbours.orbit import IDENTITY, Transform, orbit
 
 
 def images(seed: int, count: int, shape: tuple[int, ...] = (8, 8, 3), levels: int = 256) -> np.ndarray:

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unrote.auditing import products
-from unrote.auditing.products import EXACT_CHUNK, INT32_CHUNK, integer_norms, integer_product, squared_dtype
+from unrote.neighbours import products
+from unrote.neighbours.products import EXACT_CHUNK, INT32_CHUNK, integer_norms, integer_product, squared_dtype
 
 
 @pytest.fixture(params=["as chosen", "float32"])

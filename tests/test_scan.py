@@ -9,12 +9,12 @@ from PIL import Image
 
 import unrote
 from unrote.api import training_images
-from unrote.auditing.duplicates import clusters
-from unrote.auditing.hashing import MIRRORED, near_pairs, perceptual_hashes
-from unrote.auditing.scan import scan
 from unrote.config import load_config
 from unrote.data import in_memory_store
 from unrote.errors import InputError
+from unrote.scanning.duplicates import clusters
+from unrote.scanning.hashing import MIRRORED, near_pairs, perceptual_hashes
+from unrote.scanning.scan import scan
 
 EVIL = "<script>document.title='pwned'</script>"
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from unrote.auditing.feature_search import nearest_features
-from unrote.auditing.streaming import Ranks, Saved
 from unrote.errors import InputError
+from unrote.neighbours.features import nearest_features
+from unrote.neighbours.streaming import Ranks, Saved
 
 PROGRAM = Path(__file__).with_name("search_program.py")
 

@@ -10,13 +10,13 @@ from diffusers import DDPMScheduler, UNet2DModel
 
 from unrote.auditing import AuditReport
 from unrote.auditing import audit as _audit
-from unrote.auditing.scan import ScanReport
-from unrote.auditing.scan import scan as _scan
 from unrote.config import Config, load_config
 from unrote.data import ImageStore, open_images
 from unrote.detection.membership import TIMESTEPS, pia_scores
 from unrote.detection.roc import separation
 from unrote.errors import InputError
+from unrote.scanning.scan import ScanReport
+from unrote.scanning.scan import scan as _scan
 from unrote.training.loop import train as _train
 from unrote.training.plan import Plan, make_plan
 from unrote.training.run import Run

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from unrote.auditing.neighbours import Neighbours
+from unrote.neighbours.images import Neighbours
 
 Definition = Literal["l2", "squared-l2"]
 DEFINITIONS: tuple[Definition, ...] = ("l2", "squared-l2")

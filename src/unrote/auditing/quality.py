@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unrote.auditing.neighbours import Images
+from unrote.neighbours.images import Images
 from unrote.seeding import derive_seed
 
 ENCODER = "random-conv-64/1"

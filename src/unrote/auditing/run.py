@@ -18,13 +18,13 @@ from unrote.auditing.memorization import (
     neighbour_ratio,
     train_share,
 )
-from unrote.auditing.neighbours import Neighbours, nearest_images
-from unrote.auditing.orbit import IDENTITY, Transform, orbit
 from unrote.auditing.quality import quality, subsample
 from unrote.auditing.result import AuditReport
 from unrote.auditing.verdict import certainty, verdict
 from unrote.data.store import ImageStore, image_digests
 from unrote.errors import InputError
+from unrote.neighbours.images import Neighbours, nearest_images
+from unrote.neighbours.orbit import IDENTITY, Transform, orbit
 
 SCHEMA_VERSION = 1
 

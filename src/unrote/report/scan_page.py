@@ -15,7 +15,7 @@ from unrote.report.page import document
 from unrote.report.sprites import make_sheet, thumbnail_bytes
 
 if TYPE_CHECKING:
-    from unrote.auditing.scan import ScanReport
+    from unrote.scanning.scan import ScanReport
 
 RAW_BYTES = 3_500_000  # of thumbnails in each of the two galleries
 MAX_GROUPS, MAX_MEMBERS, MAX_RISKS = 150, 12, 240

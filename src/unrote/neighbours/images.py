@@ -2,7 +2,7 @@
 
 8-bit pixels are integers, and so ‖x‖² + ‖y‖² − 2x·y has no cancellation error: a copy is at distance exactly 0, and no
 block size, thread count, process count or order of summation can change a result. Ties go to the lower index. See
-:mod:`unrote.auditing.products` for why the products are exact.
+:mod:`unrote.neighbours.products` for why the products are exact.
 """
 
 from collections.abc import Sequence
@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from unrote.auditing.orbit import IDENTITY, Transform
-from unrote.auditing.products import float32_products
-from unrote.auditing.scans import IntegerScan, signed
-from unrote.auditing.streaming import Blocks, Ranks, Rows, Saved, Stream, release
+from unrote.neighbours.orbit import IDENTITY, Transform
+from unrote.neighbours.products import float32_products
+from unrote.neighbours.scans import IntegerScan, signed
+from unrote.neighbours.streaming import Blocks, Ranks, Rows, Saved, Stream, release
 
 Images = Rows  # uint8 [N, H, W, C]
 MEMORY_BYTES = 1 << 29

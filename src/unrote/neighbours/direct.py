@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from unrote.auditing.streaming import Rows, release
+from unrote.neighbours.streaming import Rows, release
 
 Lists = tuple[np.ndarray, np.ndarray, np.ndarray]  # query int64, squared distance float64, reference int64; each [m]
 PAIR_BYTES = 1 << 20  # float64 differences that a thread works on at a time: they stay in the processor's cache

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from unrote.auditing.duplicates import clusters, duplicate_pairs
-from unrote.auditing.hashing import constant_images
 from unrote.data.store import ImageStore, image_digests
 from unrote.errors import InputError
+from unrote.scanning.duplicates import clusters, duplicate_pairs
+from unrote.scanning.hashing import constant_images
 
 MAX_REFERENCES = 20_000
 SCHEMA_VERSION = 1

@@ -4,10 +4,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unrote.auditing.direct import least, squared_distances
-from unrote.auditing.running_top import EMPTY, RunningTop, below
-from unrote.auditing.scans import IntegerScan, State
 from unrote.errors import InputError
+from unrote.neighbours.direct import least, squared_distances
+from unrote.neighbours.running_top import EMPTY, RunningTop, below
+from unrote.neighbours.scans import IntegerScan, State
 
 
 class FloatScan:

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from unrote.auditing.direct import least, squared_distances
-from unrote.auditing.feature_scans import FloatScan, QuantisedScan, RangeScan, bounding_box, checked, widest
-from unrote.auditing.neighbours import MEMORY_BYTES, Neighbours
-from unrote.auditing.products import float32_products, int8_is_exact, integer_norms, integer_product, squared_dtype
-from unrote.auditing.streaming import Blocks, Ranks, Rows, Saved, Stream, release
+from unrote.neighbours.direct import least, squared_distances
+from unrote.neighbours.feature_scans import FloatScan, QuantisedScan, RangeScan, bounding_box, checked, widest
+from unrote.neighbours.images import MEMORY_BYTES, Neighbours
+from unrote.neighbours.products import float32_products, int8_is_exact, integer_norms, integer_product, squared_dtype
+from unrote.neighbours.streaming import Blocks, Ranks, Rows, Saved, Stream, release
 
 
 @torch.no_grad()

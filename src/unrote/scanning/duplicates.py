@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from unrote.auditing.hashing import near_pairs, store_hashes
+from unrote.scanning.hashing import near_pairs, store_hashes
 
 MAX_BITS = 12
 MAX_RMS, MAX_RELATIVE = 0.08, 0.35

@@ -10,15 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unrote.auditing.products import EXACT_CHUNK, integer_norms, integer_product, squared_dtype
-from unrote.auditing.running_top import EMPTY, RunningTop, below
 from unrote.errors import InputError
+from unrote.neighbours.products import EXACT_CHUNK, integer_norms, integer_product, squared_dtype
+from unrote.neighbours.running_top import EMPTY, RunningTop, below
 
 State = dict[str, np.ndarray]
 
 
 class Scan(Protocol):
-    """What :mod:`unrote.auditing.streaming` drives."""
+    """What :mod:`unrote.neighbours.streaming` drives."""
 
     def add(self, first: int, references: np.ndarray) -> None:
         """Take in the rows that start at index ``first``."""

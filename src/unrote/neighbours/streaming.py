@@ -15,9 +15,9 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from unrote.auditing.scans import Scan, State
 from unrote.errors import InputError
 from unrote.files import write_bytes
+from unrote.neighbours.scans import Scan, State
 
 MAX_BLOCK = 4096
 SAVE_SECONDS = 30.0

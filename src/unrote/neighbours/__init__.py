@@ -1,0 +1,1 @@
+"""Exact nearest neighbours, among images and among features."""
