@@ -295,6 +295,9 @@ def load_config(
     Raises:
         InputError: naming the file, the key and the nearest right one.
     """
+    for key in ("method", "preset"):
+        if key in (overrides or {}):
+            raise InputError(f"{key} can't be set like a single setting, it chooses many; use --{key}")
     written = {} if file is None else read_yaml(file)
     preset = preset or written.get("preset", "tiny")
     values = merge(preset_values(preset), written)
