@@ -57,6 +57,8 @@ class LossBank:
             raise ValueError(f"decay must be in [0, 1), not {decay}")
         if bins is not None and not 1 <= bins <= num_timesteps:
             raise ValueError(f"bins must be between 1 and num_timesteps = {num_timesteps}, not {bins}")
+        if smooth < 0:
+            raise ValueError(f"smooth must not be negative, but is {smooth}")
         self.num_timesteps = num_timesteps
         self.num_bins = bins or num_timesteps
         self.decay = decay
