@@ -27,6 +27,7 @@ def save_state(path: Path, state: Any, *, durable: bool = True) -> None:
     """
     tensors: dict[str, Tensor] = {}
     skeleton = _flatten(state, "", tensors)
+    _unshare_(tensors)
     with atomic_path(path, durable=durable) as temporary:
         save_file(tensors, temporary, metadata={_SKELETON: json.dumps(skeleton)})
 
@@ -57,8 +58,10 @@ def clone_state(state: Any) -> Any:
 
 def _flatten(state: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(state, Tensor):
-        tensors[name] = state.detach().contiguous()
-        return {"tensor": name}
+        # The number keeps apart what a path can't: the keys 1 and "1", or "a/b" and a dict in a dict.
+        unique = f"{len(tensors)}{name}"
+        tensors[unique] = state.detach().contiguous()
+        return {"tensor": unique}
     if isinstance(state, dict):
         # Pairs, since JSON would turn the whole-number keys of an optimizer's state into strings.
         return {"dict": [[key, _flatten(value, f"{name}/{key}", tensors)] for key, value in state.items()]}
@@ -68,6 +71,16 @@ def _flatten(state: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if state is None or isinstance(state, bool | int | float | str):
         return {"value": state}
     raise TypeError(f"{name}: a state can't hold a {type(state).__name__}")
+
+
+def _unshare_(tensors: dict[str, Tensor]) -> None:
+    """Copy tensors that lie in the memory of an earlier one, such as tied weights: safetensors refuses them."""
+    seen = set()
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage().data_ptr()
+        if storage in seen:
+            tensors[name] = tensor.clone()
+        seen.add(storage)
 
 
 def _unflatten(skeleton: dict[str, Any], file: Any) -> Any:
