@@ -44,6 +44,11 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_sets_nothing(cls, values: Any) -> Any:
+        return {} if values is None else values
+
 
 class DataConfig(Section):
     """What is trained on."""
@@ -299,7 +304,7 @@ def load_config(
         if key in (overrides or {}):
             raise InputError(f"{key} can't be set like a single setting, it chooses many; use --{key}")
     written = {} if file is None else read_yaml(file)
-    preset = preset or written.get("preset", "tiny")
+    preset = preset or written.get("preset") or "tiny"
     values = merge(preset_values(preset), written)
     method = method or values.get("method", "iet-agc+")
     values = merge(values, {"method": method, "preset": preset} | _parts_of(method, written))
@@ -352,11 +357,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
-    """``"gate.skip_ratio=0.8"`` → ``("gate.skip_ratio", 0.8)``. Raises InputError if there is no ``=``."""
+    """``"gate.skip_ratio=0.8"`` → ``("gate.skip_ratio", 0.8)``. Raises InputError if it can't be read like that."""
     key, equals, value = text.partition("=")
     if not equals:
         raise InputError(f"--set {text}: write it as key=value, e.g. --set gate.skip_ratio=0.8")
-    return key.strip(), yaml.safe_load(value)
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise InputError(
+            f"--set {text}: the value is no YAML; put a string with special characters in quotes"
+        ) from None
 
 
 def fields_of(section: type[BaseModel] = Config, prefix: str = "") -> list[tuple[str, str, Any, str]]:
@@ -378,26 +388,31 @@ def changed_keys(old: Config, new: Config) -> list[str]:
     return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in after if before.get(key) != after[key]]
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
+def nearest(word: object, known: Iterable[str]) -> str:
     """``" (did you mean 'x'?)"``, or nothing if no known word is near."""
-    match = difflib.get_close_matches(word, list(known), 1, 0.5)
+    match = difflib.get_close_matches(str(word), list(known), 1, 0.5)
     return f" (did you mean {match[0]!r}?)" if match else ""
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested mappings with ``over`` winning."""
+    """Nested mappings with ``over`` winning; a section that is empty there (None in YAML) sets nothing."""
     result = dict(base)
     for key, value in over.items():
         old = result.get(key)
-        result[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+        if isinstance(old, Mapping) and isinstance(value, Mapping | None):
+            result[key] = merge(old, value or {})
+        else:
+            result[key] = value
     return result
 
 
 def _parts_of(method: str, written: Mapping[str, Any]) -> dict[str, Any]:
     """The parts that ``method`` turns on or off, but for those that the user's file sets itself."""
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise InputError(f"there is no method {method!r}{nearest(method, METHODS)}; there are {', '.join(METHODS)}")
-    unset = [part for part in PARTS if "enabled" not in (written.get(part) or {})]
+    sections = {part: {} if written.get(part) is None else written[part] for part in PARTS}
+    # What is no mapping is left for validation to complain about.
+    unset = [part for part in PARTS if isinstance(sections[part], Mapping) and "enabled" not in sections[part]]
     return {part: {"enabled": part in METHODS[method]} for part in unset}
 
 
@@ -416,6 +431,8 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _explain(problem: Any) -> str:
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        return f"there is no key {key!r}{nearest(key, [row[0] for row in fields_of()])}"
+        fields = [row[0] for row in fields_of()]
+        sections = {field.rpartition(".")[0] for field in fields} - {""}
+        return f"there is no key {key!r}{nearest(key, [*fields, *sorted(sections)])}"
     message = problem["msg"].removeprefix("Value error, ")
     return f"{key}: {message}, not {problem['input']!r}" if key else message
