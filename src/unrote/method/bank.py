@@ -23,7 +23,7 @@ def fold_in_order_(averages: Tensor, slots: Tensor, values: Tensor, decay: float
     position = torch.arange(len(slots), device=slots.device)
     group_end = torch.searchsorted(sorted_slots, sorted_slots, right=True)
     group_start = torch.searchsorted(sorted_slots, sorted_slots)
-    gamma = torch.as_tensor(decay, dtype=averages.dtype, device=averages.device)
+    gamma = torch.full((), decay, dtype=averages.dtype, device=averages.device)
     weighted = (1 - decay) * gamma ** (group_end - 1 - position) * values[order]
     # Sums stand at the first position of each group; every member reads it there, so the write repeats equal values.
     sums = torch.zeros_like(weighted).index_add_(0, group_start, weighted)
