@@ -161,7 +161,8 @@ class TrainingStep:
             if part is parts[-1]:
                 # Before the last backward pass, so that the wait for what was kept is over when that pass is queued.
                 whole = Decision(*(torch.cat(column) for column in zip(*decisions, strict=True)))
-                self.gate.record(whole, torch.cat(losses), batch.timesteps, batch.indices, batch.augmented)
+                augmented = batch.augmented & whole.keep
+                self.gate.record(whole, torch.cat(losses), batch.timesteps, batch.indices, augmented)
             # The batch's number of kept samples is known only after its last part: then gradients are rescaled below.
             divisor = self.gate.num_kept.clamp(min=1) if len(parts) == 1 else len(batch.indices)
             self.scaler.scale(gated_sum(loss, decision.keep) / divisor).backward()  # type: ignore[no-untyped-call]
