@@ -25,6 +25,7 @@ from unrote.errors import InputError
 logger = logging.getLogger("unrote")
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 PARTS = ("ensemble", "gate", "redistribution", "augmentation")
 """IET, AGC, MSR, TAA."""
@@ -42,7 +43,7 @@ METHODS: dict[str, tuple[str, ...]] = {
 class Section(BaseModel):
     """A part of the configuration: unknown keys are errors, values are fixed once read."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -70,7 +71,7 @@ class DataConfig(Section):
 class ModelConfig(Section):
     """The denoiser, a diffusers UNet2DModel, and its noise schedule."""
 
-    block_out_channels: tuple[PositiveInt, ...] = (32, 64, 64)
+    block_out_channels: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (32, 64, 64)
     """Channels at each resolution; each level but the last halves it."""
     layers_per_block: PositiveInt = 1
     """Residual blocks per level."""
@@ -103,9 +104,9 @@ class TrainingConfig(Section):
     """Both from torch, fused."""
     learning_rate: PositiveFloat = 2e-4
     """Peak learning rate."""
-    adam_beta1: Fraction = 0.9
+    adam_beta1: Decay = 0.9
     """Decay of the first moment."""
-    adam_beta2: Fraction = 0.999
+    adam_beta2: Decay = 0.999
     """Decay of the second moment."""
     adam_weight_decay: NonNegativeFloat = 0.0
     """Weight decay."""
@@ -155,7 +156,7 @@ class EnsembleConfig(Section):
 class BankConfig(Section):
     """AGC's memory bank of the usual loss per timestep."""
 
-    decay: Annotated[float, Field(ge=0, lt=1)] = 0.8
+    decay: Decay = 0.8
     """γ, decay of the bank per visit."""
     bins: PositiveInt | None = None
     """Pool the timesteps into this many bins; none is one bin per timestep."""
@@ -256,6 +257,11 @@ class Config(Section):
             raise ValueError(f"model.attention_levels: there are {levels} levels, 0 to {levels - 1}")
         if any(channels % 32 for channels in self.model.block_out_channels):
             raise ValueError("model.block_out_channels: each must be a multiple of 32, the groups of the normalization")
+        if self.model.attention_levels:
+            # The block in the middle attends too, at the lowest resolution.
+            attending = {self.model.block_out_channels[level] for level in (*self.model.attention_levels, -1)}
+            if any(channels % self.model.attention_head_dim for channels in attending):
+                raise ValueError(f"model.attention_head_dim: must divide the attending channels, {sorted(attending)}")
         bins, timesteps = self.gate.bank.bins, self.model.num_train_timesteps
         if bins is not None and bins > timesteps:
             raise ValueError(f"gate.bank.bins: {bins} bins for {timesteps} timesteps; use at most {timesteps}")
