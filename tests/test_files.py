@@ -136,6 +136,33 @@ def test_state_of_a_model_and_its_optimizer_round_trips(tmp_path):
     assert_same(other.state_dict(), optimizer.state_dict())
 
 
+def test_moments_come_back_in_the_memory_format_of_the_weights(tmp_path):
+    """A fused optimizer goes through weights and moments as they lie in memory."""
+
+    def make():
+        torch.manual_seed(0)
+        model = nn.Conv2d(8, 16, 3).to(memory_format=torch.channels_last)
+        return model, torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+
+    def step(model, optimizer, seed):
+        images = torch.randn(4, 8, 6, 6, generator=torch.Generator().manual_seed(seed))
+        model(images.to(memory_format=torch.channels_last)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    model, optimizer = make()
+    for seed in range(3):
+        step(model, optimizer, seed)
+    save_state(tmp_path / "state.safetensors", {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    state = load_state(tmp_path / "state.safetensors")
+    other, other_optimizer = make()
+    other.load_state_dict(state["model"])
+    other_optimizer.load_state_dict(state["optimizer"])
+    step(model, optimizer, 3)
+    step(other, other_optimizer, 3)
+    assert torch.equal(model.weight, other.weight)
+
+
 def test_every_kind_of_leaf_round_trips(tmp_path):
     shared = torch.arange(12.0)
     state = {
