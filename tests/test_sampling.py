@@ -2,6 +2,7 @@
 
 import json
 import logging
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from unrote.config import ModelConfig
 from unrote.errors import InputError
 from unrote.models.denoiser import build_schedule, build_unet
 from unrote.sampling import Denoiser, sample, to_uint8, weights_hash
+from unrote.seeding import generator
 
 FEW = {"steps": 4, "batch_size": 8}
 
@@ -111,30 +113,40 @@ def tiny():
     return build_unet(ModelConfig(block_out_channels=(32, 32)), resolution=8, channels=3, num_classes=None).eval()
 
 
-class Recorder(torch.nn.Module):
-    """A model that also notes at which timesteps it was called."""
+POWER = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
 
-    def __init__(self, model):
+
+class Recorder(torch.nn.Module):
+    """The right answer for images that are noise of deviation 1/2, and a little of a network; notes the timesteps.
+
+    Of an untrained network alone, rounding would grow into another image on the way.
+    """
+
+    def __init__(self, model, prediction_type="sample"):
         super().__init__()
         self.model, self.config, self.device, self.timesteps = model, model.config, torch.device("cpu"), []
+        self.prediction_type = prediction_type
 
     def forward(self, images, timestep, class_labels=None):
         self.timesteps.append(int(timestep))
-        return self.model(images, timestep, class_labels=class_labels)
+        a, s = float(POWER[timestep]) ** 0.5, float(1 - POWER[timestep]) ** 0.5
+        clean = images * (a / 4) / (a * a / 4 + s * s) + 0.3 * self.model(images, timestep).sample
+        epsilon = (images - a * clean) / s
+        answer = {"sample": clean, "epsilon": epsilon, "v_prediction": a * epsilon - s * clean}[self.prediction_type]
+        return SimpleNamespace(sample=answer)
 
 
 def plain_ddim(model, noise, steps, prediction_type):
     """Song et al. 2021, Eq. 12 with η = 0, in float64, from T-1 down to the clean image; x0 clipped as in training."""
-    power = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
     times = [1000 - 1000 // steps * j - 1 for j in range(steps)]
     x = noise.double()
     for t, following in zip(times, [*times[1:], None], strict=True):
-        a, s = power[t].sqrt(), (1 - power[t]).sqrt()
+        a, s = POWER[t].sqrt(), (1 - POWER[t]).sqrt()
         output = model(x.float(), torch.tensor(t)).sample.double()
         clean = {"epsilon": (x - s * output) / a, "sample": output, "v_prediction": a * x - s * output}[prediction_type]
         epsilon = {"epsilon": output, "sample": (x - a * output) / s, "v_prediction": a * output + s * x}
         clean = clean.clamp(-1, 1)
-        after = torch.tensor(1.0, dtype=torch.float64) if following is None else power[following]
+        after = torch.tensor(1.0, dtype=torch.float64) if following is None else POWER[following]
         x = after.sqrt() * clean + (1 - after).sqrt() * epsilon[prediction_type]
     return x
 
@@ -143,14 +155,13 @@ def plain_ddim(model, noise, steps, prediction_type):
 @pytest.mark.parametrize("steps", [1, 2, 5, 50])
 def test_ddim_equals_the_paper(tiny, prediction_type, steps):
     schedule = build_schedule(ModelConfig(prediction_type=prediction_type))
-    recorder = Recorder(tiny)
+    recorder = Recorder(tiny, prediction_type)
     found = Denoiser(recorder, schedule, "ddim", steps, 0.0, seed=7)(range(3))
-    from unrote.seeding import generator
-
     noise = torch.cat([torch.randn(1, 3, 8, 8, generator=generator(7, "sample", i)) for i in range(3)])
     with torch.no_grad():
-        expected = to_uint8(plain_ddim(tiny, noise, steps, prediction_type))
+        expected = to_uint8(plain_ddim(Recorder(tiny, prediction_type), noise, steps, prediction_type))
     assert np.abs(found.astype(int) - expected.astype(int)).max() <= 1
+    assert expected.std() > 10
     assert recorder.timesteps[0] == 999
     assert len(recorder.timesteps) == steps
 
@@ -193,7 +204,7 @@ def test_a_model_that_knows_the_answer_samples_it(tiny):
 
     class Oracle(Recorder):
         def forward(self, images, timestep, class_labels=None):
-            return type("Output", (), {"sample": answer.expand_as(images)})
+            return SimpleNamespace(sample=answer.expand_as(images))
 
     schedule = build_schedule(ModelConfig(prediction_type="sample"))
     for sampler in ("ddim", "ddpm", "dpm-solver++"):
@@ -244,7 +255,7 @@ def test_a_pipeline_folder_samples_as_the_run_does(run, forty, tmp_path):
 
 def test_classes_in_turn(tmp_path):
     images = toy_images(classes=3, channels=1)
-    settings = {"model__class_conditional": True, "data__channels": 1, "training__learning_rate": 0.02}
+    settings = {"model__class_conditional": True, "data__channels": 1, "model__block_out_channels": [64, 64]}
     conditional = toy_run(tmp_path / "run", images=images, **settings)
     folder = sample(conditional, 5, **FEW)
     rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]

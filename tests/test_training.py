@@ -371,6 +371,30 @@ def test_the_loss_stays_fp32_under_autocast_and_one_sample_does_not_touch_anothe
         torch.testing.assert_close(whole, parts, rtol=1e-5 if dtype is None else 3e-2, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "channels",
+    [
+        pytest.param(
+            (32, 32), marks=pytest.mark.xfail(strict=True, reason="32 norm groups on 32 channels cancel the embedding")
+        ),
+        (64, 64),
+    ],
+)
+def test_the_model_sees_its_timestep_and_its_class(channels):
+    """The embedding is added to whole channels: a normalization of single channels takes it out again."""
+    torch.manual_seed(0)
+    config = ModelConfig(block_out_channels=channels)
+    unet = build_unet(config, resolution=8, channels=3, num_classes=3).eval()
+    images = torch.randn(1, 3, 8, 8)
+    with torch.no_grad():
+        early, late, other = (
+            unet(images, torch.tensor(t), class_labels=torch.tensor([label])).sample
+            for t, label in [(10, 0), (900, 0), (10, 1)]
+        )
+    assert (early - late).std() > 1e-3
+    assert (early - other).std() > 1e-3
+
+
 @pytest.mark.parametrize("resolution", [8, 12])
 def test_a_model_is_a_function_of_its_configuration(resolution):
     config = ModelConfig(block_out_channels=(32, 32), attention_levels=(1,), attention_head_dim=16)
