@@ -17,10 +17,10 @@ import unrote
 TOY = {
     "data.resolution": 16,
     "model.block_out_channels": [32, 32],
-    "training.epochs": 16,
+    "training.epochs": 4,
     "training.batch_size": 16,
     "ensemble.num_shards": 2,
-    "ensemble.local_epochs": 4,
+    "ensemble.local_epochs": 2,
 }
 
 
