@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -201,6 +202,8 @@ def _pipeline_of(model: Run | Path | str) -> tuple[Path | str, Run | None]:
         raise InputError(
             f"{path}: is neither a run folder nor a diffusers pipeline (no config.yaml, no model_index.json)"
         )
+    if not path.is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
+        raise InputError(f"{model}: there is no such folder, and it is no Hub id like owner/name")
     return (path if path.is_dir() else str(model)), None
 
 
