@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, cast
 import yaml
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeFloat,
@@ -26,6 +27,8 @@ logger = logging.getLogger("unrote")
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
+# YAML reads a plain `no` as false.
+Precision = Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(lambda value: "no" if value is False else value)]
 
 PARTS = ("ensemble", "gate", "redistribution", "augmentation")
 """IET, AGC, MSR, TAA."""
@@ -122,7 +125,7 @@ class TrainingConfig(Section):
     """Keep an exponential moving average of the weights, which is what is sampled from."""
     ema_decay: Fraction = 0.999
     """Decay of the moving average per step; lower in the first steps."""
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    mixed_precision: Precision = "no"
     """Precision of the forward and backward pass; weights and losses stay fp32."""
     channels_last: bool = False
     """Memory format of weights and images."""
@@ -256,7 +259,7 @@ class Config(Section):
         if any(level >= levels for level in self.model.attention_levels):
             raise ValueError(f"model.attention_levels: there are {levels} levels, 0 to {levels - 1}")
         if any(channels % 32 for channels in self.model.block_out_channels):
-            raise ValueError("model.block_out_channels: each must be a multiple of 32, the groups of the normalization")
+            raise ValueError("model.block_out_channels: each must be a multiple of 32")
         if self.model.attention_levels:
             # The block in the middle attends too, at the lowest resolution.
             attending = {self.model.block_out_channels[level] for level in (*self.model.attention_levels, -1)}
