@@ -226,7 +226,8 @@ def _start(folder: Path, settings: dict[str, Any]) -> None:
     """Make the folder, or check that its samples were made with the same settings."""
     file = folder / "sampling.json"
     if not file.exists():
-        if folder.exists() and any(folder.iterdir()):
+        # Hidden files are what a process leaves that was killed just as it began.
+        if folder.exists() and any(folder.glob("[!.]*")):
             raise InputError(f"--out {folder}: is not empty and holds no samples of ours; choose another")
         folder.mkdir(parents=True, exist_ok=True)
         write_json(file, settings)
