@@ -131,24 +131,16 @@ def trained(home, demo):
     return unrote(home, "train", "--data", "photos", "--out", "run", *TINY)
 
 
-@pytest.fixture(scope="module")
-def sampled(home, trained):
-    return unrote(home, "sample", "run", "--num", "6", "--steps", "5", "--batch-size", "4")
-
-
-@pytest.fixture(scope="module")
-def audited(home, sampled):
-    return unrote(home, "audit", "run", "--train", "run", "--holdout", "others")
-
-
 SMALL_AUDIT = ["--train", "photos", "--neighbors", "5", "--max-shift", "0"]
 
 
 @pytest.fixture(scope="module")
-def answers(home, audited):
-    """What quick commands after training say, by a name."""
+def answers(home, trained):
+    """What the commands after training say, by a name."""
     train = ["train", "--data", "photos", "--out"]
     commands = {
+        "sample": ["sample", "run", "--num", "6", "--steps", "5", "--batch-size", "4"],
+        "audit": ["audit", "run", "--train", "run", "--holdout", "others"],
         "again": [*train, "run", *TINY],
         "again, JSON": [*train, "run", *TINY, "--json"],
         "changed": [*train, "run", *TINY, "--seed", "3", "--learning-rate", "0.5"],
@@ -294,14 +286,16 @@ def test_train_makes_a_run(home, trained):
         assert [row["name"] for row in csv.DictReader(file)] == [f"{index:02d}.png" for index in range(20)]
 
 
-def test_sample_makes_images(home, sampled):
+def test_sample_makes_images(home, answers):
+    sampled = answers["sample"]
     assert sampled.code == 0, sampled.err
     assert "next: unrote audit run/samples --train run" in sampled.out
     assert len(list((home / "run" / "samples").glob("*.png"))) == 6
     assert Image.open(home / "run" / "samples" / "000005.png").size == (8, 8)
 
 
-def test_audit_makes_a_report(home, audited):
+def test_audit_makes_a_report(home, answers):
+    audited = answers["audit"]
     assert audited.code == 0, audited.err
     report = home / "run-report"
     assert audited.out.rstrip().endswith("run-report/report.html")
