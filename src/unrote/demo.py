@@ -27,14 +27,14 @@ def run_demo(out: Path, *, toy: bool = False) -> str:
     Returns:
         What was found, where the page is, and what to do next.
     """
-    num = 32 if toy else 256
+    num, steps = (32, 10) if toy else (256, 50)
     reports = []
     for method in METHODS:
         started = time.monotonic()
         config = _config(method, toy)
         run = train_config(config, training_images(config), run_folder(out, method))
         logger.info("%s: trained (%.0f s), sampling %d images", method, time.monotonic() - started, num)
-        samples = sample(run, num)
+        samples = sample(run, num, steps=steps)
         reports.append(audit(samples, run, "emoji:holdout", name=method))
         logger.info("%s: audited (%.0f s in all)", method, time.monotonic() - started)
     sentence = compare(*reports)
