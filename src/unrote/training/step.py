@@ -143,7 +143,9 @@ class TrainingStep:
         strength = augmentation_strength(
             ratio, policy=taa.policy, skip_ratio=self.config.gate.skip_ratio, beta=taa.beta
         )
-        return augment(clean, strength, draw, **taa.ops.model_dump()), strength > 0
+        # Picking pixels changes how they lie in memory, and convolutions are slower in a layout the weights do not have.
+        view = augment(clean, strength, draw, **taa.ops.model_dump()).contiguous(memory_format=self._memory_format)
+        return view, strength > 0
 
     def _losses(self, batch: Batch) -> Tensor:
         return self.loss(self._forward, batch.clean, batch.noise, batch.timesteps, batch.labels)
