@@ -143,7 +143,7 @@ class TrainingStep:
         strength = augmentation_strength(
             ratio, policy=taa.policy, skip_ratio=self.config.gate.skip_ratio, beta=taa.beta
         )
-        # Picking pixels changes how they lie in memory, and convolutions are slower in a layout the weights do not have.
+        # Picking pixels changes how they lie in memory, and convolutions are slower in another layout than the weights.
         view = augment(clean, strength, draw, **taa.ops.model_dump()).contiguous(memory_format=self._memory_format)
         return view, strength > 0
 
