@@ -89,19 +89,19 @@ def undisturbed(tmp_path_factory, disk):
     return of
 
 
-@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize("part", range(3))
 def test_dying_before_any_change_of_the_disk(disk, undisturbed, tmp_path, part):
     """Every so many changes a death, then on to the end: all kinds of moments come up, each in some run."""
     run, changes = undisturbed("iet-agc+")
     assert changes > 60
-    for moment in range(part, changes, 36):
+    for moment in range(part, changes, 31):
         folder = tmp_path / str(moment)
         with disk.dies_after(moment):
             toy_run(folder, "iet-agc+", **QUICK)
         assert_same_run(toy_run(folder, "iet-agc+", **QUICK), run)
 
 
-@pytest.mark.parametrize("method", ["standard", "iet", "iet-agc+"])
+@pytest.mark.parametrize("method", ["agc", "iet-agc+"])
 def test_dying_many_times(disk, undisturbed, tmp_path, method):
     """As many deaths as it takes, each a few changes after the last: no resumption may need the next one to succeed."""
     run, _ = undisturbed(method)
@@ -129,7 +129,7 @@ def test_dying_many_times(disk, undisturbed, tmp_path, method):
 def test_all_state_is_in_the_checkpoint(disk, undisturbed, tmp_path, settings):
     run, changes = undisturbed("iet-agc+", **settings)
     folder = tmp_path / "run"
-    for moment in (changes // 2, 25):
+    for moment in (changes // 2, 28):
         with disk.dies_after(moment):
             toy_run(folder, "iet-agc+", **QUICK, **settings)
     assert_same_run(toy_run(folder, "iet-agc+", **QUICK, **settings), run)
@@ -142,7 +142,7 @@ def test_sampling_that_died_anywhere_goes_on(disk, undisturbed, tmp_path):
     with disk.dies_after(None):
         expected = sample(run, 9, out=tmp_path / "expected", **options)
     changes = disk.count
-    for moment in range(0, changes, 3):
+    for moment in range(0, changes, 4):
         folder = tmp_path / str(moment)
         with disk.dies_after(moment):
             sample(run, 9, out=folder, **options)
