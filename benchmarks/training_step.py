@@ -71,6 +71,7 @@ class OurStep:
         self.stream, self.shard, self.meter = SampleStream(0, 0), torch.arange(rows), Meter(CPU)
 
     def __call__(self) -> None:
+        """Take it."""
         indices = self.stream.take(self.shard, self.taken * self.batch, self.batch)
         self.taken += 1
         self.meter.add(*self.step(indices, proxy=0, step=self.taken))
