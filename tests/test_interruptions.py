@@ -153,6 +153,41 @@ def test_sampling_that_died_anywhere_goes_on(disk, undisturbed, tmp_path):
             assert (folder / path.name).read_bytes() == path.read_bytes()
 
 
+def stopped_run(disk, folder):
+    """A run that died with two checkpoints; the manifests, newest last."""
+    with disk.dies_after(90):
+        toy_run(folder, "iet-agc+", **QUICK)
+    manifests = sorted((folder / "checkpoints").glob("*.json"))
+    assert len(manifests) == 2
+    return manifests
+
+
+@pytest.mark.parametrize("which", ["state", "proxy", "manifest"])
+def test_with_a_damaged_newest_checkpoint_the_run_ends_the_same(disk, undisturbed, tmp_path, caplog, which):
+    run, _ = undisturbed("iet-agc+")
+    older, newest = stopped_run(disk, tmp_path / "run")
+    own = set(json.loads(newest.read_text())["proxies"]) - set(json.loads(older.read_text())["proxies"])
+    files = {"state": newest.with_suffix(".safetensors"), "manifest": newest}
+    damage(files.get(which) or tmp_path / "run" / "proxies" / own.pop())
+    with caplog.at_level(logging.WARNING, "unrote"):
+        resumed = toy_run(tmp_path / "run", "iet-agc+", **QUICK)
+    assert f"{newest.stem} is damaged" in caplog.text
+    assert_same_run(resumed, run)
+
+
+def test_without_a_whole_checkpoint_nothing_is_trained_or_changed(disk, tmp_path):
+    folder = tmp_path / "run"
+    for manifest in stopped_run(disk, folder):
+        damage(manifest.with_suffix(".safetensors"))
+    kept = {path: path.read_bytes() for path in (folder / "checkpoints").iterdir()}
+    log = (folder / "log.jsonl").read_bytes()
+    with pytest.raises(InputError, match="no checkpoint is whole"):
+        toy_run(folder, "iet-agc+", **QUICK)
+    assert {path: path.read_bytes() for path in (folder / "checkpoints").iterdir()} == kept
+    assert (folder / "log.jsonl").read_bytes() == log
+    assert not (folder / "model").exists()
+
+
 # Checkpoints by themselves.
 
 
