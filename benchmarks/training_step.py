@@ -1,9 +1,10 @@
 """Our training step against the loop of diffusers' unconditional example, and what gate and ledger cost.
 
-Both sides train the same UNet on the same images at the same batch size and precision, one step each in turn, in one
-process: whatever else the machine does meets both. Their side is the published example (accelerate, AdamW, EMAModel,
-cosine schedule, loss read every step) without its image transforms, progress bar and trackers; ours is the step of the
-default method, iet-agc+ (gate, ledger and augmentation included), driven as the training loop drives it.
+Both sides train the same UNet on images of the same shape at the same batch size and precision, each in a process of
+its own, as it would be, but one step each in turn: whatever else the machine does meets both. Their side is the
+published example (accelerate, AdamW, EMAModel, cosine schedule, loss read every step) without transforms, progress bar
+and trackers; ours is the step of the default method, iet-agc+ (gate, ledger and augmentation included), driven as the
+training loop drives it.
 
 What gate, ledger and sample order cost is timed inside real steps, with the caches as a step leaves them, and given as
 a share of the very step it is part of.
@@ -12,13 +13,16 @@ a share of the very step it is part of.
 """
 
 import argparse
+import multiprocessing
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -115,12 +119,13 @@ def their_step(precision: str, batch: int, side: int) -> Step:
 
     def forever() -> Iterator[Any]:
         while True:
+            # Once per epoch, as the example does.
+            model.train()
             yield from loader
 
     batches = forever()
 
     def take() -> None:
-        model.train()
         clean = next(batches)["input"].to(dtype)
         noise = torch.randn(clean.shape, dtype=dtype)
         timesteps = torch.randint(0, schedule.config.num_train_timesteps, (len(clean),)).long()
@@ -158,19 +163,47 @@ def paired_ratio(theirs: list[float], ours: list[float]) -> float:
     return statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
 
 
+MAKERS: dict[str, Callable[[str, int, int], Step]] = {"ours": OurStep, "theirs": their_step}
+
+
+def serve(connection: Connection, who: str, precision: str, batch: int, side: int) -> None:
+    """In a process of its own: take a step whenever asked, and tell the seconds, until asked no more."""
+    step = MAKERS[who](precision, batch, side)
+    while connection.recv():
+        connection.send(timed(step))
+
+
+@contextmanager
+def stepper(*variant: Any) -> Iterator[Callable[[], float]]:
+    """A process that does nothing but, when called, one step; the call gives its seconds."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=serve, args=(theirs, *variant), daemon=True)
+    process.start()
+
+    def step() -> float:
+        ours.send(True)
+        seconds: float = ours.recv()
+        return seconds
+
+    yield step
+    ours.send(False)
+    process.join()
+
+
 def compare(side: int, batch: int, budget: float) -> dict[str, Any]:
     """All four variants in turn, for ``budget`` seconds and at least 5 turns."""
-    makers: dict[str, Callable[[str, int, int], Step]] = {"ours": OurStep, "theirs": their_step}
-    steps = {(who, p): make(p, batch, side) for p in PRECISIONS for who, make in makers.items()}
-    for step in list(steps.values()) * 2:
-        step()
-    times: dict[tuple[str, str], list[float]] = {key: [] for key in steps}
-    end = time.monotonic() + budget
-    while time.monotonic() < end or len(times["ours", "no"]) < 5:
-        turn = len(times["ours", "no"])
-        # Who goes first changes from turn to turn.
-        for key in list(steps) if turn % 2 else list(steps)[::-1]:
-            times[key].append(timed(steps[key]))
+    times: dict[tuple[str, str], list[float]] = {(who, p): [] for p in PRECISIONS for who in MAKERS}
+    with ExitStack() as stack:
+        steps = {key: stack.enter_context(stepper(*key, batch, side)) for key in times}
+        for step in list(steps.values()) * 3:
+            step()
+        end = time.monotonic() + budget
+        while time.monotonic() < end or len(times["ours", "no"]) < 5:
+            turn = len(times["ours", "no"])
+            # Who goes first changes from turn to turn.
+            for key in list(steps) if turn % 2 else list(steps)[::-1]:
+                times[key].append(steps[key]())
     return {
         "resolution": side,
         "batch_size": batch,
