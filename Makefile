@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 OUT ?= demo
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint format bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.package
@@ -23,6 +23,11 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# By hand, on a machine that does nothing else: some 15 minutes, results in benchmarks/results/.
+bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/training_step.py
+	$(BIN)/python benchmarks/ensemble_memory.py
+
 clean:
 	rm -rf $(VENV) build dist demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
@@ -32,10 +37,13 @@ $(VENV)/.python:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
+# Without isolation the build uses the pinned backend: pip does not apply constraints to the environments it builds in.
+INSTALL := $(PIP) --no-build-isolation --editable
 $(VENV)/.package: $(VENV)/.python pyproject.toml constraints.txt
-	$(PIP) --editable .
+	$(PIP) hatchling editables
+	$(INSTALL) .
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.package
-	$(PIP) --editable '.[dev]'
+	$(INSTALL) '.[dev]'
 	@touch $@
