@@ -4,9 +4,9 @@ import argparse
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
-from unrote.audit import AuditReport
 
 from unrote.api import audit
+from unrote.auditing import AuditReport
 from unrote.demo import METHODS, copied, run_folder
 
 SIDE, GAP, COLUMNS, LABEL = 80, 6, 11, 118

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, cast
 import yaml
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeFloat,
@@ -25,6 +26,9 @@ from unrote.errors import InputError
 logger = logging.getLogger("unrote")
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+# YAML reads a plain `no` as false.
+Precision = Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(lambda value: "no" if value is False else value)]
 
 PARTS = ("ensemble", "gate", "redistribution", "augmentation")
 """IET, AGC, MSR, TAA."""
@@ -42,7 +46,12 @@ METHODS: dict[str, tuple[str, ...]] = {
 class Section(BaseModel):
     """A part of the configuration: unknown keys are errors, values are fixed once read."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_sets_nothing(cls, values: Any) -> Any:
+        return {} if values is None else values
 
 
 class DataConfig(Section):
@@ -67,7 +76,7 @@ class DataConfig(Section):
 class ModelConfig(Section):
     """The denoiser, a diffusers UNet2DModel, and its noise schedule."""
 
-    block_out_channels: tuple[PositiveInt, ...] = (32, 64, 64)
+    block_out_channels: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (32, 64, 64)
     """Channels at each resolution; each level but the last halves it."""
     layers_per_block: PositiveInt = 1
     """Residual blocks per level."""
@@ -100,9 +109,9 @@ class TrainingConfig(Section):
     """Both from torch, fused."""
     learning_rate: PositiveFloat = 2e-4
     """Peak learning rate."""
-    adam_beta1: Fraction = 0.9
+    adam_beta1: Decay = 0.9
     """Decay of the first moment."""
-    adam_beta2: Fraction = 0.999
+    adam_beta2: Decay = 0.999
     """Decay of the second moment."""
     adam_weight_decay: NonNegativeFloat = 0.0
     """Weight decay."""
@@ -118,7 +127,7 @@ class TrainingConfig(Section):
     """Keep an exponential moving average of the weights, which is what is sampled from."""
     ema_decay: Fraction = 0.999
     """Decay of the moving average per step; lower in the first steps."""
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    mixed_precision: Precision = "no"
     """Precision of the forward and backward pass; weights and losses stay fp32."""
     channels_last: bool = False
     """Memory format of weights and images."""
@@ -152,7 +161,7 @@ class EnsembleConfig(Section):
 class BankConfig(Section):
     """AGC's memory bank of the usual loss per timestep."""
 
-    decay: Annotated[float, Field(ge=0, lt=1)] = 0.8
+    decay: Decay = 0.8
     """γ, decay of the bank per visit."""
     bins: PositiveInt | None = None
     """Pool the timesteps into this many bins; none is one bin per timestep."""
@@ -252,7 +261,12 @@ class Config(Section):
         if any(level >= levels for level in self.model.attention_levels):
             raise ValueError(f"model.attention_levels: there are {levels} levels, 0 to {levels - 1}")
         if any(channels % 32 for channels in self.model.block_out_channels):
-            raise ValueError("model.block_out_channels: each must be a multiple of 32, the groups of the normalization")
+            raise ValueError("model.block_out_channels: each must be a multiple of 32")
+        if self.model.attention_levels:
+            # The block in the middle attends too, at the lowest resolution.
+            attending = {self.model.block_out_channels[level] for level in (*self.model.attention_levels, -1)}
+            if any(channels % self.model.attention_head_dim for channels in attending):
+                raise ValueError(f"model.attention_head_dim: must divide the attending channels, {sorted(attending)}")
         bins, timesteps = self.gate.bank.bins, self.model.num_train_timesteps
         if bins is not None and bins > timesteps:
             raise ValueError(f"gate.bank.bins: {bins} bins for {timesteps} timesteps; use at most {timesteps}")
@@ -297,8 +311,11 @@ def load_config(
     Raises:
         InputError: naming the file, the key and the nearest right one.
     """
+    for key in ("method", "preset"):
+        if key in (overrides or {}):
+            raise InputError(f"{key} can't be set like a single setting, it chooses many; use --{key}")
     written = {} if file is None else read_yaml(file)
-    preset = preset or written.get("preset", "tiny")
+    preset = preset or written.get("preset") or "tiny"
     values = merge(preset_values(preset), written)
     method = method or values.get("method", "iet-agc+")
     values = merge(values, {"method": method, "preset": preset} | _parts_of(method, written))
@@ -351,11 +368,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
-    """``"gate.skip_ratio=0.8"`` → ``("gate.skip_ratio", 0.8)``. Raises InputError if there is no ``=``."""
+    """``"gate.skip_ratio=0.8"`` → ``("gate.skip_ratio", 0.8)``. Raises InputError if it can't be read like that."""
     key, equals, value = text.partition("=")
     if not equals:
         raise InputError(f"--set {text}: write it as key=value, e.g. --set gate.skip_ratio=0.8")
-    return key.strip(), yaml.safe_load(value)
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise InputError(
+            f"--set {text}: the value is no YAML; put a string with special characters in quotes"
+        ) from None
 
 
 def fields_of(section: type[BaseModel] = Config, prefix: str = "") -> list[tuple[str, str, Any, str]]:
@@ -377,26 +399,31 @@ def changed_keys(old: Config, new: Config) -> list[str]:
     return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in after if before.get(key) != after[key]]
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
+def nearest(word: object, known: Iterable[str]) -> str:
     """``" (did you mean 'x'?)"``, or nothing if no known word is near."""
-    match = difflib.get_close_matches(word, list(known), 1, 0.5)
+    match = difflib.get_close_matches(str(word), list(known), 1, 0.5)
     return f" (did you mean {match[0]!r}?)" if match else ""
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested mappings with ``over`` winning."""
+    """Nested mappings with ``over`` winning; a section that is empty there (None in YAML) sets nothing."""
     result = dict(base)
     for key, value in over.items():
         old = result.get(key)
-        result[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+        if isinstance(old, Mapping) and isinstance(value, Mapping | None):
+            result[key] = merge(old, value or {})
+        else:
+            result[key] = value
     return result
 
 
 def _parts_of(method: str, written: Mapping[str, Any]) -> dict[str, Any]:
     """The parts that ``method`` turns on or off, but for those that the user's file sets itself."""
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise InputError(f"there is no method {method!r}{nearest(method, METHODS)}; there are {', '.join(METHODS)}")
-    unset = [part for part in PARTS if "enabled" not in (written.get(part) or {})]
+    sections = {part: {} if written.get(part) is None else written[part] for part in PARTS}
+    # What is no mapping is left for validation to complain about.
+    unset = [part for part in PARTS if isinstance(sections[part], Mapping) and "enabled" not in sections[part]]
     return {part: {"enabled": part in METHODS[method]} for part in unset}
 
 
@@ -415,6 +442,8 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _explain(problem: Any) -> str:
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        return f"there is no key {key!r}{nearest(key, [row[0] for row in fields_of()])}"
+        fields = [row[0] for row in fields_of()]
+        sections = {field.rpartition(".")[0] for field in fields} - {""}
+        return f"there is no key {key!r}{nearest(key, [*fields, *sorted(sections)])}"
     message = problem["msg"].removeprefix("Value error, ")
     return f"{key}: {message}, not {problem['input']!r}" if key else message

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -72,7 +73,11 @@ def sample(
     """
     if num < 1 or steps < 1 or batch_size < 1:
         raise InputError(f"num, steps and batch_size must be at least 1, not {num}, {steps} and {batch_size}")
+    if not 0 <= eta <= 1:
+        raise InputError(f"eta must be in [0, 1], not {eta}")
     source, run = _pipeline_of(model)
+    if run is None and weights is not None:
+        raise InputError(f"--weights {weights}: {source} is no run folder, so its weights are taken as they are saved")
     weights = weights or ("ema" if run is None or run.config.training.use_ema else "raw")
     unet, schedule = _load(source, run, weights)
     settings = {
@@ -89,8 +94,8 @@ def sample(
     folder = target.with_name(target.name + ".parts") if target.suffix == ".npz" else target
     if target.suffix == ".npz" and target.exists():
         raise InputError(f"--out {target}: exists already; remove it or choose another")
-    _start(folder, settings)
     denoise = Denoiser(unet.to(device).eval(), schedule, sampler, steps, eta, seed)
+    _start(folder, settings)
     with tqdm(total=num, unit="img", desc="sampling", leave=False, disable=None) as bar:
         for first in range(0, num, batch_size):
             wanted = range(first, min(first + batch_size, num))
@@ -98,8 +103,9 @@ def sample(
                 pixels = denoise(range(first, first + batch_size))
                 _write_images(folder, wanted, pixels)
             bar.update(len(wanted))
-    rows = [{"index": i, "seed": seed, "file": _file_name(i)} for i in range(num)]
-    rows = [row | denoise.label_of(i) for i, row in enumerate(rows)]
+    # A folder may hold more than were asked for now; every image in it has its line.
+    made = range(num) if folder != target else sorted(int(path.stem) for path in folder.glob("[0-9]*.png"))
+    rows = [{"index": i, "seed": seed, "file": _file_name(i)} | denoise.label_of(i) for i in made]
     write_text(folder / "samples.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     if target.suffix == ".npz":
         _pack(folder, num, target)
@@ -133,8 +139,17 @@ class Denoiser:
                 )
             case _:
                 raise InputError(f"--sampler {sampler}: there are ddim, ddpm and dpm-solver++")
-        self._scheduler.set_timesteps(steps)
+        self._spread(steps, sampler)
         self._eta = {"eta": eta} if sampler == "ddim" else {}
+
+    def _spread(self, steps: int, sampler: Sampler) -> None:
+        count = self._scheduler.config.num_train_timesteps
+        self._scheduler.set_timesteps(min(steps, count))
+        # Rounded timesteps make diffusers' DDIM end at the first noise level instead of the clean image, and for some
+        # counts give every sampler a step too many.
+        if len(self._scheduler.timesteps) != steps or (sampler == "ddim" and count % steps):
+            fitting = max(divisor for divisor in range(1, min(steps, count) + 1) if count % divisor == 0)
+            raise InputError(f"--steps {steps}: {sampler} can't spread them evenly over {count}; use {fitting}")
 
     def label_of(self, index: int) -> dict[str, int]:
         """``{"label": …}`` of image ``index``, classes in turn; empty for an unconditional model."""
@@ -187,6 +202,8 @@ def _pipeline_of(model: Run | Path | str) -> tuple[Path | str, Run | None]:
         raise InputError(
             f"{path}: is neither a run folder nor a diffusers pipeline (no config.yaml, no model_index.json)"
         )
+    if not path.is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
+        raise InputError(f"{model}: there is no such folder, and it is no Hub id like owner/name")
     return (path if path.is_dir() else str(model)), None
 
 
@@ -209,7 +226,8 @@ def _start(folder: Path, settings: dict[str, Any]) -> None:
     """Make the folder, or check that its samples were made with the same settings."""
     file = folder / "sampling.json"
     if not file.exists():
-        if folder.exists() and any(folder.iterdir()):
+        # Hidden files are what a process leaves that was killed just as it began.
+        if folder.exists() and any(folder.glob("[!.]*")):
             raise InputError(f"--out {folder}: is not empty and holds no samples of ours; choose another")
         folder.mkdir(parents=True, exist_ok=True)
         write_json(file, settings)

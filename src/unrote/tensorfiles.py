@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -27,6 +28,7 @@ def save_state(path: Path, state: Any, *, durable: bool = True) -> None:
     """
     tensors: dict[str, Tensor] = {}
     skeleton = _flatten(state, "", tensors)
+    _unshare_(tensors)
     with atomic_path(path, durable=durable) as temporary:
         save_file(tensors, temporary, metadata={_SKELETON: json.dumps(skeleton)})
 
@@ -57,8 +59,10 @@ def clone_state(state: Any) -> Any:
 
 def _flatten(state: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(state, Tensor):
-        tensors[name] = state.detach().contiguous()
-        return {"tensor": name}
+        # The number keeps apart what a path can't: the keys 1 and "1", or "a/b" and a dict in a dict.
+        unique = f"{len(tensors)}{name}"
+        tensors[unique] = state.detach().contiguous()
+        return {"channels_last" if _is_channels_last(state) else "tensor": unique}
     if isinstance(state, dict):
         # Pairs, since JSON would turn the whole-number keys of an optimizer's state into strings.
         return {"dict": [[key, _flatten(value, f"{name}/{key}", tensors)] for key, value in state.items()]}
@@ -70,11 +74,30 @@ def _flatten(state: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     raise TypeError(f"{name}: a state can't hold a {type(state).__name__}")
 
 
+def _is_channels_last(tensor: Tensor) -> bool:
+    # Fused optimizers walk through weights and moments side by side in memory, so both must come back as they lay.
+    if tensor.ndim != 4 or tensor.is_contiguous():
+        return False
+    return tensor.is_contiguous(memory_format=torch.channels_last)
+
+
+def _unshare_(tensors: dict[str, Tensor]) -> None:
+    """Copy tensors that lie in the memory of an earlier one, such as tied weights: safetensors refuses them."""
+    seen = set()
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage().data_ptr()
+        if storage in seen:
+            tensors[name] = tensor.clone()
+        seen.add(storage)
+
+
 def _unflatten(skeleton: dict[str, Any], file: Any) -> Any:
     ((kind, content),) = skeleton.items()
     match kind:
         case "tensor":
             return file.get_tensor(content)
+        case "channels_last":
+            return file.get_tensor(content).contiguous(memory_format=torch.channels_last)
         case "dict":
             return {key: _unflatten(value, file) for key, value in content}
         case "list":

@@ -89,7 +89,9 @@ def _reflected(size: int, shift: Tensor) -> Tensor:
 
 def _rotate_and_scale(images: Tensor, angle: Tensor, size: Tensor) -> Tensor:
     cos, sin, zero = angle.cos() / size, angle.sin() / size, torch.zeros_like(angle)
-    matrix = torch.stack([cos, -sin, zero, sin, cos, zero], 1).view(-1, 2, 3)
+    # The grid runs from -1 to 1 on both sides whatever their lengths, so a rotation must undo their ratio.
+    ratio = images.shape[2] / images.shape[3]
+    matrix = torch.stack([cos, -sin * ratio, zero, sin / ratio, cos, zero], 1).view(-1, 2, 3)
     grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
 

@@ -23,7 +23,7 @@ def fold_in_order_(averages: Tensor, slots: Tensor, values: Tensor, decay: float
     position = torch.arange(len(slots), device=slots.device)
     group_end = torch.searchsorted(sorted_slots, sorted_slots, right=True)
     group_start = torch.searchsorted(sorted_slots, sorted_slots)
-    gamma = torch.as_tensor(decay, dtype=averages.dtype, device=averages.device)
+    gamma = torch.full((), decay, dtype=averages.dtype, device=averages.device)
     weighted = (1 - decay) * gamma ** (group_end - 1 - position) * values[order]
     # Sums stand at the first position of each group; every member reads it there, so the write repeats equal values.
     sums = torch.zeros_like(weighted).index_add_(0, group_start, weighted)
@@ -57,6 +57,8 @@ class LossBank:
             raise ValueError(f"decay must be in [0, 1), not {decay}")
         if bins is not None and not 1 <= bins <= num_timesteps:
             raise ValueError(f"bins must be between 1 and num_timesteps = {num_timesteps}, not {bins}")
+        if smooth < 0:
+            raise ValueError(f"smooth must not be negative, but is {smooth}")
         self.num_timesteps = num_timesteps
         self.num_bins = bins or num_timesteps
         self.decay = decay

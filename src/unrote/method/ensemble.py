@@ -62,6 +62,32 @@ class Shard(Dataset[Any]):
         return (*item, index) if isinstance(item, list | tuple) else (item, index)
 
 
+class _Moments:
+    """An optimizer's moments without its learning rates, which go on with each proxy's schedule."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._optimizer.state_dict()["state"]  # type: ignore[no-any-return]
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._optimizer.load_state_dict(self._optimizer.state_dict() | {"state": state})
+
+
+class _Groups:
+    """An optimizer's learning rates and other settings without its moments."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"param_groups": self._optimizer.state_dict()["param_groups"]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._optimizer.load_state_dict(self._optimizer.state_dict() | state)
+
+
 class ShardEnsemble:
     """Trains K proxies in turn in one model and averages them: ``θ̄ ← Σ_k (|D_k|/N) θ_k``.
 
@@ -95,7 +121,8 @@ class ShardEnsemble:
         folder: keep proxies that are not live in files there, not in memory.
 
     Raises:
-        ValueError: if the optimizer holds no parameter of the model, or redistribution has no ledger to go by.
+        ValueError: if the optimizer holds no parameter of the model, redistribution has no ledger to go by, or the
+            ledger is for another number of samples.
     """
 
     def __init__(
@@ -120,6 +147,8 @@ class ShardEnsemble:
             raise ValueError("the optimizer holds no parameter of this model: build it from model.parameters()")
         if redistribution is not None and (gate is None or gate.ledger is None):
             raise ValueError("redistribution goes by skip counts: pass gate=LossGate(..., ledger=Ledger(len(dataset)))")
+        if gate is not None and gate.ledger is not None and gate.ledger.num_samples != len(dataset):
+            raise ValueError(f"the ledger is for {gate.ledger.num_samples} samples, the data set has {len(dataset)}")
         self.dataset = dataset
         self.num_shards = num_shards
         self.shards = split_shards(len(dataset), num_shards, split, seed=seed, labels=labels)
@@ -134,11 +163,14 @@ class ShardEnsemble:
         self._seed = seed
         self._averaged: dict[str, Stateful] = {"model": model} | ({} if ema is None else {"ema": ema})
         self._kept: dict[str, Stateful] = dict(kept or {}) | ({} if gate is None else {"bank": gate.bank})
-        (self._averaged if optimizer_state == "average" else self._kept)["optimizer"] = optimizer
+        self._moments = _Moments(optimizer)
+        if optimizer_state == "average":
+            self._averaged["moments"], self._kept["groups"] = self._moments, _Groups(optimizer)
+        else:
+            self._kept["optimizer"] = optimizer
         self._slots = MemorySlots() if folder is None else FolderSlots(folder)
         if num_shards > 1:
             self._slots.put("global", _take(self._averaged))
-        if num_shards > 1 or optimizer_state == "reset":
             self._slots.put("initial", _take(self._kept))
 
     @property
@@ -184,7 +216,7 @@ class ShardEnsemble:
             else:
                 _put(self._averaged | self._kept, self._slots.get(name))
         if self.phase == 0 and self._optimizer_state == "reset":
-            self._kept["optimizer"].load_state_dict(self._slots.get("initial")["optimizer"])
+            self._moments.load_state_dict({})
         self._live = True
 
     def _retire(self) -> None:

@@ -85,8 +85,8 @@ class LossGate:
             indices: int64 [B], the samples' positions in the data set; needed to keep a ledger.
 
         Raises:
-            ValueError: if the loss is already reduced, shapes differ, a timestep is out of range, or the gate keeps a
-                ledger and there are no indices.
+            ValueError: if the loss is already reduced, shapes differ, a timestep or an index is out of range, or the
+                gate keeps a ledger and there are no indices. Ranges are checked on the CPU only.
         """
         decision = self.decide(losses, timesteps)
         self.record(decision, losses, timesteps, indices)
@@ -101,11 +101,7 @@ class LossGate:
             )
         if timesteps.shape != losses.shape:
             raise ValueError(f"timesteps {list(timesteps.shape)} and losses {list(losses.shape)} differ in shape")
-        if (
-            timesteps.device.type == "cpu"
-            and not 0 <= int(timesteps.min()) <= int(timesteps.max()) < self.bank.num_timesteps
-        ):
-            raise ValueError(f"timesteps must be in 0..{self.bank.num_timesteps - 1}, but include {timesteps.tolist()}")
+        _check_range("timesteps", timesteps, self.bank.num_timesteps)
         self._move_to(losses.device)
         return decide(losses, self.bank.expected(timesteps), self.skip_ratio)
 
@@ -118,12 +114,13 @@ class LossGate:
         augmented: Tensor | None = None,
     ) -> None:
         """Fold a judged batch, kept or skipped, into the bank and the ledger."""
-        self.bank.update(timesteps, losses)
         if self.ledger is not None:
             if indices is None:
                 raise ValueError("the gate keeps a ledger: pass the samples' positions in the data set as indices")
+            _check_range("indices", indices, self.ledger.num_samples)
             indices = indices.to(losses.device, non_blocking=True)
             self.ledger.record(indices, decision.ratio, ~decision.keep, augmented)
+        self.bank.update(timesteps, losses)
         self._note_kept(decision.keep.sum())
 
     @property
@@ -165,3 +162,9 @@ class LossGate:
         self.bank.load_state_dict(state["bank"])
         if self.ledger is not None:
             self.ledger.load_state_dict(state["ledger"])
+
+
+def _check_range(name: str, values: Tensor, size: int) -> None:
+    # On the CPU only: elsewhere to look at the values is to wait for them.
+    if values.device.type == "cpu" and not 0 <= int(values.min()) <= int(values.max()) < size:
+        raise ValueError(f"{name} must be in 0..{size - 1}, but include {values.tolist()}")

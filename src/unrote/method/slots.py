@@ -45,8 +45,9 @@ class FolderSlots:
         self.folder = folder
         self.pinned: frozenset[str] = frozenset()
         self._files: dict[str, str] = {}
-        self._version = 0
         folder.mkdir(parents=True, exist_ok=True)
+        # After whatever an earlier process left: its checkpoints may name those files.
+        self._version = max((int(path.stem.rpartition(".")[2]) for path in folder.glob("*.safetensors")), default=0)
 
     def put(self, name: str, state: dict[str, Any]) -> None:
         """Write ``state`` as the newest version of ``name``; durable only after a checkpoint syncs it."""
@@ -81,5 +82,7 @@ class FolderSlots:
         return {"files": dict(self._files), "version": self._version}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` gave; the files must still be there."""
+        """Restore what :meth:`state_dict` gave; the files must still be there, and are pinned until the next pin."""
         self._files, self._version = dict(state["files"]), state["version"]
+        # Until there is a newer checkpoint, this one may be needed again.
+        self.pinned = frozenset(self._files.values())

@@ -37,6 +37,8 @@ def build_unet(config: ModelConfig, *, resolution: int, channels: int, num_class
         down_block_types=tuple("AttnDownBlock2D" if attend else "DownBlock2D" for attend in attends),
         up_block_types=tuple("AttnUpBlock2D" if attend else "UpBlock2D" for attend in reversed(attends)),
         attention_head_dim=config.attention_head_dim,
+        # The timestep is added to whole channels: in a group of one channel the normalization would take it out again.
+        norm_num_groups=min(32, min(config.block_out_channels) // 4),
         dropout=config.dropout,
         num_class_embeds=num_classes,
         add_attention=bool(config.attention_levels),

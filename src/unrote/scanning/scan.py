@@ -141,8 +141,8 @@ def scan(
             "constant": len(constant),
             "unreadable": len(images.quarantined),
         },
-        "constant": [str(images.names[index]) for index in constant],
-        "leaks": [str(images.names[index]) for index in np.flatnonzero(leaks)],
+        "constant": [str(images.names[index]) for index in constant.tolist()],
+        "leaks": [str(images.names[index]) for index in np.flatnonzero(leaks).tolist()],
         "unreadable": [{"name": bad.name, "reason": bad.reason} for bad in images.quarantined],
         "settings": {"max_shift": max_shift, "seed": seed, "ledger": ledger is not None},
         "data": [{"source": s.source, "fingerprint": s.fingerprint, "shape": list(s.images.shape)} for s in stores],
@@ -155,7 +155,7 @@ class _Joined:
 
     def __init__(self, stores: list[ImageStore]) -> None:
         self._parts = [store.images for store in stores]
-        self.shape = (sum(map(len, self._parts)), *self._parts[0].shape[1:])
+        self.shape: tuple[int, ...] = (sum(map(len, self._parts)), *self._parts[0].shape[1:])
 
     def __len__(self) -> int:
         return self.shape[0]

@@ -47,7 +47,7 @@ class Checkpoints:
             "proxies": {name: self._checksums[name] for name in proxies},
         }
         write_json(path.with_suffix(".json"), manifest)
-        self._prune()
+        self._prune(path.stem)
 
     def load_newest(self) -> dict[str, Any] | None:
         """The state of the newest whole checkpoint; None if there has never been one.
@@ -85,8 +85,9 @@ class Checkpoints:
             return f"{manifest_path.name} can't be read"
         return None
 
-    def _prune(self) -> None:
-        kept = sorted(self._folder.glob("*.json"))[-self._limit :]
+    def _prune(self, newest: str) -> None:
+        # What is newer than the newest was damaged and gone back from: it must not take the place of a whole one.
+        kept = sorted(path for path in self._folder.glob("*.json") if path.stem <= newest)[-self._limit :]
         names = {path.stem for path in kept}
         # A manifest goes before its files, so that none ever names a file that was removed on purpose.
         for path in sorted(self._folder.iterdir(), key=lambda path: path.suffix != ".json"):

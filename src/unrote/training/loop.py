@@ -5,7 +5,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -98,11 +98,17 @@ class Budget:
     @property
     def num_rounds(self) -> int:
         """R; the last round may be shorter than the others."""
-        return math.ceil(self.total / self.local)
+        # No empty last round where rounding leaves E x N just below a whole number.
+        return math.ceil(self.total / self.local - 1e-9)
 
     def target(self, proxy: int, round_index: int, part: float) -> int:
         """Samples that ``proxy`` has seen when ``part`` (in (0, 1]) of round ``round_index`` is over."""
-        seen = min(self.total, round(self.local * (round_index + part)))
+        rounds = round_index + part
+        seen = self.total if rounds >= self.num_rounds else min(self.total, math.floor(self.local * rounds))
+        # Whole numbers do not grow evenly: a proxy's share of a part can be one more than its share of all.
+        return min(self._share(proxy, seen), self._share(proxy, self.total))
+
+    def _share(self, proxy: int, seen: int) -> int:
         before, size, total = sum(self.sizes[:proxy]), self.sizes[proxy], sum(self.sizes)
         return seen * (before + size) // total - seen * before // total
 
@@ -177,11 +183,12 @@ def _train(config: Config, images: ImageStore, run: Run, device: torch.device, s
 
     def checkpoint() -> None:
         everything = {name: part.state_dict() for name, part in parts.items()}
+        log.sync()
         checkpoints.save(whole.steps, everything | {"log_length": log.length})
 
     started, samples_before = time.monotonic(), whole.samples
     bar = tqdm(total=budget.total, initial=whole.samples, unit="img", desc=config.method, leave=False, disable=None)
-    with bar:
+    with bar, closing(log), closing(tracker):
         while ensemble.round_index < budget.num_rounds:
             for shard in ensemble.round():
                 k, r = shard.proxy, ensemble.round_index
@@ -197,7 +204,8 @@ def _train(config: Config, images: ImageStore, run: Run, device: torch.device, s
                     meter.add(losses, skipped)
                     bar.update(size)
 
-                    if whole.steps % training.log_every_steps == 0:
+                    # The last step too, so that no run ends well whose loss was never looked at.
+                    if whole.steps % training.log_every_steps == 0 or whole.samples == budget.total:
                         record: dict[str, Any] = {"step": whole.steps, "samples": whole.samples, "round": r, "proxy": k}
                         record |= meter.read() | {"learning_rate": step.lr_scheduler.get_last_lr()[0]}
                         _check_finite(record, run)
@@ -206,14 +214,14 @@ def _train(config: Config, images: ImageStore, run: Run, device: torch.device, s
                         log.write(record | rate | {"time": round(time.time(), 3)})
                         tracker.log(record | rate, whole.steps)
                         bar.set_postfix(loss=f"{record['loss']:.4f}", skipped=f"{record['skipped']:.0%}")
-                    if stop or whole.steps % training.checkpointing_steps == 0:
+                    # Not after the last step: the checkpoint of the end would overwrite this one, of the same step.
+                    due = stop or whole.steps % training.checkpointing_steps == 0
+                    if due and whole.samples < budget.total:
                         checkpoint()
-                    if stop:
-                        raise KeyboardInterrupt
+                        if stop:
+                            raise KeyboardInterrupt
 
-    checkpoint()
-    log.close()
-    tracker.close()
+        checkpoint()
     assert step.gate.ledger is not None
     write_outputs(run, config, images, model, step.ema, step.gate.ledger, whole.steps)
 

@@ -5,6 +5,7 @@ import fcntl
 import io
 import json
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,18 +63,15 @@ class Run:
         return values
 
     def start(self, config: Config, images: ImageStore) -> None:
-        """Make the folder, or check that it is a run of exactly this configuration on exactly these images.
+        """Begin a run in the locked folder, or check that it is one of exactly this configuration and these images.
 
         Raises:
-            InputError: naming the changed keys, or if the folder holds something else.
+            InputError: naming the changed keys, or if the images have changed.
         """
         data = describe_data(images)
         if (self.path / "config.yaml").exists():
             self._check_unchanged(config, data)
             return
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.glob("[!.]*"))):
-            raise InputError(f"--out {self.path}: is not empty and is not a run folder; choose another")
-        self.path.mkdir(parents=True, exist_ok=True)
         write_json(self.path / "data.json", data)
         lines = [json.dumps({"name": bad.name, "reason": bad.reason}) for bad in images.quarantined]
         write_text(self.path / "quarantine.jsonl", "".join(line + "\n" for line in lines))
@@ -95,7 +93,14 @@ class Run:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Refuse a second process in the same folder. Raises InputError if there is one."""
+        """Make the folder and keep other processes out of it.
+
+        Raises:
+            InputError: if another process trains there, or the folder holds something else; that is left as it is.
+        """
+        begun = any((self.path / name).exists() for name in (".lock", "config.yaml"))
+        if not begun and self.path.exists() and (not self.path.is_dir() or any(self.path.glob("[!.]*"))):
+            raise InputError(f"--out {self.path}: is not empty and is not a run folder; choose another")
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / ".lock").open("w") as file:
             try:
@@ -159,8 +164,9 @@ class Log:
 
     def __init__(self, path: Path, length: int) -> None:
         self._file = path.open("ab")
-        self._file.truncate(length)
-        self._file.seek(length)
+        # Somebody may have removed the file meanwhile: to truncate to more than there is would fill it with zeros.
+        self._file.truncate(min(length, self._file.seek(0, os.SEEK_END)))
+        self._file.seek(0, os.SEEK_END)
 
     @property
     def length(self) -> int:
@@ -171,6 +177,10 @@ class Log:
         """Append a line."""
         self._file.write((json.dumps(record) + "\n").encode())
         self._file.flush()
+
+    def sync(self) -> None:
+        """Make the lines so far survive a power cut, as the checkpoint that knows of them does."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file."""

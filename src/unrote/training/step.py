@@ -17,6 +17,7 @@ from unrote.method.ledger import Ledger
 from unrote.models.denoiser import DenoisingLoss, build_schedule
 from unrote.seeding import derive_seed, generator
 from unrote.training.ema import EMA
+from unrote.training.heap import keep_freed_memory
 
 DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -94,6 +95,10 @@ class TrainingStep:
         self.scaler = torch.amp.GradScaler(device.type, enabled=training.mixed_precision == "fp16")
         self._forward: Any = torch.compile(model) if training.compile else model
         self._memory_format = torch.channels_last if training.channels_last else torch.contiguous_format
+        # To seed everything is to ask every kind of accelerator, which takes longer than the gate does.
+        self._seed: Any = torch.default_generator.manual_seed if device.type == "cpu" else torch.manual_seed
+        if device.type == "cpu":
+            keep_freed_memory()
 
     def __call__(self, indices: Tensor, *, proxy: int, step: int) -> tuple[Tensor, Tensor]:
         """Train on the samples ``indices`` (int64 [B], on the CPU).
@@ -103,9 +108,11 @@ class TrainingStep:
         Returns:
             The per-sample losses, float32 [B], and which were skipped, bool [B].
         """
-        self.model.train()
+        # It walks through all modules, so not at every step.
+        if not self.model.training:
+            self.model.train()
         draw = generator(self.config.seed, "batch", proxy, step, device=self.device)
-        torch.manual_seed(derive_seed(self.config.seed, "dropout", proxy, step))
+        self._seed(derive_seed(self.config.seed, "dropout", proxy, step))
         batch = self._draw(indices, draw)
         lookahead = self.config.augmentation.enabled and self.config.augmentation.ratio_source == "lookahead"
         losses, decision = self._train_on_kept(batch, draw) if lookahead else self._train_gated(batch)
@@ -143,7 +150,9 @@ class TrainingStep:
         strength = augmentation_strength(
             ratio, policy=taa.policy, skip_ratio=self.config.gate.skip_ratio, beta=taa.beta
         )
-        return augment(clean, strength, draw, **taa.ops.model_dump()), strength > 0
+        # Picking pixels changes how they lie in memory, and convolutions are slower in another layout than the weights.
+        view = augment(clean, strength, draw, **taa.ops.model_dump()).contiguous(memory_format=self._memory_format)
+        return view, strength > 0
 
     def _losses(self, batch: Batch) -> Tensor:
         return self.loss(self._forward, batch.clean, batch.noise, batch.timesteps, batch.labels)
@@ -161,7 +170,8 @@ class TrainingStep:
             if part is parts[-1]:
                 # Before the last backward pass, so that the wait for what was kept is over when that pass is queued.
                 whole = Decision(*(torch.cat(column) for column in zip(*decisions, strict=True)))
-                self.gate.record(whole, torch.cat(losses), batch.timesteps, batch.indices, batch.augmented)
+                augmented = batch.augmented & whole.keep
+                self.gate.record(whole, torch.cat(losses), batch.timesteps, batch.indices, augmented)
             # The batch's number of kept samples is known only after its last part: then gradients are rescaled below.
             divisor = self.gate.num_kept.clamp(min=1) if len(parts) == 1 else len(batch.indices)
             self.scaler.scale(gated_sum(loss, decision.keep) / divisor).backward()  # type: ignore[no-untyped-call]

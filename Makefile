@@ -1,0 +1,49 @@
+# `make demo` and `make test` need Python 3.11 or newer and make, nothing else.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+OUT ?= demo
+
+.PHONY: demo test lint format bench clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.package
+	$(BIN)/unrote demo --out $(OUT)
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# By hand, on a machine that does nothing else: some 15 minutes, results in benchmarks/results/.
+bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/training_step.py
+	$(BIN)/python benchmarks/ensemble_memory.py
+
+clean:
+	rm -rf $(VENV) build dist demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Python 3.11 or newer is needed; name one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# Without isolation the build uses the pinned backend: pip does not apply constraints to the environments it builds in.
+INSTALL := $(PIP) --no-build-isolation --editable
+$(VENV)/.package: $(VENV)/.python pyproject.toml constraints.txt
+	$(PIP) hatchling editables
+	$(INSTALL) .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.package
+	$(INSTALL) '.[dev]'
+	@touch $@

@@ -1,0 +1,253 @@
+"""Writes are whole or absent; state files give back what was put in; the average against float64."""
+
+import hashlib
+import json
+import math
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from unrote.files import atomic_path, atomic_write, sha256_file, write_bytes, write_json, write_text
+from unrote.tensorfiles import clone_state, load_state, save_state, weighted_average
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+class StoppedError(BaseException):
+    """Not an Exception, as KeyboardInterrupt is not."""
+
+
+@pytest.mark.parametrize("error", [OSError, StoppedError])
+@pytest.mark.parametrize("old", [None, b"before"])
+def test_a_failed_write_leaves_what_was_there(tmp_path, old, error):
+    path = tmp_path / "file.bin"
+    if old is not None:
+        path.write_bytes(old)
+    with pytest.raises(error), atomic_write(path) as file:
+        file.write(b"half")
+        raise error
+    assert names(tmp_path) == ([] if old is None else ["file.bin"])
+    if old is not None:
+        assert path.read_bytes() == old
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_a_folder_appears_whole_or_not_at_all(tmp_path, durable):
+    def fill(folder):
+        (folder / "unet").mkdir(parents=True)
+        (folder / "unet" / "weights").write_bytes(b"w")
+        (folder / "index").write_bytes(b"i")
+        assert not path.exists()
+
+    path = tmp_path / "deep" / "model"
+    with pytest.raises(StoppedError), atomic_path(path, durable=durable) as temporary:
+        fill(temporary)
+        raise StoppedError
+    assert names(path.parent) == []
+    with atomic_path(path, durable=durable) as temporary:
+        fill(temporary)
+    assert names(path.parent) == ["model"]
+    assert (path / "unet" / "weights").read_bytes() == b"w"
+
+
+def test_a_block_that_writes_nothing_is_an_error_and_leaves_nothing(tmp_path):
+    with pytest.raises(FileNotFoundError), atomic_path(tmp_path / "file"):
+        pass
+    assert names(tmp_path) == []
+
+
+def test_a_rename_that_fails_leaves_nothing_behind(tmp_path):
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(OSError, match="taken"), atomic_write(tmp_path / "taken") as file:
+        file.write(b"x")
+    assert names(tmp_path) == ["taken"]
+
+
+def test_a_reader_never_sees_a_part(tmp_path):
+    path = tmp_path / "file"
+    write_bytes(path, b"old")
+    with atomic_write(path) as file:
+        file.write(b"new")
+        file.flush()
+        assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"new"
+
+
+def test_text_json_and_checksum(tmp_path):
+    write_text(tmp_path / "a" / "text", "größer\n")
+    assert (tmp_path / "a" / "text").read_bytes() == "größer\n".encode()
+    write_json(tmp_path / "json", {"b": [1, None, "ü"], "a": 0.1})
+    text = (tmp_path / "json").read_text("ascii")
+    assert json.loads(text) == {"b": [1, None, "ü"], "a": 0.1}
+    assert text.endswith("}\n")
+    content, sizes = bytes(range(256)) * 9000, []
+    write_bytes(tmp_path / "bytes", content)
+    assert sha256_file(tmp_path / "bytes", sizes.append) == hashlib.sha256(content).hexdigest()
+    assert sum(sizes) == len(content)
+
+
+def assert_same(found, expected):
+    """Equal in value, type and structure, tensors bit for bit."""
+    assert type(found) is type(expected)
+    if isinstance(expected, torch.Tensor):
+        assert found.dtype == expected.dtype
+        assert found.shape == expected.shape
+        assert torch.equal(found, expected)
+    elif isinstance(expected, dict):
+        assert list(found) == list(expected)
+        for key in expected:
+            assert_same(found[key], expected[key])
+    elif isinstance(expected, list | tuple):
+        assert len(found) == len(expected)
+        for one, other in zip(found, expected, strict=True):
+            assert_same(one, other)
+    elif isinstance(expected, float) and math.isnan(expected):
+        assert math.isnan(found)
+    else:
+        assert found == expected
+
+
+def trained():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, betas=(0.8, 0.99))
+    for _ in range(3):
+        model(torch.randn(5, 3)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer
+
+
+def test_state_of_a_model_and_its_optimizer_round_trips(tmp_path):
+    """An optimizer's state has whole-number keys and tuples, which JSON alone would lose."""
+    model, optimizer = trained()
+    state = {"model": dict(model.state_dict()), "optimizer": optimizer.state_dict()}
+    save_state(tmp_path / "s.safetensors", state)
+    loaded = load_state(tmp_path / "s.safetensors")
+    assert_same(loaded, state)
+    assert list(loaded["optimizer"]["state"]) == list(range(6))
+    assert loaded["optimizer"]["param_groups"][0]["betas"] == (0.8, 0.99)
+    other = torch.optim.AdamW(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).parameters())
+    other.load_state_dict(loaded["optimizer"])
+    assert_same(other.state_dict(), optimizer.state_dict())
+
+
+def test_moments_come_back_in_the_memory_format_of_the_weights(tmp_path):
+    """A fused optimizer goes through weights and moments as they lie in memory."""
+
+    def make():
+        torch.manual_seed(0)
+        model = nn.Conv2d(8, 16, 3).to(memory_format=torch.channels_last)
+        return model, torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+
+    def step(model, optimizer, seed):
+        images = torch.randn(4, 8, 6, 6, generator=torch.Generator().manual_seed(seed))
+        model(images.to(memory_format=torch.channels_last)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    model, optimizer = make()
+    for seed in range(3):
+        step(model, optimizer, seed)
+    save_state(tmp_path / "state.safetensors", {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    state = load_state(tmp_path / "state.safetensors")
+    other, other_optimizer = make()
+    other.load_state_dict(state["model"])
+    other_optimizer.load_state_dict(state["optimizer"])
+    step(model, optimizer, 3)
+    step(other, other_optimizer, 3)
+    assert torch.equal(model.weight, other.weight)
+
+
+def test_every_kind_of_leaf_round_trips(tmp_path):
+    shared = torch.arange(12.0)
+    state = {
+        "plain": [None, True, 0, -3, 2**60, 0.1, 1e-300, math.inf, math.nan, "text ü", ""],
+        "empty": [{}, [], (), torch.zeros(0), torch.zeros(2, 0)],
+        "nested": ({"a": [(torch.tensor(1),)]}, {}),
+        "types": [torch.ones(2).to(t) for t in (torch.bfloat16, torch.float16, torch.int8, torch.bool, torch.float64)],
+        "strided": torch.arange(6).view(2, 3).t(),
+        "views of one memory": [shared[:4], shared[2:6], shared, shared[::2]],
+        "colliding": {1: torch.tensor(1), "1": torch.tensor(2), "a/b": torch.tensor(3), "a": {"b": torch.tensor(4)}},
+        "needs gradient": nn.Parameter(torch.ones(2)).data,
+    }
+    save_state(tmp_path / "s.safetensors", state)
+    assert_same(load_state(tmp_path / "s.safetensors"), state)
+
+
+def test_a_state_may_be_a_tensor_or_a_list(tmp_path):
+    for state in (torch.ones(3), [torch.ones(1), 2], 5):
+        save_state(tmp_path / "s.safetensors", state)
+        assert_same(load_state(tmp_path / "s.safetensors"), state)
+
+
+def test_parts_of_a_state(tmp_path):
+    save_state(tmp_path / "s.safetensors", {"a": torch.ones(1), "b": {"c": 1}, "d": None})
+    assert_same(load_state(tmp_path / "s.safetensors", ["b", "unknown"]), {"b": {"c": 1}})
+
+
+@pytest.mark.parametrize("leaf", [object(), {1, 2}, b"bytes", 1j, torch.float32])
+def test_another_kind_of_leaf_is_named_and_nothing_is_written(tmp_path, leaf):
+    with pytest.raises(TypeError, match=rf"/optimizer/0: .*{type(leaf).__name__}"):
+        save_state(tmp_path / "s.safetensors", {"optimizer": [leaf]})
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, -1])
+def test_a_torn_file_is_noticed(tmp_path, keep):
+    path = tmp_path / "s.safetensors"
+    save_state(path, {"a": torch.ones(50)})
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises((OSError, SafetensorError)):
+        load_state(path)
+
+
+def test_a_clone_shares_nothing():
+    model, optimizer = trained()
+    state = {"model": dict(model.state_dict()), "optimizer": optimizer.state_dict()}
+    clone = clone_state(state)
+    assert_same(clone, state)
+    before = clone_state(clone)
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    optimizer.state_dict()["state"][0]["exp_avg"].zero_()
+    state["optimizer"]["param_groups"][0]["lr"] = 7
+    assert_same(clone, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("count", [1, 3, 20])
+def test_the_average_is_the_exact_one_rounded_once(count, dtype):
+    draw = torch.Generator().manual_seed(count)
+    tensors = [(torch.randn(50, generator=draw) * 10 ** (k % 5)).to(dtype) for k in range(count)]
+    weights = [(k + 1) / (count * (count + 1) / 2) for k in range(count)]
+    states = ({"layer": {"w": tensor}, "steps": torch.tensor(k), "name": f"{k}"} for k, tensor in enumerate(tensors))
+    found = weighted_average(states, weights)
+    exact = [
+        math.fsum(weight * float(tensor[i]) for weight, tensor in zip(weights, tensors, strict=True)) for i in range(50)
+    ]
+    assert found["layer"]["w"].dtype == dtype
+    tolerance = {"rtol": 1e-12, "atol": 1e-9} if dtype == torch.float64 else {"rtol": torch.finfo(dtype).eps / 2}
+    expected = torch.tensor(exact, dtype=torch.float64)
+    torch.testing.assert_close(found["layer"]["w"].double(), expected, **({"atol": 1e-9} | tolerance))
+    assert (found["steps"].item(), found["name"]) == (0, "0")
+    if count == 1:
+        assert torch.equal(found["layer"]["w"], tensors[0])
+
+
+def test_averaging_changes_and_keeps_none_of_the_states():
+    states = [{"w": torch.full((3,), float(k))} for k in range(2)]
+    found = weighted_average(states, [0.25, 0.75])
+    assert found["w"].tolist() == [0.75] * 3
+    assert [state["w"].tolist() for state in states] == [[0.0] * 3, [1.0] * 3]
+
+
+def test_states_or_weights_that_do_not_match_are_refused():
+    with pytest.raises(ValueError, match=r"shorter|longer"):
+        weighted_average([{"w": torch.ones(1)}], [0.5, 0.5])
+    with pytest.raises(ValueError, match=r"shorter|longer"):
+        weighted_average([{"w": torch.ones(1)}, {}], [0.5, 0.5])

@@ -1,0 +1,143 @@
+"""What the package offers, what importing it costs, and that imports point one way."""
+
+import ast
+import subprocess
+import sys
+from importlib import import_module, resources
+from pathlib import Path
+
+import pytest
+
+import unrote
+
+ROOT = Path(str(resources.files("unrote")))
+MODULES = sorted(ROOT.rglob("*.py"))
+
+
+def test_all_is_exactly_what_can_be_imported():
+    assert sorted(unrote.__all__) == sorted(unrote._HOMES) == dir(unrote)
+    namespace = {}
+    exec("from unrote import *", namespace)
+    assert sorted(set(namespace) - {"__builtins__"}) == sorted(unrote.__all__)
+    for name in unrote.__all__:
+        value = getattr(unrote, name)
+        assert value.__name__ == name
+        assert value.__doc__
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = unrote.nothing
+
+
+def test_the_type_checker_is_told_of_the_same_names():
+    tree = ast.parse((ROOT / "__init__.py").read_text("utf-8"))
+    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
+    told = {alias.name: node.module for node in block.body for alias in node.names}
+    assert told == unrote._HOMES
+
+
+def test_no_submodule_hides_a_public_name():
+    """Importing a submodule sets it as an attribute of the package: it must not be called as a public function is."""
+    assert not {path.stem for path in ROOT.iterdir()} & set(unrote.__all__)
+
+
+def test_it_is_typed_and_has_a_version():
+    assert (ROOT / "py.typed").is_file()
+    assert unrote.__version__.count(".") == 2
+
+
+HEAVY = {"torch", "diffusers", "datasets", "PIL", "pydantic", "numpy", "transformers"}
+
+
+def loaded_by(code):
+    probe = f"import sys; sys.argv = ['unrote', '--help']\n{code}\nprint('LOADED', *sys.modules)"
+    run = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    return set(run.stdout.rpartition("LOADED")[2].split())
+
+
+@pytest.mark.parametrize(
+    ("code", "heavy"),
+    [
+        ("import unrote; dir(unrote); unrote.__version__", HEAVY),
+        ("from unrote.cli import main\ntry: main()\nexcept SystemExit: pass", HEAVY - {"pydantic"}),
+        ("import unrote.config", {"torch", "diffusers"}),
+        ("import unrote.data", {"torch", "datasets", "diffusers"}),
+    ],
+)
+def test_importing_loads_nothing_heavy(code, heavy):
+    assert not loaded_by(code) & heavy
+
+
+def imports_of(path):
+    """Modules that a file imports at run time, wherever in it, by full name."""
+    tree = ast.parse(path.read_text("utf-8"))
+    skipped = {
+        id(node)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.dump(block.test)
+        for node in ast.walk(block)
+    }
+    found = set()
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are written in full"
+            found.add(node.module)
+            found |= {f"{node.module}.{alias.name}" for alias in node.names if node.module == "unrote"}
+    return found
+
+
+def own_imports(folder):
+    return {
+        (str(path.relative_to(ROOT)), name)
+        for path in MODULES
+        if path.is_relative_to(ROOT / folder)
+        for name in imports_of(path)
+        if name.split(".")[0] == "unrote"
+    }
+
+
+def test_the_method_knows_only_torch_and_indices():
+    for path in (ROOT / "method").glob("*.py"):
+        for name in imports_of(path):
+            top = name.split(".")[0]
+            assert top in {"torch", "numpy", *sys.stdlib_module_names, "unrote"}, f"{path.name} imports {name}"
+    for path, name in own_imports("method"):
+        assert name.split(".")[1] in {"method", "seeding", "tensorfiles"}, f"{path} imports {name}"
+
+
+@pytest.mark.parametrize(
+    ("folder", "never"),
+    [
+        ("auditing", {"training", "method", "models", "cli", "config", "sampling", "demo"}),
+        ("report", {"training", "method", "models", "cli", "config", "sampling", "demo"}),
+        ("data", {"training", "method", "models", "cli", "auditing", "report", "sampling", "config", "demo"}),
+        ("models", {"training", "method", "cli", "auditing", "report", "sampling", "demo"}),
+        ("training", {"cli", "auditing", "report", "demo", "api"}),
+        ("files.py", {"training", "method", "models", "cli", "auditing", "report", "data", "config"}),
+        ("tensorfiles.py", {"training", "method", "models", "cli", "auditing", "report", "data", "config"}),
+        ("config.py", {"training", "method", "models", "cli", "auditing", "report", "data"}),
+    ],
+)
+def test_imports_point_one_way(folder, never):
+    wrong = [(path, name) for path, name in own_imports(folder) if (name + ".").split(".")[1] in never]
+    assert not wrong
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_module_says_what_it_is_and_can_be_imported(path):
+    assert ast.get_docstring(ast.parse(path.read_text("utf-8")))
+    if path.name != "__main__.py":
+        parts = path.relative_to(ROOT.parent).with_suffix("").parts
+        import_module(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
+
+
+def test_nothing_is_ever_unpickled():
+    """Tensor files are safetensors: a model file from a stranger must not run code."""
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in {"torch.load", "np.load", "numpy.load"}:
+                options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                safe = {"torch.load": ("weights_only", "True")}.get(ast.unparse(node.func), ("allow_pickle", "False"))
+                assert options.get(safe[0]) == safe[1], f"{path.name}:{node.lineno}"
