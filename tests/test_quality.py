@@ -6,8 +6,9 @@ import scipy.linalg
 import torch
 import torch.nn.functional as F
 
-from unrote.auditing.quality import RandomConvEncoder, frechet_distance, manifold_metrics, quality, subsample
+from unrote.auditing.quality import frechet_distance, manifold_metrics, quality, subsample
 from unrote.data import open_images
+from unrote.encoders.random_conv import RandomConvEncoder
 
 WEIGHTS_SHA256 = "80aba535e015"
 

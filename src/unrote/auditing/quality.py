@@ -1,13 +1,11 @@
 """Quality and variety in a named feature space, so that memorization is never read alone."""
 
-import hashlib
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
+from unrote.encoders.random_conv import RandomConvEncoder
 from unrote.neighbours.images import Images
 from unrote.seeding import derive_seed
 
@@ -16,46 +14,6 @@ RESIZE_RULE = "none (features at the images' own size, averaged over positions)"
 PRECISION_RECALL_K = 3
 DENSITY_COVERAGE_K = 5
 MAX_MANIFOLD = 5000  # images a side for precision, recall, density, coverage: they need all pairwise distances
-
-
-class RandomConvEncoder:
-    """Four layers of fixed random 3×3 convolutions, 64 features: no download, no training, the same everywhere.
-
-    Random embeddings order distributions usefully (Naeem et al. 2020, "Reliable fidelity and diversity metrics").
-    This one was chosen by measurement, see docs/audit.md. It is no Inception: a distance in it is not an FID.
-    """
-
-    widths = (32, 64, 64, 64)
-
-    def __init__(self) -> None:
-        random = np.random.Generator(np.random.PCG64(0))
-        self.weights: list[Tensor] = []
-        inputs = 3
-        for outputs in self.widths:
-            kernel = random.standard_normal((outputs, inputs, 3, 3)) * (2 / (9 * inputs)) ** 0.5
-            self.weights.append(torch.from_numpy(kernel.astype(np.float32)))
-            inputs = outputs
-        self.weights[-1] *= 10  # only the unit: distances between sets of real images are then of the order of 10
-
-    @property
-    def weights_sha256(self) -> str:
-        """Hex SHA-256 of the float32 weights."""
-        return hashlib.sha256(b"".join(kernel.numpy().tobytes() for kernel in self.weights)).hexdigest()
-
-    @torch.no_grad()
-    def __call__(self, images: Images) -> np.ndarray:
-        """Features of uint8 images [N, H, W, C], C = 1 or 3. float64 [N, 64]."""
-        batch = max(1, (1 << 19) // int(np.prod(images.shape[1:3])))
-        features = [self._forward(images[start : start + batch]) for start in range(0, len(images), batch)]
-        return np.concatenate(features) if features else np.zeros((0, self.widths[-1]))
-
-    def _forward(self, images: np.ndarray) -> np.ndarray:
-        pixels = torch.from_numpy(np.array(images, dtype=np.float32)).permute(0, 3, 1, 2).div(255.0)
-        hidden = pixels.expand(-1, 3, -1, -1).sub(0.5).mul(4.0)
-        for kernel in self.weights[:-1]:
-            hidden = F.avg_pool2d(F.conv2d(hidden, kernel, padding=1).relu(), 2, ceil_mode=True)
-        features: np.ndarray = F.conv2d(hidden, self.weights[-1], padding=1).mean((2, 3)).double().numpy()
-        return features
 
 
 def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
@@ -117,11 +75,12 @@ def quality(generated: Images, train: Images, holdout: Images | None, seed: int)
     """
     encoder = RandomConvEncoder()
     count = len(generated) if holdout is None else min(len(generated), len(train))
-    reference = encoder(train if holdout is None else holdout)
-    features = encoder(generated[subsample(len(generated), count, seed, "quality-generated")])
+    reference = encoder(train if holdout is None else holdout).astype(np.float64)
+    features = encoder(generated[subsample(len(generated), count, seed, "quality-generated")]).astype(np.float64)
     floor = None
     if holdout is not None:
-        floor = _compare(encoder(train[subsample(len(train), count, seed, "quality-train")]), reference, seed)
+        some_train = encoder(train[subsample(len(train), count, seed, "quality-train")]).astype(np.float64)
+        floor = _compare(some_train, reference, seed)
     return {
         "encoder": ENCODER,
         "weights_sha256": encoder.weights_sha256,

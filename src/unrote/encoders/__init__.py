@@ -1,0 +1,1 @@
+"""Feature spaces: what an image becomes before images or sets of images are compared."""
