@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from unrote.auditing import audit
+from unrote.auditing.compare import References, find
 from unrote.auditing.memorization import THRESHOLDS, at_threshold
 from unrote.data import in_memory_store, open_images
 from unrote.errors import InputError
-from unrote.neighbours.orbit import Transform
+from unrote.neighbours.orbit import IDENTITY, Transform
 
 
 def emoji() -> tuple[np.ndarray, np.ndarray]:
@@ -108,7 +109,7 @@ def test_unseen_images_are_no_copies():
 def test_identity_only_orbit_equals_plain():
     train, holdout = emoji()
     sets = [in_memory_store(part, source="x") for part in (holdout[:20], train[:60], holdout[20:50])]
-    report = audit(*sets, flip=False, max_shift=0)
+    report = audit(*sets, flip=False, max_shift=0, scales=(), brightness=())
     plain, orbit = report.summary["memorization"]["plain"], report.summary["memorization"]["orbit"]
     assert plain == orbit and report.summary["settings"]["num_transforms"] == 1
 
@@ -176,5 +177,53 @@ def test_all_training_images_identical():
     assert report.pairs["ratio_l2"].tolist() == pytest.approx([0, 0, 1, 1, 1])
     assert report.summary["counts"]["train_duplicates"] == 59
     assert report.summary["exact_copies"]["plain"]["distinct"] == 1
+    assert report.summary["duplicates"] == {"method": "near", "clusters": 1, "images": 60, "largest": 60}
     assert any("exact duplicates" in note for note in report.summary["certainty"])
     json.dumps(report.summary, allow_nan=False)
+
+
+def test_a_copy_of_a_repeated_image_is_found_when_its_cluster_counts_once():
+    """60 equal images give an inexact copy 50 equally near neighbours: a ratio of 1, though it is a copy."""
+    random = np.random.default_rng(3)
+    images = random.integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
+    train = np.concatenate([images, np.repeat(images[:1], 59, axis=0)])
+    copy = np.clip(images[:1].astype(int) + random.integers(-3, 4, images[:1].shape), 0, 255).astype(np.uint8)
+    report = audit(in_memory_store(copy, source="g"), in_memory_store(train, source="t"), max_shift=0)
+    assert report.pairs["ratio_squared_l2"][0] > 0.99 and report.pairs["ratio_distinct"][0] < 0.05
+    table = report.summary["memorization"]["plain"]["squared-l2"]
+    assert at_threshold(table["mq"], 0.33)["count"] == 0
+    assert at_threshold(table["distinct_aware"]["mq"], 0.33)["count"] == 1
+    (found,) = report.summary["extracted"]["images"]
+    assert found | {"ratio": 0} == {"cluster": 0, "name": "000000", "members": 60, "times": 1, "ratio": 0, "exact": 0}
+    assert report.summary["extracted"]["distinct"] == 1 and report.summary["verdict"]["level"] != "none"
+
+
+@pytest.mark.parametrize("num", [1, 3, 7])
+def test_both_readings_of_a_search_equal_brute_force(num):
+    random = np.random.default_rng(num)
+    base = random.integers(0, 256, (12, 4, 4, 1), dtype=np.uint8)
+    train = base[random.integers(0, 12, 40)]
+    train[::5] ^= 1  # near-duplicates that are not exact
+    clusters = np.array([np.flatnonzero((train >> 1 == image >> 1).all((1, 2, 3)))[0] for image in train])
+    queries = random.integers(0, 256, (9, 4, 4, 1), dtype=np.uint8)
+    queries[:3] = train[[0, 7, 20]]
+    stores = in_memory_store(queries, source="q"), in_memory_store(train, source="t")
+    found = find(stores[0], References(stores[1], clusters), num, (IDENTITY,))
+    squared = ((queries[:, None].astype(int) - train[None].astype(int)) ** 2).sum((2, 3, 4))
+    for row, distances in enumerate(squared):
+        order = np.lexsort((np.arange(40), distances))
+        assert found.plain.indices[row].tolist() == order[:num].tolist()
+        nearest = order[0]
+        firsts = [i for i in order if clusters[i] == i and clusters[i] != clusters[nearest]]
+        assert found.distinct.indices[row].tolist() == [nearest, *firsts[: num - 1]]
+        assert found.distinct.squared[row].tolist() == distances[found.distinct.indices[row]].tolist()
+
+
+def test_calibrated_threshold_keeps_its_rate(planted):
+    for view in ("plain", "orbit"):
+        for definition in ("l2", "squared-l2"):
+            calibrated = planted.summary["memorization"][view][definition]["calibrated"]
+            unseen = planted.curves[view, definition, "unseen"]
+            assert (unseen < calibrated["threshold"]).sum() <= 0.01 * len(unseen) == 0.01 * calibrated["num_holdout"]
+            below = planted.pairs[("orbit_" if view == "orbit" else "") + "ratio_" + definition.replace("-", "_")]
+            assert calibrated["below"]["count"] == (below < calibrated["threshold"]).sum() >= 20

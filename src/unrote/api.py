@@ -1,7 +1,7 @@
 """What ``import unrote`` offers: train, sample, audit."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,11 @@ from unrote.auditing import AuditReport
 from unrote.auditing import audit as _audit
 from unrote.config import Config, load_config
 from unrote.data import ImageStore, open_images
+from unrote.data.build import cache_folder
 from unrote.detection.membership import TIMESTEPS, pia_scores
 from unrote.detection.roc import separation
+from unrote.encoders import load_encoder
+from unrote.encoders.clip_score import clip_summary
 from unrote.errors import InputError
 from unrote.scanning.scan import ScanReport
 from unrote.scanning.scan import scan as _scan
@@ -73,13 +76,14 @@ def audit(
     train: Any,
     holdout: Any = None,
     *,
+    encoders: Sequence[Any] = (),
+    clip_model: Path | str | None = None,
     resolution: int | None = None,
     limit: int | None = None,
-    neighbors: int = 50,
-    flip: bool = True,
-    max_shift: int = 2,
-    seed: int = 0,
+    device: str | None = None,
+    resume: Path | None = None,
     name: str | None = None,
+    **settings: Any,
 ) -> AuditReport:
     """Measure what generated images copy from the training images.
 
@@ -87,17 +91,22 @@ def audit(
         generated: anything :func:`unrote.open_images` takes, or a run (its ``samples``).
         train: the training images; of a run, those that it was trained on, with its ledger.
         holdout: images of the same kind that were not trained on: the control.
+        encoders: feature spaces besides random convolutions: what :func:`unrote.load_encoder` takes (``"sscd"`` for
+            copy detection, ``"inception"`` for FID), or any callable from uint8 [n, H, W, C] to [n, D].
+        clip_model: folder or Hub id of a CLIP model, to score how well generated images fit their captions.
         resolution: compare at this size; by default that of the generated images.
         limit: only this many training images, the fixed choice that ``data.limit`` makes.
-        neighbors: n of the neighbour ratio.
-        flip: look for mirrored copies too.
-        max_shift: look for copies shifted by up to so many pixels.
-        seed: of the subsets that make train and held-out equally large.
+        device: for encoders: ``cpu``, ``cuda``, …; by default what there is.
+        resume: folder that keeps the progress of the searches, so that the same call goes on after it was killed.
         name: what to call the generated images.
+        settings: ``num_neighbors``, ``flip``, ``max_shift``, ``scales``, ``brightness``, ``near_duplicates``,
+            ``false_positive_rate`` and ``seed`` of :func:`unrote.auditing.audit`.
 
     Raises:
-        InputError: if sets are empty, unreadable or do not fit together.
+        InputError: if sets are empty, unreadable or do not fit together, or an encoder is not there.
     """
+    where = pick_device(device)
+    spaces = [load_encoder(encoder, device=where) for encoder in encoders]
     source_run, train_run = _as_run(generated), _as_run(train)
     samples = source_run.path / "samples" if source_run else generated
     channels = train_run.config.data.channels if train_run else 3
@@ -114,13 +123,14 @@ def audit(
         images,
         reference,
         control,
-        num_neighbors=neighbors,
-        flip=flip,
-        max_shift=max_shift,
-        seed=seed,
+        encoders=spaces,
+        clip_scores=None if clip_model is None else clip_summary(clip_model, images, device=where),
         ledger=ledger,
         provenance=_provenance(samples),
+        cache=cache_folder() / "features",
+        resume=resume,
         name=name or (source_run.config.method if source_run else str(samples)),
+        **settings,
     )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -68,6 +69,14 @@ def _device_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def _json_option(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(command)
+
+
+def _numbers(context: click.Context, option: click.Parameter, text: str) -> tuple[float, ...]:
+    """Numbers between commas."""
+    try:
+        return tuple(float(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is no list of numbers such as 0.9,1.1", context, option) from None
 
 
 def _config_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -157,10 +166,32 @@ def sample(model: str, out: Path | None, device: str | None, **options: Any) -> 
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the report [beside the generated images].")
 @click.option("--resolution", type=int, help="Compare at this size [that of the generated images].")
 @click.option("--limit", type=int, help="As in training: only this many training images.")
-@click.option("--neighbors", default=50, show_default=True, help="n of the neighbour ratio.")
+@click.option(
+    "--encoder",
+    "encoders",
+    multiple=True,
+    metavar="NAME[=PATH]",
+    help="Feature space: sscd (copy detection), inception (FID), dinov2, clip, transformers=PATH; may be repeated.",
+)
+@click.option("--clip-model", metavar="PATH|HUB_ID", help="Score how well images fit their captions, by this CLIP.")
+@click.option("--neighbors", "num_neighbors", default=50, show_default=True, help="n of the neighbour ratio.")
 @click.option("--flip/--no-flip", default=True, show_default=True, help="Look for mirrored copies too.")
 @click.option("--max-shift", default=2, show_default=True, help="Look for copies shifted by up to so many pixels.")
+@click.option(
+    "--scales", default="0.9,1.1", show_default=True, callback=_numbers, help='Look for copies zoomed so; "" for none.'
+)
+@click.option(
+    "--brightness", default="0.85,1.15", show_default=True, callback=_numbers, help="Copies made darker or lighter so."
+)
+@click.option(
+    "--near-duplicates/--exact-duplicates",
+    default=True,
+    show_default=True,
+    help="What counts as one training image where copies are told apart.",
+)
+@click.option("--false-positive-rate", default=0.01, show_default=True, help="Of the calibrated thresholds.")
 @click.option("--seed", default=0, show_default=True, help="Of the subsets that make the control equally large.")
+@_device_option
 @click.option("--fail-above", multiple=True, metavar="MQ@T=F", help="Exit 1 above mq@0.5=0.01; may be repeated.")
 @_json_option
 def audit(
@@ -171,9 +202,11 @@ def audit(
     from unrote.auditing.limits import exceeded, parse_limit
 
     limits = [parse_limit(text) for text in fail_above]
-    report = measure(generated, train, **options)
     folder = out or Path(f"{generated.removesuffix('.npz').rstrip('/')}-report")
+    unfinished = folder / ".search"
+    report = measure(generated, train, resume=unfinished, **options)
     page = report.save(folder)
+    shutil.rmtree(unfinished, ignore_errors=True)
     click.echo(json.dumps(report.summary) if as_json else f"{report}\n{page}")
     failures = exceeded(report, limits)
     for failure in failures:

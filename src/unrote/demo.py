@@ -7,7 +7,7 @@ from typing import Any
 
 from unrote.api import audit, train_config, training_images
 from unrote.auditing import AuditReport
-from unrote.auditing.verdict import headline
+from unrote.auditing.memorization import HEADLINE, at_threshold
 from unrote.config import Config, load_config
 from unrote.report.page import write_page
 from unrote.sampling import sample
@@ -71,12 +71,14 @@ def compare(standard: AuditReport, ours: AuditReport) -> str:
 
 
 def copied(report: AuditReport) -> float:
-    """MQ as a fraction: samples whose squared-L2 neighbour ratio is below 0.33, without flips and shifts."""
-    fraction: float = headline(report.summary, "plain")["fraction"]
+    """MQ as the papers define it, as a fraction: samples whose squared-L2 neighbour ratio is below 0.33."""
+    rows = report.summary["memorization"]["plain"]["squared-l2"]["mq"]
+    fraction: float = at_threshold(rows, HEADLINE["squared-l2"])["fraction"]
     return fraction
 
 
 def frechet(report: AuditReport) -> float:
     """Fréchet distance of the samples to the held-out images."""
-    distance: float = report.summary["quality"]["generated"]["frechet_distance"]
+    space = report.summary["spaces"][report.summary["quality_space"]]
+    distance: float = space["quality"]["generated"]["frechet_distance"]["value"]
     return distance

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from unrote.auditing.memorization import HEADLINE
+from unrote.auditing.extracted import near_copies
 from unrote.errors import InputError
 
 MOST_SKIPPED = 48
@@ -33,9 +33,8 @@ def skip_rate(ledger: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def times_copied(pairs: Mapping[str, np.ndarray], num_train: int) -> np.ndarray:
-    """How many generated images are near-copies (headline threshold, over the orbit) of each training image [N]."""
-    copies = pairs["orbit_ratio_squared_l2"] < HEADLINE["squared-l2"]
-    counts: np.ndarray = np.bincount(pairs["orbit_train_index"][copies], minlength=num_train)
+    """How many generated images are near-copies of each training image [N]."""
+    counts: np.ndarray = np.bincount(pairs["orbit_train_index"][near_copies(pairs)], minlength=num_train)
     return counts
 
 
@@ -47,16 +46,16 @@ def most_skipped(ledger: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def join_ledger(
-    ledger: Mapping[str, np.ndarray] | None, pairs: Mapping[str, np.ndarray], identity: np.ndarray
+    ledger: Mapping[str, np.ndarray] | None, pairs: Mapping[str, np.ndarray], clusters: np.ndarray
 ) -> dict[str, Any] | None:
     """Totals, and the means of copied against other training images; None without a ledger.
 
-    Exact duplicates count as copied together, whichever of them is named as the nearest.
+    Duplicates count as copied together, whichever of them is named as the nearest.
     """
     if not ledger or "visits" not in ledger or "skips" not in ledger:
         return None
-    copies = times_copied(pairs, len(identity))
-    copied = np.isin(identity, identity[copies > 0])
+    copies = times_copied(pairs, len(clusters))
+    copied = np.isin(clusters, clusters[copies > 0])
     groups = {"copied": copied, "others": ~copied}
     visits = int(ledger["visits"].sum())
     return {

@@ -17,16 +17,18 @@ MEASURES: dict[str, tuple[str, Definition]] = {
     "mq-orbit": ("orbit", "l2"),
     "mq-orbit-squared": ("orbit", "squared-l2"),
 }
-GRAMMAR = f"MEASURE@THRESHOLD=FRACTION with MEASURE one of {', '.join(MEASURES)}, or exact=FRACTION"
+SIMILARITY = "similarity"  # above the threshold, not below
+GRAMMAR = f"MEASURE@THRESHOLD=FRACTION with MEASURE one of {', '.join([*MEASURES, SIMILARITY])}, or exact=FRACTION"
 
 
 @dataclass(frozen=True)
 class Limit:
-    """The greatest fraction of generated images that may score below a threshold.
+    """The greatest fraction of generated images that may lie beyond a threshold.
 
     Attributes:
-        measure: a key of :data:`MEASURES`, or ``exact`` (pixel-exact copies, flips and shifts allowed for).
-        threshold: of the neighbour ratio, in (0, 1]; None for ``exact``.
+        measure: a key of :data:`MEASURES` (below the threshold), ``similarity`` (of copy detection, above it), or
+            ``exact`` (pixel-exact copies over the orbit).
+        threshold: of the neighbour ratio or the similarity, in (0, 1]; None for ``exact``.
         greatest: the fraction that is still allowed, in [0, 1].
     """
 
@@ -44,6 +46,12 @@ class Limit:
         if self.threshold is None:
             row: dict[str, Any] = report.summary["exact_copies"]["orbit"]
             return row
+        if self.measure == SIMILARITY:
+            key = report.summary["copy_space"]
+            if key is None:
+                raise InputError(f"--fail-above {self.label} needs copy detection: add --encoder sscd")
+            similar = report.pairs[f"{key}_similarity"]
+            return fraction(int((similar > self.threshold).sum()), len(similar))
         ratios = report.curves[(*MEASURES[self.measure], "train")]
         return fraction(int((ratios < self.threshold).sum()), len(ratios))
 
@@ -55,14 +63,18 @@ def parse_limit(text: str) -> Limit:
         InputError: it does not follow the grammar, or a number is out of range.
     """
     match = re.fullmatch(r"([a-z-]+)(?:@([0-9.eE+-]+))?=([0-9.eE+-]+)", text.strip())
-    if match is None or (match[1] == "exact") is not (match[2] is None) or match[1] not in (*MEASURES, "exact"):
+    if (
+        match is None
+        or (match[1] == "exact") is not (match[2] is None)
+        or match[1] not in (*MEASURES, SIMILARITY, "exact")
+    ):
         raise InputError(f"--fail-above {text!r} is not {GRAMMAR}, such as mq@0.5=0.01")
     try:
         threshold, greatest = None if match[2] is None else float(match[2]), float(match[3])
     except ValueError:
         raise InputError(f"--fail-above {text!r}: not a number; write it as mq@0.5=0.01") from None
     if threshold is not None and not 0 < threshold <= 1:
-        raise InputError(f"--fail-above {text!r}: the threshold of a ratio lies in (0, 1], not at {threshold:g}")
+        raise InputError(f"--fail-above {text!r}: the threshold lies in (0, 1], not at {threshold:g}")
     if not 0 <= greatest <= 1:
         raise InputError(f"--fail-above {text!r}: {greatest:g} is no fraction in [0, 1]; 1 % is 0.01")
     return Limit(match[1], threshold, greatest)

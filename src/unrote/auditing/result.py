@@ -20,9 +20,10 @@ class AuditReport:
         name: what was audited.
         summary: everything that is a number, with its provenance; JSON-able, described in docs/audit.md.
         pairs: columns of equal length G, one entry per generated image; described in docs/audit.md.
-        curves: neighbour ratios [·] by ``(view, definition, set)``: view ``plain`` or ``orbit``, definition ``l2`` or
-            ``squared-l2``, set ``train`` (generated against all training images), ``holdout`` (generated against
-            the held-out control) or ``unseen`` (held-out images against training images).
+        curves: neighbour ratios [·] by ``(view, definition, set)``: view ``plain`` or ``orbit``, or these with
+            ``-distinct`` (each cluster of duplicates counted once); definition ``l2`` or ``squared-l2``; set ``train``
+            (generated against all training images), ``control-train`` and ``holdout`` (against equally many of both)
+            or ``unseen`` (held-out images against training images).
         generated: the generated images.
         train: the training images.
         ledger: the run's ledger columns, aligned with ``train``; None if there was none.
@@ -64,15 +65,19 @@ class AuditReport:
         lines = [f"{self.name}: {self.summary['verdict']['title']}", self.summary["verdict"]["text"]]
         plain = headline(self.summary, "plain")
         lines.append(
-            f"Without flips and shifts: {plain['count']:,} near-copies "
-            f"({percent(plain['fraction'])}, {interval(plain)})."
+            f"Compared as they are: {plain['count']:,} near-copies ({percent(plain['fraction'])}, {interval(plain)})."
         )
-        quality = self.summary["quality"]
-        if quality["generated"]["frechet_distance"] is not None:
-            floor = quality["floor"]
-            beside = f"; training images themselves: {floor['frechet_distance']:.2f}" if floor else ""
-            lines.append(
-                f"Fréchet distance ({quality['encoder']}, to {quality['reference']}): "
-                f"{quality['generated']['frechet_distance']:.2f}{beside}."
-            )
-        return "\n".join(lines)
+        return "\n".join([*lines, *self._quality_lines()])
+
+    def _quality_lines(self) -> list[str]:
+        space = self.summary["spaces"][self.summary["quality_space"]]
+        quality = space["quality"]
+        generated, floor = quality["generated"]["frechet_distance"], quality["floor"] or {}
+        if generated is None:
+            return []
+        beside = floor.get("frechet_distance")
+        what = "FID" if space["is_fid_inception"] else "Fréchet distance"
+        return [
+            f"{what} ({space['encoder']}, to {quality['reference']}): "
+            f"{generated['value']:.2f}" + (f"; training images themselves: {beside['value']:.2f}." if beside else ".")
+        ]

@@ -1,50 +1,29 @@
 """The audit: from images to numbers, top to bottom."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from unrote.auditing.compare import References, View, compare
+from unrote.auditing.extracted import duplicate_facts, extracted_images
+from unrote.auditing.intervals import fraction
 from unrote.auditing.ledger import check_ledger, join_ledger
-from unrote.auditing.memorization import (
-    DEFINITIONS,
-    HEADLINE,
-    TrainShare,
-    fraction,
-    image_identity,
-    memorization_quantity,
-    neighbour_ratio,
-    train_share,
-)
-from unrote.auditing.quality import quality, subsample
+from unrote.auditing.memorization import DEFINITIONS, HEADLINE, calibrated, image_identity, memorization_quantity
 from unrote.auditing.result import AuditReport
+from unrote.auditing.spaces import Space, measure_space
 from unrote.auditing.verdict import certainty, verdict
 from unrote.data.store import ImageStore, image_digests
+from unrote.encoders import Encoder, RandomConvEncoder, features
 from unrote.errors import InputError
-from unrote.neighbours.images import Neighbours, nearest_images
+from unrote.neighbours.images import Neighbours
 from unrote.neighbours.orbit import IDENTITY, Transform, orbit
+from unrote.scanning.duplicates import near_clusters
 
-SCHEMA_VERSION = 1
-
-
-@dataclass(frozen=True)
-class _View:
-    """One way to compare images: as they are (``plain``) or up to augmentation (``orbit``)."""
-
-    name: str
-    train: Neighbours
-    control_train: Neighbours | None = None
-    control_holdout: Neighbours | None = None
-    unseen: Neighbours | None = None
-    control_size: int = 0
-
-    def share(self) -> TrainShare | None:
-        """Whether the nearest image is a training image, for each generated image."""
-        if self.control_train is None or self.control_holdout is None:
-            return None
-        return train_share(self.control_train, self.control_holdout, self.control_size)
+SCHEMA_VERSION = 2
 
 
 def audit(
@@ -55,9 +34,17 @@ def audit(
     num_neighbors: int = 50,
     flip: bool = True,
     max_shift: int = 2,
+    scales: Sequence[float] = (0.9, 1.1),
+    brightness: Sequence[float] = (0.85, 1.15),
+    near_duplicates: bool = True,
+    encoders: Sequence[Encoder] = (),
+    false_positive_rate: float = 0.01,
     seed: int = 0,
     ledger: Mapping[str, np.ndarray] | None = None,
+    clip_scores: Mapping[str, Any] | None = None,
     provenance: Mapping[str, Any] | None = None,
+    cache: Path | None = None,
+    resume: Path | None = None,
     name: str = "generated",
 ) -> AuditReport:
     """How much of the training set the generated images copy, and how good they are.
@@ -69,28 +56,50 @@ def audit(
         num_neighbors: n of the neighbour ratio; with fewer training images all of them are used.
         flip: look for mirrored copies too.
         max_shift: look for copies shifted by up to so many pixels either way; what training augmented with.
-        seed: of the subsets that make train and held-out equally large.
+        scales: look for copies zoomed by these factors.
+        brightness: look for copies whose pixels are multiplied by these factors.
+        near_duplicates: count training images that are nearly the same (:func:`near_clusters`) as one where copies are
+            told apart; otherwise only those with the same pixels.
+        encoders: feature spaces to measure in, besides random convolutions.
+        false_positive_rate: of the calibrated thresholds, in (0, 1): what share of held-out images may pass them.
+        seed: of the subsets that make train and held-out equally large, and of resampling.
         ledger: columns of a run's ledger, each of length N, joined to the images that were copied.
+        clip_scores: how well the images fit their prompts, kept in the summary as ``clip_score``.
         provenance: what made the images (sampler, steps, EMA or raw weights, ...); JSON-able, kept in the summary.
+        cache: folder that keeps features; None computes them again each time.
+        resume: folder that keeps the progress of the searches, so that the same call goes on after it was killed.
         name: what to call the generated images.
 
     Raises:
-        InputError: a set is empty, image sizes or channels differ, or the ledger does not fit the training set.
+        InputError: a set is empty, image sizes or channels differ, two encoders have one key, a number is out of
+            range, or the ledger does not fit the training set.
     """
     _check_images(generated, train, holdout)
     if num_neighbors < 1:
         raise InputError(f"num_neighbors is {num_neighbors}; it must be at least 1 (the papers use 50)")
+    if not 0 < false_positive_rate < 1:
+        raise InputError(f"false_positive_rate is {false_positive_rate}; it must lie between 0 and 1, such as 0.01")
+    encoders = _all_encoders(encoders)
     check_ledger(ledger, len(train))
     height, width = train.images.shape[1:3]
-    transforms = orbit(flip=flip, max_shift=max_shift, height=height, width=width)
-    views = [_compare("plain", generated, train, holdout, num_neighbors, seed, (IDENTITY,))]
+    transforms = orbit(flip=flip, max_shift=max_shift, scales=scales, brightness=brightness, height=height, width=width)
+    references = _references(train, near_duplicates)
+    control = None if holdout is None else _references(holdout, near_duplicates)
+    views = [compare("plain", generated, references, control, num_neighbors, seed, (IDENTITY,), resume)]
     if len(transforms) > 1:
-        views.append(_compare("orbit", generated, train, holdout, num_neighbors, seed, transforms))
+        views.append(compare("orbit", generated, references, control, num_neighbors, seed, transforms, resume))
     else:
         views.append(replace(views[0], name="orbit"))
-    identity = image_identity(image_digests(train.images) if train.digests is None else train.digests)
-    curves = {key: ratios for view in views for key, ratios in _curves(view).items()}
+    identity = _identity(train)
+    curves = {key: ratios for view in views for key, ratios in view.curves().items()}
+    stores = (generated, train, holdout)
+    spaces = {
+        encoder.key: _space(encoder, stores, references.clusters, rate=false_positive_rate, seed=seed, cache=cache)
+        for encoder in encoders
+    }
     pairs = _pairs(generated, train, views, transforms, curves)
+    for space in spaces.values():
+        pairs = _with_space(pairs, space, train)
     summary: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "name": name,
@@ -108,16 +117,26 @@ def audit(
             "num_neighbors_asked": num_neighbors,
             "flip": flip,
             "max_shift": max_shift,
+            "scales": list(scales),
+            "brightness": list(brightness),
             "num_transforms": len(transforms),
+            "near_duplicates": near_duplicates,
+            "false_positive_rate": false_positive_rate,
+            "encoders": [encoder.key for encoder in encoders],
             "seed": seed,
             "features": "pixels in [0, 1], no resizing, L2",
         },
-        "memorization": {view.name: _tables(view, curves, identity) for view in views},
-        "exact_copies": {view.name: _exact_copies(view.train, identity) for view in views}
-        | {"unseen": None if views[1].unseen is None else _exact_copies(views[1].unseen, identity)},
+        "memorization": {view.name: _tables(view, curves, references.clusters, false_positive_rate) for view in views},
+        "exact_copies": {view.name: _exact_copies(view.train.plain, identity) for view in views}
+        | {"unseen": None if views[1].unseen is None else _exact_copies(views[1].unseen.plain, identity)},
         "train_share": None if holdout is None else {view.name: _share(view) for view in views},
-        "quality": quality(generated.images, train.images, None if holdout is None else holdout.images, seed),
-        "ledger": join_ledger(ledger, pairs, identity),
+        "duplicates": duplicate_facts(references.clusters, near=near_duplicates),
+        "extracted": extracted_images(pairs, references.clusters, train.names),
+        "spaces": {key: space.summary for key, space in spaces.items()},
+        "quality_space": next((e.key for e in encoders if e.is_fid_inception), encoders[0].key),
+        "copy_space": next((e.key for e in encoders if e.copy_detection), None),
+        "clip_score": None if clip_scores is None else dict(clip_scores),
+        "ledger": join_ledger(ledger, pairs, references.clusters),
         "data": {"generated": _origin(generated), "train": _origin(train), "holdout": _origin(holdout)},
         "provenance": dict(provenance or {}),
         "versions": {package: version(package) for package in ("unrote", "torch", "numpy")},
@@ -141,82 +160,82 @@ def _check_images(generated: ImageStore, train: ImageStore, holdout: ImageStore 
             )
 
 
+def _all_encoders(encoders: Sequence[Encoder]) -> list[Encoder]:
+    """Random convolutions first, then the others."""
+    every = [RandomConvEncoder(), *(encoder for encoder in encoders if not isinstance(encoder, RandomConvEncoder))]
+    keys = [encoder.key for encoder in every]
+    twice = [key for key in keys if keys.count(key) > 1]
+    if twice:
+        raise InputError(f"two encoders are called {twice[0]!r}: run one audit for each")
+    return every
+
+
+def _references(store: ImageStore, near: bool) -> References:
+    return References(store, near_clusters(store) if near else _identity(store))
+
+
+def _identity(store: ImageStore) -> np.ndarray:
+    """The least index of the images with the same pixels, for each image."""
+    return image_identity(image_digests(store.images) if store.digests is None else store.digests)
+
+
+def _space(
+    encoder: Encoder,
+    stores: Sequence[ImageStore | None],
+    clusters: np.ndarray,
+    *,
+    rate: float,
+    seed: int,
+    cache: Path | None,
+) -> Space:
+    """Everything that one encoder sees."""
+    generated, train, holdout = (
+        None if store is None else features(encoder, store, cache=cache, progress=f"{encoder.key}: {role}")
+        for role, store in zip(("generated", "train", "held-out"), stores, strict=True)
+    )
+    assert generated is not None and train is not None
+    return measure_space(encoder, generated, train, holdout, identity=clusters, seed=seed, fpr=rate)
+
+
 def _size(store: ImageStore) -> str:
     height, width, channels = store.images.shape[1:]
     return f"{width}×{height} with {channels} channel{'' if channels == 1 else 's'}"
 
 
-def _compare(
-    view: str,
-    generated: ImageStore,
-    train: ImageStore,
-    holdout: ImageStore | None,
-    num: int,
-    seed: int,
-    transforms: tuple[Transform, ...],
-) -> _View:
-    """Neighbours among train, and among equally many training and held-out images."""
-
-    def nearest(queries: ImageStore, references: ImageStore, what: str) -> Neighbours:
-        label = f"{view}: {what}"
-        return nearest_images(queries.images, references.images, num, transforms=transforms, progress=label)
-
-    found = nearest(generated, train, "generated → train")
-    if holdout is None:
-        return _View(view, found)
-    size = min(len(train), len(holdout))
-    control_train = found
-    if len(train) > size:
-        control_train = nearest(generated, _chosen(train, size, seed, "control-train"), "generated → train, subset")
-    control = nearest(generated, _chosen(holdout, size, seed, "control-holdout"), "generated → held-out")
-    unseen_images = _chosen(holdout, min(len(generated), len(holdout)), seed, "unseen")
-    unseen = nearest(unseen_images, train, "held-out → train")
-    return _View(view, found, control_train, control, unseen, size)
-
-
-def _chosen(store: ImageStore, size: int, seed: int, purpose: str) -> ImageStore:
-    return store if size == len(store) else store.subset(subsample(len(store), size, seed, purpose))
-
-
-def _curves(view: _View) -> dict[tuple[str, str, str], np.ndarray]:
-    """Neighbour ratios by (view, definition, set)."""
-    sets = {
-        "train": view.train,
-        "control-train": view.control_train,
-        "holdout": view.control_holdout,
-        "unseen": view.unseen,
-    }
-    return {
-        (view.name, definition, role): neighbour_ratio(neighbours, definition)
-        for role, neighbours in sets.items()
-        if neighbours is not None
-        for definition in DEFINITIONS
-    }
-
-
 def _tables(
-    view: _View, curves: Mapping[tuple[str, str, str], np.ndarray], identity: np.ndarray
+    view: View, curves: Mapping[tuple[str, str, str], np.ndarray], clusters: np.ndarray, rate: float
 ) -> dict[str, dict[str, Any]]:
     """Per definition: MQ, its control, the false alarms of unseen images, and quantiles of the ratio."""
     tables: dict[str, dict[str, Any]] = {}
+    originals = clusters[view.train.plain.indices[:, 0]]
+    deduplicated = 1 < len(np.unique(clusters)) < len(clusters)
     for definition in DEFINITIONS:
-        ratios = {role: curves[key] for key in curves if key[:2] == (view.name, definition) for role in [key[2]]}
-        has_control = "holdout" in ratios
+        plain, distinct = (
+            {role: ratios for (name, kind, role), ratios in curves.items() if (name, kind) == (key, definition)}
+            for key in (view.name, f"{view.name}-distinct")
+        )
         tables[definition] = {
             "headline_threshold": HEADLINE[definition],
-            "mq": memorization_quantity(ratios["train"], identity[view.train.indices[:, 0]]),
-            "control": {
-                "train": memorization_quantity(ratios["control-train"]),
-                "holdout": memorization_quantity(ratios["holdout"]),
-            }
-            if has_control
-            else None,
-            "unseen": memorization_quantity(ratios["unseen"]) if has_control else None,
+            **_table(plain, originals),
+            "calibrated": calibrated(plain["train"], plain["unseen"], rate, originals) if "unseen" in plain else None,
+            "distinct_aware": _table(distinct, originals) if deduplicated else None,
             "ratio_quantiles": {
-                f"{q:g}": float(np.quantile(ratios["train"], q)) for q in (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+                f"{q:g}": float(np.quantile(plain["train"], q)) for q in (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
             },
         }
     return tables
+
+
+def _table(ratios: Mapping[str, np.ndarray], originals: np.ndarray) -> dict[str, Any]:
+    has_control = "holdout" in ratios
+    control = {"train": "control-train", "holdout": "holdout"}
+    return {
+        "mq": memorization_quantity(ratios["train"], originals),
+        "control": {side: memorization_quantity(ratios[role]) for side, role in control.items()}
+        if has_control
+        else None,
+        "unseen": memorization_quantity(ratios["unseen"]) if has_control else None,
+    }
 
 
 def _exact_copies(train: Neighbours, identity: np.ndarray) -> dict[str, Any]:
@@ -226,7 +245,7 @@ def _exact_copies(train: Neighbours, identity: np.ndarray) -> dict[str, Any]:
     return {**fraction(int(exact.sum()), len(exact)), "distinct": len(np.unique(copied))}
 
 
-def _share(view: _View) -> dict[str, Any]:
+def _share(view: View) -> dict[str, Any]:
     share = view.share()
     assert share is not None
     return share.summary()
@@ -235,29 +254,43 @@ def _share(view: _View) -> dict[str, Any]:
 def _pairs(
     generated: ImageStore,
     train: ImageStore,
-    views: list[_View],
-    transforms: tuple[Transform, ...],
+    views: Sequence[View],
+    transforms: Sequence[Transform],
     curves: Mapping[tuple[str, str, str], np.ndarray],
 ) -> dict[str, np.ndarray]:
     """One entry per generated image; documented in docs/audit.md."""
-    names, labels = np.array(train.names, dtype=object), np.array([view.label for view in transforms], dtype=object)
+    labels = np.array([view.label for view in transforms], dtype=object)
     pairs: dict[str, np.ndarray] = {"index": np.arange(len(generated)), "name": np.array(generated.names, dtype=object)}
     for view, prefix in zip(views, ("", "orbit_"), strict=True):
-        nearest = view.train.indices[:, 0]
-        pairs[f"{prefix}train_index"] = nearest
-        pairs[f"{prefix}train_name"] = names[nearest]
+        found = view.train.plain
+        pairs[f"{prefix}train_index"] = found.indices[:, 0]
+        pairs[f"{prefix}train_name"] = _names(train, found.indices[:, 0])
         if view.name == "orbit":
-            pairs["orbit_transform"] = labels[view.train.transforms[:, 0]]
-        pairs[f"{prefix}distance"] = view.train.distances[:, 0]
+            pairs["orbit_transform"] = labels[found.transforms[:, 0]]
+        pairs[f"{prefix}distance"] = found.distances[:, 0]
         for definition in DEFINITIONS:
             pairs[f"{prefix}ratio_{definition.replace('-', '_')}"] = curves[view.name, definition, "train"]
+        pairs[f"{prefix}ratio_distinct"] = curves[f"{view.name}-distinct", "squared-l2", "train"]
         share = view.share()
         if share is not None and view.control_holdout is not None:
-            pairs[f"{prefix}control_distance"] = view.control_holdout.distances[:, 0]
+            pairs[f"{prefix}control_distance"] = view.control_holdout.plain.distances[:, 0]
             pairs[f"{prefix}control_nearer_to"] = np.array(["holdout", "tie", "train"], dtype=object)[
                 (2 * share.wins).astype(np.int64)
             ]
     return pairs
+
+
+def _with_space(pairs: dict[str, np.ndarray], space: Space, train: ImageStore) -> dict[str, np.ndarray]:
+    """The pairs with a space's columns; a column of training indices is followed by the names."""
+    for column, values in space.columns.items():
+        pairs[column] = values
+        if column.endswith("_train_index"):
+            pairs[column.removesuffix("index") + "name"] = _names(train, values)
+    return pairs
+
+
+def _names(store: ImageStore, indices: np.ndarray) -> np.ndarray:
+    return np.array([store.names[index] for index in indices.tolist()], dtype=object)
 
 
 def _origin(store: ImageStore | None) -> dict[str, Any] | None:

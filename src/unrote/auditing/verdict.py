@@ -1,8 +1,9 @@
 """The audit's result in words, and how sure it is."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from unrote.auditing.intervals import wilson_interval
 from unrote.auditing.memorization import HEADLINE, at_threshold
 
 HEAVY = 0.10
@@ -11,9 +12,18 @@ Summary = Mapping[str, Any]
 
 
 def headline(summary: Summary, view: str = "orbit") -> dict[str, Any]:
-    """The MQ row the verdict rests on: squared-l2 at 0.33, with the orbit of augmentations unless told otherwise."""
-    row: dict[str, Any] = at_threshold(summary["memorization"][view]["squared-l2"]["mq"], HEADLINE["squared-l2"])
-    return row
+    """The MQ row the verdict rests on: squared-l2 at 0.33, duplicates counted once, over the orbit by default."""
+    return _row(headline_table(summary, view)["mq"])
+
+
+def headline_table(summary: Summary, view: str = "orbit") -> dict[str, Any]:
+    """``mq``, ``control`` and ``unseen`` that the verdict rests on."""
+    table: dict[str, Any] = summary["memorization"][view]["squared-l2"]
+    return table["distinct_aware"] or table
+
+
+def _row(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return at_threshold(rows, HEADLINE["squared-l2"])
 
 
 def verdict(summary: Summary) -> dict[str, Any]:
@@ -40,14 +50,33 @@ def verdict(summary: Summary) -> dict[str, Any]:
 
 def certain_excess(summary: Summary) -> float | None:
     """See :func:`verdict`; negative when nothing is certain, None without held-out images."""
-    table, threshold = summary["memorization"]["orbit"]["squared-l2"], HEADLINE["squared-l2"]
+    table = headline_table(summary)
     if table["control"] is None:
         return None
-    train, holdout = (at_threshold(table["control"][side], threshold) for side in ("train", "holdout"))
-    unseen = at_threshold(table["unseen"], threshold)
+    train, holdout = (_row(table["control"][side]) for side in ("train", "holdout"))
     equal_sizes: float = train["interval"][0] - holdout["interval"][1]
-    all_images: float = headline(summary)["interval"][0] - max(holdout["interval"][1], unseen["interval"][1])
-    return max(equal_sizes, all_images)
+    unseen = max(holdout["interval"][1], _row(table["unseen"])["interval"][1])
+    all_images: float = _row(table["mq"])["interval"][0] - unseen
+    return max(equal_sizes, all_images, similar_excess(summary))
+
+
+def similar_excess(summary: Summary) -> float:
+    """By how much similarity above the calibrated threshold certainly exceeds its rate; -1 without copy detection."""
+    similar = similarity(summary)
+    if similar is None or similar["calibrated"] is None:
+        return -1.0
+    above, rate = similar["calibrated"]["above"], similar["calibrated"]["false_positive_rate"]
+    # The threshold was found on the held-out images themselves, so they do not tell how far the rate is exceeded
+    # elsewhere: what as many others would show by chance is granted.
+    chance = wilson_interval(rate * similar["calibrated"]["num_holdout"], similar["calibrated"]["num_holdout"])[1]
+    excess: float = above["interval"][0] - chance
+    return excess
+
+
+def similarity(summary: Summary) -> dict[str, Any] | None:
+    """What copy detection found; None without such an encoder."""
+    key = summary["copy_space"]
+    return None if key is None else summary["spaces"][key]["similarity"]
 
 
 def exact_beyond_chance(summary: Summary) -> bool:
@@ -65,17 +94,20 @@ def _level(excess: float) -> str:
 
 
 def _sentences(summary: Summary, row: Mapping[str, Any]) -> list[str]:
-    views = "allowing for flips and shifts" if summary["settings"]["num_transforms"] > 1 else "compared as they are"
+    views = (
+        f"allowing for {orbit_words(summary)}" if summary["settings"]["num_transforms"] > 1 else "compared as they are"
+    )
     exact = summary["exact_copies"]["orbit"]["count"]
     sentences = [
         f"{row['count']:,} of {row['total']:,} generated images ({percent(row['fraction'])}) score as near-copies of a "
         f"training image (squared-L2 neighbour ratio below {row['threshold']}, {views}), {exact:,} of them exact to "
         f"the pixel; {row['distinct']:,} distinct training image{'' if row['distinct'] == 1 else 's'} come back."
     ]
-    table = summary["memorization"]["orbit"]["squared-l2"]
+    sentences += _similar_sentence(summary)
+    table = headline_table(summary)
     if table["control"] is None:
         return [*sentences, "No held-out set was given, so natural resemblance cannot be told from copying."]
-    holdout, unseen = (at_threshold(rows, row["threshold"]) for rows in (table["control"]["holdout"], table["unseen"]))
+    holdout, unseen = _row(table["control"]["holdout"]), _row(table["unseen"])
     share = summary["train_share"]["plain"]
     sentences.append(
         f"What needs no memorization: {percent(unseen['fraction'])} of real held-out images score the same, and "
@@ -87,6 +119,27 @@ def _sentences(summary: Summary, row: Mapping[str, Any]) -> list[str]:
         f"({interval({'interval': share['null_interval']})} by chance)."
     )
     return sentences
+
+
+def _similar_sentence(summary: Summary) -> list[str]:
+    similar = similarity(summary)
+    if similar is None or similar["calibrated"] is None:
+        return []
+    calibrated = similar["calibrated"]
+    return [
+        f"Copy detection ({summary['copy_space']}) finds {percent(calibrated['above']['fraction'])} "
+        f"({interval(calibrated['above'])}) more similar to a training image than "
+        f"{percent(1 - calibrated['false_positive_rate'])} of real held-out images are "
+        f"(similarity above {calibrated['threshold']:.2f})."
+    ]
+
+
+def orbit_words(summary: Summary) -> str:
+    """What the orbit allows for: ``flips, shifts, zoom and brightness``; ``nothing`` without an orbit."""
+    settings = summary["settings"]
+    allowed = {"flips": settings["flip"], "shifts": settings["max_shift"], "zoom": settings["scales"]}
+    words = [word for word, used in {**allowed, "brightness": settings["brightness"]}.items() if used]
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words) or "nothing"
 
 
 def holdout_words(summary: Summary) -> str:
@@ -115,22 +168,31 @@ def certainty(summary: Summary) -> list[str]:
             f"The ratio uses n = {settings['num_neighbors']} neighbours, all there are, instead of "
             f"{settings['num_neighbors_asked']}: do not compare it with numbers for n = 50."
         )
-    if counts["train_duplicates"]:
-        notes.append(
-            f"{counts['train_duplicates']:,} training images are exact duplicates of another. Copies of an image that "
-            f"is there {settings['num_neighbors']} times or more cannot lower the ratio, unless they are exact."
-        )
+    notes += _duplicate_notes(summary)
     notes.append(
-        "Pixel distance sees copies that are pixel-wise close, after a flip or a small shift. It does not see a copy "
-        "that is cropped, rescaled, recoloured or reassembled from parts; the count of copies is a lower bound."
+        f"Pixel distance sees copies that are pixel-wise close, up to {orbit_words(summary)}. It does not see a copy "
+        "that is cropped, turned, recoloured or reassembled from parts; the count of copies is a lower bound."
+        + ("" if summary["copy_space"] else " Copy detection (--encoder sscd) sees more of them.")
     )
     return notes
+
+
+def _duplicate_notes(summary: Summary) -> list[str]:
+    exact, near = summary["counts"]["train_duplicates"], summary["duplicates"]
+    if not near["images"]:
+        return []
+    return [
+        f"{exact:,} training images are exact duplicates of another; {near['images']:,} are in {near['clusters']:,} "
+        f"clusters of duplicates{' or near-duplicates' if near['method'] == 'near' else ''}, the largest of "
+        f"{near['largest']:,}. The verdict counts each cluster once; the MQ of the papers does not, and is blind to "
+        "inexact copies of an image that is there many times."
+    ]
 
 
 def _control_notes(summary: Summary) -> list[str]:
     """How often the measure is wrong on real images, and what the size of the control can show."""
     counts = summary["counts"]
-    unseen = at_threshold(summary["memorization"]["orbit"]["squared-l2"]["unseen"], HEADLINE["squared-l2"])
+    unseen = _row(headline_table(summary)["unseen"])
     notes = [
         f"False alarms: of {unseen['total']:,} held-out images, which no model made, {percent(unseen['fraction'])} "
         f"({interval(unseen)}) score as near-copies of a training image at the same threshold."
