@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from unrote.data.store import ImageStore, image_digests
+from unrote.data.store import ImageStore
 from unrote.errors import InputError
-from unrote.scanning.duplicates import clusters, duplicate_pairs
-from unrote.scanning.hashing import constant_images
+from unrote.scanning.duplicates import clusters, digests_of, duplicate_pairs
 
 MAX_REFERENCES = 20_000
 SCHEMA_VERSION = 1
@@ -27,7 +26,7 @@ class ScanReport:
             included), ``cluster`` (least index in it), ``isolation``, ``leak``, with a ledger ``skip_rate`` and
             ``mean_ratio``.
         pairs: duplicates among the images and held-out images (these count on from N), int64 [P, 2].
-        distances: of the pairs, float32 [P]: 0 is the same pixels.
+        distances: of the pairs, float32 [P]: 0 is the same pixels, maybe mirrored or shifted.
         keep: indices of the images to train on: the first of each cluster, no constant ones, no leaks. int64.
         images: the images.
         holdout: the held-out images, or None.
@@ -108,8 +107,8 @@ def scan(
         raise InputError(f"the run's ledger has {len(ledger['visits'])} images, {images.source} has {len(images)}")
     own = len(images)
     stores = [images] if holdout is None else [images, holdout]
-    digests = np.concatenate([image_digests(s.images) if s.digests is None else np.asarray(s.digests) for s in stores])
-    pairs, distances = duplicate_pairs(_Joined(stores), digests, shift=max_shift)
+    digests = np.concatenate([digests_of(store) for store in stores])
+    pairs, distances = duplicate_pairs(_Joined(stores), digests, shift=max_shift, own=own)
     constant = constant_images(images)
     everywhere = clusters(pairs, len(digests))
     leaks = np.isin(everywhere[:own], everywhere[own:])
@@ -128,8 +127,7 @@ def scan(
         risk = risk + _standard(columns["skip_rate"]) - _standard(columns["mean_ratio"])
     first = labels == np.arange(own)
     keep = np.setdiff1d(np.flatnonzero(first & ~leaks), constant)
-    exact_pairs = pairs[inside & (distances == 0)]
-    exact = int((clusters(exact_pairs, own) != np.arange(own)).sum())
+    exact = own - len(np.unique(digests[:own], axis=0))
     summary = {
         "schema_version": SCHEMA_VERSION,
         "counts": {"images": own, "holdout": None if holdout is None else len(holdout), "keep": len(keep)},
@@ -148,6 +146,15 @@ def scan(
         "data": [{"source": s.source, "fingerprint": s.fingerprint, "shape": list(s.images.shape)} for s in stores],
     }
     return ScanReport(summary, {"risk": risk, **columns}, pairs, distances, keep, images, holdout)
+
+
+def constant_images(store: ImageStore) -> np.ndarray:
+    """Indices of images of which all pixels are alike (at most one level of 255 apart). int64."""
+    flat = [
+        start + np.flatnonzero(np.ptp(np.asarray(store.images[start : start + 1024]), axis=(1, 2)).max(1) <= 1)
+        for start in range(0, len(store), 1024)
+    ]
+    return np.concatenate(flat).astype(np.int64)
 
 
 class _Joined:
