@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from unrote.auditing.intervals import fraction
+from unrote.auditing.intervals import wilson_interval as wilson_interval
 from unrote.neighbours.images import Neighbours
 
 Definition = Literal["l2", "squared-l2"]
@@ -30,23 +32,6 @@ def neighbour_ratio(neighbours: Neighbours, definition: Definition) -> np.ndarra
     return ratio
 
 
-def wilson_interval(count: float, total: int, z: float = 1.959964) -> tuple[float, float]:
-    """The 95 % score interval of a fraction (Wilson 1927); (0, 1) when nothing was counted."""
-    if total == 0:
-        return 0.0, 1.0
-    fraction, spread = count / total, z * z / total
-    centre = (fraction + spread / 2) / (1 + spread)
-    half = z / (1 + spread) * (fraction * (1 - fraction) / total + spread / (4 * total)) ** 0.5
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def fraction(count: float, total: int) -> dict[str, Any]:
-    """``count`` of ``total`` with its 95 % Wilson interval, JSON-able."""
-    low, high = wilson_interval(count, total)
-    value = count / total if total else 0.0
-    return {"count": count, "total": total, "fraction": value, "interval": [low, high]}
-
-
 def memorization_quantity(
     ratios: np.ndarray, originals: np.ndarray | None = None, thresholds: Sequence[float] = THRESHOLDS
 ) -> list[dict[str, Any]]:
@@ -65,6 +50,21 @@ def memorization_quantity(
             row["distinct"] = len(np.unique(originals[below]))
         rows.append(row)
     return rows
+
+
+def calibrated(ratios: np.ndarray, unseen: np.ndarray, rate: float, originals: np.ndarray) -> dict[str, Any] | None:
+    """The threshold that at most the share ``rate`` of real held-out images falls below, and what falls below it.
+
+    A threshold found on some data means nothing on other data: 0.33 was chosen for small photographs, and icons or
+    series of variants resemble each other far more. Of ``unseen`` [M], floor(rate · M) lie strictly below; None if M
+    is too small for a single one, as the rate is then not known to be kept.
+    """
+    allowed = int(rate * len(unseen))
+    if allowed < 1:
+        return None
+    threshold = float(np.partition(unseen, allowed)[allowed])
+    row = memorization_quantity(ratios, originals, (threshold,))[0]
+    return {"false_positive_rate": rate, "threshold": threshold, "num_holdout": len(unseen), "below": row}
 
 
 def at_threshold(table: Sequence[dict[str, Any]], threshold: float) -> dict[str, Any]:
