@@ -1,8 +1,9 @@
 """What an encoder is: a map from images to features that owns its preprocessing and says which weights it has."""
 
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-import numpy as np
+if TYPE_CHECKING:  # numpy takes a tenth of a second
+    import numpy as np
 
 
 @runtime_checkable
@@ -38,6 +39,6 @@ class Encoder(Protocol):
     @property
     def is_fid_inception(self) -> bool: ...  # noqa: D102
 
-    def __call__(self, images: np.ndarray) -> np.ndarray:
+    def __call__(self, images: "np.ndarray") -> "np.ndarray":
         """Features float32 [n, D], finite, of uint8 images [n, H, W, C] with C = 1 or 3."""
         ...

@@ -1,0 +1,150 @@
+"""Features are extracted once: kept on disk under a hash of the images' pixels and of everything the encoder is.
+
+One file per set and encoder, an ordinary ``.npy``. It is written block by block under another name and renamed when it
+is whole; whoever holds its lock is the only writer, so what a dead process left may be deleted.
+"""
+
+import fcntl
+import hashlib
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from unrote.data.store import ImageStore, image_digests
+from unrote.encoders.base import Encoder
+from unrote.encoders.custom import checked
+from unrote.errors import InputError
+from unrote.files import atomic_path
+from unrote.neighbours.streaming import Rows, content_digest, release
+
+log = logging.getLogger("unrote")
+
+FORMAT = 1
+"""Counts up whenever the same images and the same encoder would give another file."""
+_BLOCK_BYTES = 1 << 25
+_MAX_BLOCK = 512
+
+
+def pixels_digest(store: ImageStore) -> str:
+    """Hex SHA-256 of shape and pixels of a store, whatever its names, labels and captions are."""
+    digests = image_digests(store.images) if store.digests is None else np.asarray(store.digests)
+    return hashlib.sha256(repr(tuple(store.images.shape)).encode() + digests.tobytes()).hexdigest()
+
+
+def features(
+    encoder: Encoder,
+    images: Rows,
+    *,
+    digest: str | None = None,
+    cache: Path | None = None,
+    progress: str | None = None,
+) -> np.ndarray:
+    """Features of all images: from the cache, or extracted now in blocks and kept there.
+
+    Args:
+        encoder: what :func:`unrote.encoders.load_encoder` gives.
+        images: uint8 [N, H, W, C], N > 0; read once, block by block.
+        digest: of the images' pixels and shape, see :func:`pixels_digest`; computed if None (one more reading).
+        cache: folder for the files; None to keep the features in memory. An encoder whose weights are ``unknown``
+            is kept in memory too, unless it has a ``cache_key``.
+        progress: label of a progress bar on stderr; None for no bar.
+
+    Returns:
+        float32 [N, D], finite; a read-only memory map if cached.
+
+    Raises:
+        InputError: the encoder returned anything else, or the cache cannot be written.
+    """
+    assert len(images) > 0, "no images"
+    cache_key = getattr(encoder, "cache_key", None)
+    if cache is None or (encoder.weights_sha256 == "unknown" and cache_key is None):
+        return _in_memory(encoder, images, progress)
+    if digest is None:
+        digest = content_digest(images, range(len(images))).hex()
+    identity = (FORMAT, digest, encoder.key, encoder.name, encoder.weights_sha256, encoder.preprocessing, cache_key)
+    path = cache / f"{encoder.key}-{hashlib.sha256(repr(identity).encode()).hexdigest()[:40]}.npy"
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with _locked(path):
+            found = _open(path, len(images))
+            if found is not None:
+                log.info("%s: %s features were there already (%s)", encoder.name, f"{len(found):,}", path)
+                return found
+            _write(path, encoder, images, progress)
+            found = _open(path, len(images))
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(f"cannot keep features in {cache} ({reason}): make room or set UNROTE_CACHE") from error
+    assert found is not None
+    return found
+
+
+def _in_memory(encoder: Encoder, images: Rows, progress: str | None) -> np.ndarray:
+    result: np.ndarray | None = None
+    for start, block in _blocks(encoder, images, progress):
+        if result is None:
+            result = np.empty((len(images), block.shape[1]), dtype=np.float32)
+        result[start : start + len(block)] = block
+    assert result is not None
+    return result
+
+
+def _write(path: Path, encoder: Encoder, images: Rows, progress: str | None) -> None:
+    """Through a file, not a memory map: a full disk is then an error and no signal that kills the process."""
+    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
+        leftover.unlink(missing_ok=True)
+    with atomic_path(path) as temporary, temporary.open("xb") as file:
+        for start, block in _blocks(encoder, images, progress):
+            if start == 0:
+                header = {"descr": "<f4", "fortran_order": False, "shape": (len(images), block.shape[1])}
+                np.lib.format.write_array_header_1_0(file, header)
+            file.write(block.astype("<f4", copy=False).data)
+
+
+def _blocks(encoder: Encoder, images: Rows, progress: str | None) -> Iterator[tuple[int, np.ndarray]]:
+    """Checked features with the position of their first. The blocks depend on the images' shape only."""
+    size = min(_MAX_BLOCK, max(1, _BLOCK_BYTES // int(np.prod(images.shape[1:]))))
+    dimensions: int | None = None
+    quiet = True if progress is None else None
+    with tqdm(total=len(images), desc=progress, unit="img", leave=False, disable=quiet) as bar:
+        for start in range(0, len(images), size):
+            rows = np.asarray(images[start : start + size])
+            block = checked(np.ascontiguousarray(encoder(rows), dtype=np.float32), len(rows), encoder.name)
+            release(images)
+            dimensions = dimensions or block.shape[1]
+            if block.shape[1] != dimensions:
+                raise InputError(f"encoder {encoder.name} returned {dimensions} features, then {block.shape[1]}")
+            yield start, block
+            bar.update(len(block))
+
+
+def _open(path: Path, count: int) -> np.ndarray | None:
+    """The features in ``path``; None if there are none or the file is not whole."""
+    try:
+        found: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+        whole = found.ndim == 2 and len(found) == count and found.dtype == np.float32
+        if whole and path.stat().st_size == found.offset + found.nbytes:  # type: ignore[attr-defined]
+            return found
+        reason = f"{found.dtype} {list(found.shape)}, {path.stat().st_size:,} bytes"
+    except FileNotFoundError:
+        return None
+    except (ValueError, EOFError, SyntaxError) as error:
+        reason = str(error)
+    log.warning("%s is damaged (%s): its features are extracted again", path, reason)
+    return None
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the lock of ``path``; it goes with the process, however that ends."""
+    with path.with_name(f"{path.name}.lock").open("wb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("waiting for another process that extracts the same features")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
