@@ -16,7 +16,6 @@ from unrote.data.build import cache_folder
 from unrote.detection.membership import TIMESTEPS, pia_scores
 from unrote.detection.roc import separation
 from unrote.encoders import load_encoder
-from unrote.encoders.clip_score import clip_summary
 from unrote.errors import InputError
 from unrote.scanning.scan import ScanReport
 from unrote.scanning.scan import scan as _scan
@@ -105,7 +104,7 @@ def audit(
     Raises:
         InputError: if sets are empty, unreadable or do not fit together, or an encoder is not there.
     """
-    where = pick_device(device)
+    where = str(pick_device(device))
     spaces = [load_encoder(encoder, device=where) for encoder in encoders]
     source_run, train_run = _as_run(generated), _as_run(train)
     samples = source_run.path / "samples" if source_run else generated
@@ -124,7 +123,8 @@ def audit(
         reference,
         control,
         encoders=spaces,
-        clip_scores=None if clip_model is None else clip_summary(clip_model, images, device=where),
+        clip_model=None if clip_model is None else str(clip_model),
+        device=where,
         ledger=ledger,
         provenance=_provenance(samples),
         cache=cache_folder() / "features",

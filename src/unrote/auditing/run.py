@@ -10,17 +10,19 @@ import numpy as np
 
 from unrote.auditing.compare import References, View, compare
 from unrote.auditing.extracted import duplicate_facts, extracted_images
-from unrote.auditing.intervals import fraction
+from unrote.auditing.intervals import bootstrap_mean, fraction
 from unrote.auditing.ledger import check_ledger, join_ledger
 from unrote.auditing.memorization import DEFINITIONS, HEADLINE, calibrated, image_identity, memorization_quantity
 from unrote.auditing.result import AuditReport
 from unrote.auditing.spaces import Space, measure_space
 from unrote.auditing.verdict import certainty, verdict
 from unrote.data.store import ImageStore, image_digests
-from unrote.encoders import Encoder, RandomConvEncoder, features
+from unrote.encoders import Encoder, features
+from unrote.encoders.cache import pixels_digest
+from unrote.encoders.random_conv import RandomConvEncoder
 from unrote.errors import InputError
 from unrote.neighbours.images import Neighbours
-from unrote.neighbours.orbit import IDENTITY, Transform, orbit
+from unrote.neighbours.orbit import BRIGHTNESS, IDENTITY, SCALES, Transform, orbit
 from unrote.scanning.duplicates import near_clusters
 
 SCHEMA_VERSION = 2
@@ -34,14 +36,15 @@ def audit(
     num_neighbors: int = 50,
     flip: bool = True,
     max_shift: int = 2,
-    scales: Sequence[float] = (0.9, 1.1),
-    brightness: Sequence[float] = (0.85, 1.15),
+    scales: Sequence[float] = SCALES,
+    brightness: Sequence[float] = BRIGHTNESS,
     near_duplicates: bool = True,
     encoders: Sequence[Encoder] = (),
     false_positive_rate: float = 0.01,
     seed: int = 0,
     ledger: Mapping[str, np.ndarray] | None = None,
-    clip_scores: Mapping[str, Any] | None = None,
+    clip_model: str | None = None,
+    device: str = "cpu",
     provenance: Mapping[str, Any] | None = None,
     cache: Path | None = None,
     resume: Path | None = None,
@@ -64,7 +67,8 @@ def audit(
         false_positive_rate: of the calibrated thresholds, in (0, 1): what share of held-out images may pass them.
         seed: of the subsets that make train and held-out equally large, and of resampling.
         ledger: columns of a run's ledger, each of length N, joined to the images that were copied.
-        clip_scores: how well the images fit their prompts, kept in the summary as ``clip_score``.
+        clip_model: folder or Hub id of a CLIP model, to score how well generated images fit their captions.
+        device: where encoders' features are searched, and CLIP runs.
         provenance: what made the images (sampler, steps, EMA or raw weights, ...); JSON-able, kept in the summary.
         cache: folder that keeps features; None computes them again each time.
         resume: folder that keeps the progress of the searches, so that the same call goes on after it was killed.
@@ -94,12 +98,16 @@ def audit(
     curves = {key: ratios for view in views for key, ratios in view.curves().items()}
     stores = (generated, train, holdout)
     spaces = {
-        encoder.key: _space(encoder, stores, references.clusters, rate=false_positive_rate, seed=seed, cache=cache)
+        encoder.key: _space(
+            encoder, stores, references.clusters, rate=false_positive_rate, seed=seed, cache=cache, device=device
+        )
         for encoder in encoders
     }
     pairs = _pairs(generated, train, views, transforms, curves)
     for space in spaces.values():
         pairs = _with_space(pairs, space, train)
+    if clip_model is not None:
+        pairs["clip_score"] = _clip_scores(clip_model, generated, device)
     summary: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "name": name,
@@ -135,7 +143,7 @@ def audit(
         "spaces": {key: space.summary for key, space in spaces.items()},
         "quality_space": next((e.key for e in encoders if e.is_fid_inception), encoders[0].key),
         "copy_space": next((e.key for e in encoders if e.copy_detection), None),
-        "clip_score": None if clip_scores is None else dict(clip_scores),
+        "clip_score": None if clip_model is None else _clip_score(clip_model, pairs["clip_score"], seed),
         "ledger": join_ledger(ledger, pairs, references.clusters),
         "data": {"generated": _origin(generated), "train": _origin(train), "holdout": _origin(holdout)},
         "provenance": dict(provenance or {}),
@@ -187,14 +195,31 @@ def _space(
     rate: float,
     seed: int,
     cache: Path | None,
+    device: str,
 ) -> Space:
     """Everything that one encoder sees."""
     generated, train, holdout = (
-        None if store is None else features(encoder, store, cache=cache, progress=f"{encoder.key}: {role}")
-        for role, store in zip(("generated", "train", "held-out"), stores, strict=True)
+        None
+        if store is None
+        else features(
+            encoder, store.images, digest=pixels_digest(store), cache=cache, progress=f"{encoder.key}: {role}"
+        )
+        for role, store in zip(("generated", "training", "held-out"), stores, strict=True)
     )
     assert generated is not None and train is not None
-    return measure_space(encoder, generated, train, holdout, identity=clusters, seed=seed, fpr=rate)
+    return measure_space(encoder, generated, train, holdout, identity=clusters, seed=seed, fpr=rate, device=device)
+
+
+def _clip_scores(model: str, generated: ImageStore, device: str) -> np.ndarray:
+    if generated.captions is None:
+        raise InputError(f"a CLIP score needs the prompts: {generated.source} has no captions (metadata.jsonl, .txt)")
+    from unrote.encoders.clip_score import clip_scores
+
+    return clip_scores(model, generated.images, generated.captions, device=device)
+
+
+def _clip_score(model: str, scores: np.ndarray, seed: int) -> dict[str, Any]:
+    return {"model": model, "num": len(scores), **bootstrap_mean(scores, 1000, seed)}
 
 
 def _size(store: ImageStore) -> str:
