@@ -1,4 +1,4 @@
-"""Fréchet distance against scipy, precision/recall against their formula, and what the encoder can tell apart."""
+"""Quality metrics against scipy, formulas in loops and brute-force jackknives; what the encoder can tell apart."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,10 @@ import scipy.linalg
 import torch
 import torch.nn.functional as F
 
-from unrote.auditing.quality import frechet_distance, manifold_metrics, quality, subsample
+from unrote.auditing.frechet import Moments, frechet_distance, frechet_with_spread
+from unrote.auditing.intervals import bootstrap_mean, estimate, jackknife_spread
+from unrote.auditing.manifold import manifold_metrics, nearest_others
+from unrote.auditing.quality import METRICS, kernel_distance, measure_quality, mifid, subsample
 from unrote.data import open_images
 from unrote.encoders.random_conv import RandomConvEncoder
 
@@ -35,6 +38,42 @@ def test_frechet_of_fewer_images_than_features_is_finite_and_of_itself_zero():
     assert shifted == pytest.approx(64, rel=1e-6)
 
 
+def test_frechet_with_spread_is_the_same_distance_and_close_to_the_jackknife():
+    random = np.random.default_rng(2)
+    generated, reference = random.normal(0.2, 1.3, size=(400, 6)), random.normal(size=(500, 6))
+    value, spread = frechet_with_spread(generated, Moments.of(reference))
+    assert value == pytest.approx(frechet_distance(generated, reference), rel=1e-10)
+    left_out = [frechet_distance(np.delete(generated, i, 0), reference) for i in range(len(generated))]
+    assert spread == pytest.approx(jackknife_spread(np.array(left_out)), rel=0.04)
+
+
+def test_frechet_does_not_depend_on_where_blocks_end(monkeypatch):
+    random = np.random.default_rng(3)
+    generated, reference = random.normal(size=(300, 8)), random.normal(size=(200, 8))
+    whole = frechet_with_spread(generated, Moments.of(reference))
+    monkeypatch.setattr("unrote.auditing.rows.BLOCK", 7)
+    assert frechet_with_spread(generated, Moments.of(reference)) == pytest.approx(whole, rel=1e-10)
+
+
+def loop_kernel_distance(generated, reference):
+    def kernel(x, y):
+        return (x @ y / len(x) + 1) ** 3
+
+    n, m = len(generated), len(reference)
+    within = sum(kernel(generated[i], generated[j]) for i in range(n) for j in range(n) if i != j) / (n * (n - 1))
+    other = sum(kernel(reference[i], reference[j]) for i in range(m) for j in range(m) if i != j) / (m * (m - 1))
+    return within + other - 2 * np.mean([[kernel(x, y) for y in reference] for x in generated])
+
+
+def test_kid_equals_a_double_loop_and_its_error_a_jackknife_by_recomputing():
+    random = np.random.default_rng(4)
+    generated, reference = random.normal(0.5, 1, size=(25, 5)), random.normal(size=(30, 5))
+    value, spread = kernel_distance(generated, reference)
+    assert value == pytest.approx(loop_kernel_distance(generated, reference), rel=1e-10)
+    left_out = [loop_kernel_distance(np.delete(generated, i, 0), reference) for i in range(len(generated))]
+    assert spread == pytest.approx(jackknife_spread(np.array(left_out)), rel=1e-8)
+
+
 def test_manifold_metrics_equal_their_formulas():
     random = np.random.default_rng(1)
     generated, reference = random.normal(size=(30, 3)), random.normal(0.5, 1, size=(40, 3))
@@ -45,12 +84,62 @@ def test_manifold_metrics_equal_their_formulas():
     def inside(point, points, k):
         return [np.linalg.norm(point - points[i]) <= radius(points, i, k) for i in range(len(points))]
 
-    found = manifold_metrics(generated, reference)
+    found = {metric: row["value"] for metric, row in manifold_metrics(generated, reference).items()}
     assert found["precision"] == np.mean([any(inside(x, reference, 3)) for x in generated])
     assert found["recall"] == np.mean([any(inside(y, generated, 3)) for y in reference])
     assert found["density"] == pytest.approx(np.mean([sum(inside(x, reference, 5)) for x in generated]) / 5)
     balls = np.array([inside(x, reference, 5) for x in generated])
     assert found["coverage"] == balls.any(0).mean()
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_intervals_of_recall_and_coverage_are_jackknives_by_recomputing(seed):
+    random = np.random.default_rng(seed)
+    generated, reference = random.normal(size=(40, 2)), random.normal(0.5, 1.5, size=(60, 2))
+    generated[7] = generated[8] = generated[9]
+    found = manifold_metrics(generated, reference)
+    left_out = [manifold_metrics(np.delete(generated, i, 0), reference) for i in range(len(generated))]
+    for metric in ("recall", "coverage", "density"):
+        values = np.array([one[metric]["value"] for one in left_out])
+        expected = estimate(found[metric]["value"], jackknife_spread(values), 0.0, 2.0 if metric == "density" else 1.0)
+        assert found[metric]["interval"] == pytest.approx(expected["interval"])
+
+
+def test_copies_lie_in_the_balls_they_make():
+    random = np.random.default_rng(5)
+    reference = random.normal(1000, 1, size=(600, 32)).astype(np.float32)
+    found = {metric: row["value"] for metric, row in manifold_metrics(reference.copy(), reference).items()}
+    # In each ball of 5 neighbours are its centre and, the last of them on the edge, these 5.
+    assert found == {"precision": 1.0, "recall": 1.0, "density": 1.2, "coverage": 1.0}
+    copies = np.repeat(reference[:1], 9, 0)
+    assert nearest_others(copies.astype(np.float64), 3)[0].max() == 0
+
+
+def test_mifid_equals_its_definition():
+    random = np.random.default_rng(6)
+    generated, train = random.normal(size=(30, 4)), random.normal(size=(50, 4))
+
+    def by_loops(features):
+        cosines = [[abs(x @ y) / np.linalg.norm(x) / np.linalg.norm(y) for y in train] for x in features]
+        return np.array(cosines).max(1)
+
+    near = by_loops(generated)
+    memorization = np.mean(1 - near)
+    assert memorization < 0.1
+    found = mifid(7.0, 0.5, near)
+    assert found["value"] == pytest.approx(7.0 / memorization)
+    assert found["interval"][0] < 7.0 / memorization < found["interval"][1]
+    assert mifid(7.0, 0.5, np.full(20, 0.8))["value"] == 7.0
+    assert mifid(7.0, 0.5, np.ones(20)) is None
+
+
+def test_bootstrap_of_a_mean_is_seeded_and_near_the_normal_interval():
+    values = np.random.default_rng(7).exponential(size=2000)
+    row = bootstrap_mean(values, 1000, 3)
+    assert row == bootstrap_mean(values, 1000, 3) and row != bootstrap_mean(values, 1000, 4)
+    expected = estimate(values.mean(), values.std() / 2000**0.5)
+    assert row["value"] == expected["value"]
+    np.testing.assert_allclose(row["interval"], expected["interval"], atol=0.01)
 
 
 def test_too_few_images_have_no_manifold():
@@ -95,19 +184,27 @@ def blurred(images: np.ndarray) -> np.ndarray:
 
 def test_floor_and_reference():
     random = np.random.default_rng(0)
-    first, second, third = (random.integers(0, 256, (40, 8, 8, 3), dtype=np.uint8) for _ in range(3))
-    with_holdout = quality(first, second, third[:30], seed=0)
+    first, second, third = (random.normal(size=(40, 8)).astype(np.float32) for _ in range(3))
+    near = np.full(40, 0.5)
+    with_holdout = measure_quality(first, second, third[:30], near, seed=0)
     assert with_holdout["reference"] == "holdout" and with_holdout["num_reference"] == 30
-    assert with_holdout["floor"]["frechet_distance"] > 0
-    without = quality(first, second, None, seed=0)
+    assert list(with_holdout["generated"]) == list(with_holdout["floor"]) == list(METRICS)
+    assert with_holdout["floor"]["frechet_distance"]["value"] == pytest.approx(frechet_distance(second, third[:30]))
+    assert with_holdout["floor"]["mifid"] is None and with_holdout["generated"]["mifid"]["value"] > 0
+    without = measure_quality(first, second, None, near, seed=0)
     assert without["reference"] == "train" and without["floor"] is None
 
 
-def test_one_image_has_no_distance():
-    image = np.zeros((1, 8, 8, 3), np.uint8)
-    assert quality(image, np.zeros((9, 8, 8, 3), np.uint8), None, 0)["generated"] == {
-        "frechet_distance": None, "precision": None, "recall": None, "density": None, "coverage": None,
-    }  # fmt: skip
+def test_few_images_have_no_numbers():
+    found = measure_quality(np.zeros((9, 8), np.float32), np.zeros((99, 8), np.float32), None, np.zeros(9), seed=0)
+    assert found["generated"] == dict.fromkeys(METRICS)
+
+
+def test_images_that_are_all_the_same_have_finite_numbers():
+    flat = np.ones((20, 8), np.float32)
+    found = measure_quality(flat, flat, flat, np.ones(20), seed=0)["generated"]
+    assert found["frechet_distance"] == {"value": 0.0, "interval": [0.0, 0.0]} and found["mifid"] is None
+    assert found["precision"]["value"] == found["coverage"]["value"] == 1.0
 
 
 def test_subsample_is_seeded_sorted_and_whole_when_small():

@@ -3,61 +3,142 @@
 from typing import Any
 
 import numpy as np
-import torch
 
-from unrote.encoders.random_conv import RandomConvEncoder
-from unrote.neighbours.images import Images
+from unrote.auditing.frechet import Moments, frechet_distance, frechet_with_spread
+from unrote.auditing.intervals import estimate, jackknife_spread
+from unrote.auditing.manifold import manifold_metrics
+from unrote.auditing.rows import BLOCK, Chosen
+from unrote.neighbours.streaming import Rows
 from unrote.seeding import derive_seed
 
-ENCODER = "random-conv-64/1"
-RESIZE_RULE = "none (features at the images' own size, averaged over positions)"
-PRECISION_RECALL_K = 3
-DENSITY_COVERAGE_K = 5
-MAX_MANIFOLD = 5000  # images a side for precision, recall, density, coverage: they need all pairwise distances
+__all__ = ["frechet_distance", "kernel_distance", "manifold_metrics", "measure_quality", "mifid", "subsample"]
+
+MIN_IMAGES = 10  # a side; below it there is no number
+MAX_PAIRWISE = 5000  # images a side for what needs all pairs: KID, precision, recall, density, coverage
+MIFID_THRESHOLD = 0.1
+METRICS = ("frechet_distance", "kid", "precision", "recall", "density", "coverage", "mifid")
 
 
-def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
-    """‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2 (Σ₁Σ₂)^½) of two feature sets [N, D] and [M, D] (Dowson & Landau 1982).
+def kernel_distance(generated: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
+    """KID (Bińkowski et al. 2018, §4): unbiased MMD² with the kernel (x·y / D + 1)³, and its standard error.
 
-    Unbiased covariances. The trace of the square root is taken from the symmetric Σ₁^½ Σ₂ Σ₁^½, which has the
-    eigenvalues of Σ₁Σ₂ and, unlike it, real non-negative ones also when there are fewer images than features.
+    All pairs at once, where the paper averages over random blocks: the same expectation, less noise, no draw. The error
+    is the jackknife's over which images were generated (exact: a U-statistic without one image has a closed form).
+    Can be negative: it is unbiased.
+
+    Args:
+        generated: features [G, D], G ≥ 3.
+        reference: features [M, D], M ≥ 2.
     """
-    assert min(len(first), len(second)) >= 2, "a covariance needs two images"
-    difference = first.mean(0) - second.mean(0)
-    covariance_1, covariance_2 = (np.atleast_2d(np.cov(features, rowvar=False)) for features in (first, second))
-    values, vectors = np.linalg.eigh(covariance_1)
-    root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
-    cross = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ covariance_2 @ root), 0)).sum()
-    distance = difference @ difference + np.trace(covariance_1) + np.trace(covariance_2) - 2 * cross
-    return max(0.0, float(distance))
+    generated, reference = (np.asarray(features, dtype=np.float64) for features in (generated, reference))
+    within, between = np.empty(len(generated)), np.empty(len(generated))
+    for start in range(0, len(generated), BLOCK):
+        where = slice(start, start + BLOCK)
+        block = generated[where]
+        own = _kernel(np.einsum("ij,ij->i", block, block), block.shape[1])
+        within[where] = (_kernel(block @ generated.T, block.shape[1]).sum(1) - own) / (len(generated) - 1)
+        between[where] = _kernel(block @ reference.T, block.shape[1]).mean(1)
+    total = 0.0
+    for start in range(0, len(reference), BLOCK):
+        block = reference[start : start + BLOCK]
+        total += _kernel(block @ reference.T, block.shape[1]).sum()
+        total -= _kernel(np.einsum("ij,ij->i", block, block), block.shape[1]).sum()
+    constant = total / (len(reference) * (len(reference) - 1))
+    value = within.mean() - 2 * between.mean() + constant
+    n = len(generated)
+    left_out = (n * within.mean() - 2 * within) / (n - 2) - 2 * (n * between.mean() - between) / (n - 1)
+    return float(value), jackknife_spread(left_out)
 
 
-def manifold_metrics(generated: np.ndarray, reference: np.ndarray) -> dict[str, float] | None:
-    """Improved precision and recall (Kynkäänniemi et al. 2019), density and coverage (Naeem et al. 2020).
+def _kernel(products: np.ndarray, dimensions: int) -> np.ndarray:
+    kernel: np.ndarray = (products / dimensions + 1) ** 3
+    return kernel
 
-    Features [G, D], [M, D]. None with too few images for a k-th neighbour.
+
+def mifid(distance: float, spread: float, similarity: np.ndarray) -> dict[str, Any] | None:
+    """MiFID (Bai et al. 2021, §4): the Fréchet distance over the memorization distance, if that is below 0.1.
+
+    The memorization distance is the mean over generated images of 1 − |cosine| to the nearest training image; at 0.1
+    and above it counts as 1, so MiFID is then the Fréchet distance. The threshold is the competition's, for the FID
+    Inception. None if the distance is 0 (all are copies: MiFID is infinite).
+
+    Args:
+        distance: Fréchet distance of the generated images.
+        spread: its standard error.
+        similarity: highest |cosine| of each generated image to a training image [G].
     """
-    if min(len(generated), len(reference)) <= DENSITY_COVERAGE_K:
+    memorization = float((1 - similarity).mean())
+    if memorization <= 0:
         return None
-    between = _pairwise(generated, reference)
-    real, fake = np.sort(_pairwise(reference, reference), axis=1), np.sort(_pairwise(generated, generated), axis=1)
-    # Column 0 is the image's distance to itself, so column k is its k-th neighbour.
-    in_real = between <= real[:, PRECISION_RECALL_K]
-    in_fake = between <= fake[:, PRECISION_RECALL_K][:, None]
-    in_wider = between <= real[:, DENSITY_COVERAGE_K]
+    if memorization >= MIFID_THRESHOLD:
+        return {**estimate(distance, spread, low=0.0), "memorization_distance": memorization}
+    relative = (1 - similarity).std(ddof=1) / np.sqrt(len(similarity)) / memorization
+    # The two errors are added as if they always went the same way: their correlation is not known.
+    whole = spread / memorization + distance / memorization * relative
+    return {**estimate(distance / memorization, whole, low=0.0), "memorization_distance": memorization}
+
+
+def measure_quality(
+    generated: Rows, train: Rows, holdout: Rows | None, similarity: np.ndarray, *, seed: int
+) -> dict[str, Any]:
+    """Distances of the generated images, and of equally many training images (the floor), to the reference.
+
+    The reference is the held-out set; without one it is the training set, towards which copies are favoured. Intervals
+    cover which images were generated, with the reference fixed; not which were trained on, nor the training run.
+
+    Args:
+        generated: features float32 [G, D].
+        train: features float32 [N, D].
+        holdout: features float32 [M, D].
+        similarity: highest |cosine| of each generated image to a training image [G].
+        seed: of the subsets.
+
+    Returns:
+        ``generated`` and ``floor``: ``value`` and ``interval`` of each of :data:`METRICS`, None where there are too
+        few images; the floor has no MiFID, as training images are at distance 0 of themselves.
+    """
+    count = len(generated) if holdout is None else min(len(generated), len(train))
+    reference = train if holdout is None else holdout
+    chosen = subsample(len(generated), count, seed, "quality-generated")
+    comparison = _Comparison(reference, seed)
+    floor = None
+    if holdout is not None:
+        floor = comparison.metrics(Chosen(train, subsample(len(train), count, seed, "quality-train")), None)
     return {
-        "precision": float(in_real.any(1).mean()),
-        "recall": float(in_fake.any(0).mean()),
-        "density": float(in_wider.sum(1).mean() / DENSITY_COVERAGE_K),
-        "coverage": float(in_wider.any(0).mean()),
+        "reference": "train" if holdout is None else "holdout",
+        "num_generated": count,
+        "num_reference": len(reference),
+        "num_pairwise": [min(count, MAX_PAIRWISE), min(len(reference), MAX_PAIRWISE)],
+        "num_resamples": 0,
+        "interval_method": "jackknife over generated images, reference fixed",
+        "generated": comparison.metrics(Chosen(generated, chosen), similarity[chosen]),
+        "floor": floor,
     }
 
 
-def _pairwise(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """L2 distances [G, M], by difference rather than by matrix product: exact for duplicates."""
-    mode = "donot_use_mm_for_euclid_dist"
-    distances: np.ndarray = torch.cdist(torch.from_numpy(first), torch.from_numpy(second), compute_mode=mode).numpy()
-    return distances
+class _Comparison:
+    """A reference that several sets are compared with."""
+
+    def __init__(self, reference: Rows, seed: int):
+        self.seed = seed
+        self.enough = len(reference) >= MIN_IMAGES
+        if self.enough:
+            self.moments = Moments.of(reference)
+            self.reference = reference[subsample(len(reference), MAX_PAIRWISE, seed, "pairwise-reference")]
+
+    def metrics(self, features: Rows, similarity: np.ndarray | None) -> dict[str, dict[str, Any] | None]:
+        """All of METRICS, None with too few images."""
+        found: dict[str, dict[str, Any] | None] = dict.fromkeys(METRICS)
+        if not self.enough or len(features) < MIN_IMAGES:
+            return found
+        distance, spread = frechet_with_spread(features, self.moments)
+        found["frechet_distance"] = estimate(distance, spread, low=0.0)
+        some = features[subsample(len(features), MAX_PAIRWISE, self.seed, "pairwise")]
+        found["kid"] = estimate(*kernel_distance(some, self.reference))
+        found |= manifold_metrics(some, self.reference) or {}
+        if similarity is not None:
+            found["mifid"] = mifid(distance, spread, similarity)
+        return found
 
 
 def subsample(total: int, num: int, seed: int, purpose: str) -> np.ndarray:
@@ -66,40 +147,3 @@ def subsample(total: int, num: int, seed: int, purpose: str) -> np.ndarray:
         return np.arange(total)
     chosen = np.random.default_rng(derive_seed(seed, "audit", purpose)).choice(total, num, replace=False)
     return np.sort(chosen)
-
-
-def quality(generated: Images, train: Images, holdout: Images | None, seed: int) -> dict[str, Any]:
-    """Distances of the generated images, and of equally many training images (the floor), to the reference.
-
-    The reference is the held-out set; without one it is the training set, towards which copies are favoured.
-    """
-    encoder = RandomConvEncoder()
-    count = len(generated) if holdout is None else min(len(generated), len(train))
-    reference = encoder(train if holdout is None else holdout).astype(np.float64)
-    features = encoder(generated[subsample(len(generated), count, seed, "quality-generated")]).astype(np.float64)
-    floor = None
-    if holdout is not None:
-        some_train = encoder(train[subsample(len(train), count, seed, "quality-train")]).astype(np.float64)
-        floor = _compare(some_train, reference, seed)
-    return {
-        "encoder": ENCODER,
-        "weights_sha256": encoder.weights_sha256,
-        "resize": RESIZE_RULE,
-        "reference": "train" if holdout is None else "holdout",
-        "num_generated": count,
-        "num_reference": len(reference),
-        "generated": _compare(features, reference, seed),
-        "floor": floor,
-    }
-
-
-def _compare(features: np.ndarray, reference: np.ndarray, seed: int) -> dict[str, float | None]:
-    """All metrics of one set against the reference; None where there are too few images."""
-    enough = min(len(features), len(reference)) >= 2
-    names = ("precision", "recall", "density", "coverage")
-    manifold = manifold_metrics(
-        features[subsample(len(features), MAX_MANIFOLD, seed, "manifold")],
-        reference[subsample(len(reference), MAX_MANIFOLD, seed, "manifold-reference")],
-    )
-    distance = frechet_distance(features, reference) if enough else None
-    return {"frechet_distance": distance, **(manifold or dict.fromkeys(names))}
