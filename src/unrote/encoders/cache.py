@@ -132,8 +132,10 @@ def _open(path: Path, count: int) -> np.ndarray | None:
         reason = f"{found.dtype} {list(found.shape)}, {path.stat().st_size:,} bytes"
     except FileNotFoundError:
         return None
-    except (ValueError, EOFError, SyntaxError) as error:
-        reason = str(error)
+    except OSError:
+        raise
+    except Exception as error:  # numpy's reader of headers raises whatever the garbage makes of it
+        reason = f"{type(error).__name__}: {error}"
     log.warning("%s is damaged (%s): its features are extracted again", path, reason)
     return None
 

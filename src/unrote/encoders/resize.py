@@ -28,5 +28,5 @@ def resize_short_side(images: np.ndarray, side: int) -> np.ndarray:
 
 
 def rgb(images: np.ndarray) -> np.ndarray:
-    """Grey images as three equal channels. uint8 [n, H, W, 1 or 3] → uint8 [n, H, W, 3], contiguous."""
-    return np.ascontiguousarray(np.broadcast_to(images, (*images.shape[:3], 3)))
+    """Grey images as three equal channels. uint8 [n, H, W, 1 or 3] → uint8 [n, H, W, 3], a writable copy."""
+    return np.array(np.broadcast_to(images, (*images.shape[:3], 3)), order="C")

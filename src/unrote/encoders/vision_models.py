@@ -140,11 +140,12 @@ def describe(processor: Any) -> str:
     settings = processor.to_dict()
     words = [type(processor).__name__]
     if settings.get("do_resize"):
-        words.append(f"resize to {_size(settings['size'])} with Pillow filter {int(settings.get('resample') or 2)}")
+        resample = Image.Resampling(int(settings["resample"])).name.lower()
+        words.append(f"resize to {_size(settings['size'])} ({resample}, Pillow)")
     if settings.get("do_center_crop"):
-        words.append(f"centre crop {_size(settings['crop_size'])}")
+        words.append(f"centre crop to {_size(settings['crop_size'])}")
     if settings.get("do_normalize"):
-        words.append(f"mean {settings['image_mean']}, std {settings['image_std']}")
+        words.append(f"minus mean {list(settings['image_mean'])}, divided by {list(settings['image_std'])}")
     return ", ".join(words) + "; grey as three equal channels"
 
 
