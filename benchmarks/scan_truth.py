@@ -89,25 +89,25 @@ def main() -> None:
     chosen = random.choice(len(clean), options.count * len(made), replace=False).reshape(len(made), -1)
     copies = [make(clean[i]) for make, which in zip(made.values(), chosen, strict=True) for i in which]
     images = np.concatenate([clean, np.stack(copies)])
-    digests, begin = image_digests(images), time.perf_counter()
-    pairs, distances = duplicate_pairs(images, digests, shift=options.max_shift)
-    seconds = time.perf_counter() - begin
+    digests, begin = image_digests(images), time.process_time()
+    pairs, correlations = duplicate_pairs(images, digests, shift=options.max_shift)
+    seconds = time.process_time() - begin
     labels = clusters(pairs, len(images))
     places = len(clean) + np.arange(chosen.size).reshape(chosen.shape)
-    print(f"{len(images):,} images of {images.shape[1]}x{images.shape[2]}: {seconds:.1f} s, at most "
+    print(f"{len(images):,} images of {images.shape[1]}x{images.shape[2]}: {seconds:.1f} s of CPU time, at most "
           f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB in all")  # fmt: skip
     for name, originals, copied in zip(made, chosen, places, strict=True):
         found = labels[originals] == labels[copied]
         print(f"{name:<30} {found.sum():>5} of {len(found)}  {found.mean():.3f}")
-    copies_of = np.arange(len(images))
-    copies_of[places] = chosen
-    truth = clusters(np.stack([copies_of[len(clean) :], np.arange(len(clean), len(images))], axis=1), len(images))
-    other = np.flatnonzero((truth[pairs[:, 0]] != truth[pairs[:, 1]]) & (pairs[:, 1] < len(clean)))
-    wrong = np.flatnonzero((truth[pairs[:, 0]] != truth[pairs[:, 1]]) & (pairs[:, 1] >= len(clean)))
-    print(f"pairs among the {len(clean):,} images themselves: {len(other)}; of a copy and no original: {len(wrong)}; "
-          f"largest cluster {np.bincount(labels).max()}")  # fmt: skip
+    between = pairs[(pairs < len(clean)).all(1)]
+    truth = clusters(np.concatenate([between, np.stack([chosen.ravel(), places.ravel()], axis=1)]), len(images))
+    other = np.flatnonzero((pairs < len(clean)).all(1))
+    wrong = np.flatnonzero(truth[pairs[:, 0]] != truth[pairs[:, 1]])
+    print(f"pairs that join images of the set itself: {len(other)}")
+    print(f"pairs of a copy with neither its original nor what that is joined with: {len(wrong)}")
+    print(f"largest cluster: {np.bincount(labels).max()} images")
     if options.pairs and len(other):
-        rows = other[np.argsort(-distances[other])][:120]
+        rows = other[np.argsort(correlations[other])][:120]
         tiles = [np.concatenate([images[left], images[right]], axis=1) for left, right in pairs[rows].tolist()]
         tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % 12)
         grid = [np.concatenate(tiles[start : start + 12], axis=1) for start in range(0, len(tiles), 12)]

@@ -23,9 +23,9 @@ MAX_GROUPS, MAX_MEMBERS, MAX_RISKS = 150, 12, 240
 
 def write_scan(report: "ScanReport", out: Path) -> Path:
     """Write scan.json, clusters.json, risk.csv, keep.txt and scan.html into ``out``; returns the path of the page."""
-    distances = {tuple(pair): float(value) for pair, value in zip(report.pairs.tolist(), report.distances, strict=True)}
     groups = [{"size": len(group), "names": [report.name(i) for i in group]} for group in report.groups()]
-    pairs = [[report.name(left), report.name(right), value] for (left, right), value in distances.items()]
+    found = zip(report.pairs.tolist(), report.correlations.tolist(), strict=True)
+    pairs = [[report.name(left), report.name(right), round(value, 4)] for (left, right), value in found]
     write_json(out / "scan.json", report.summary)
     write_json(out / "clusters.json", {"clusters": groups, "pairs": pairs})
     write_text(out / "risk.csv", risk_csv(report))

@@ -10,8 +10,11 @@ from unrote.data.store import ImageStore, image_digests
 from unrote.scanning.hashing import near_pairs, store_hashes
 
 MAX_BITS = 12
-MAX_RMS, MAX_RELATIVE = 0.08, 0.35
-COARSE_RELATIVE = 0.7
+MIN_CORRELATION = 0.94
+MIN_COARSE, MIN_FINE = 0.95, 0.85
+WORTH_A_LOOK = 0.6
+MAX_OFFSET, MAX_GAIN, MIN_CONTRAST = 0.25, 1.5, 0.01
+SMALL = 16
 
 
 def near_clusters(images: ImageStore, *, max_shift: int = 2) -> np.ndarray:
@@ -38,12 +41,14 @@ def largest_shift(shape: tuple[int, ...]) -> int:
 def duplicate_pairs(
     images: Any, digests: np.ndarray, *, shift: int, own: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs of duplicates that make up the clusters, int64 [P, 2], and how far apart they are, float32 [P].
+    """Pairs of duplicates that make up the clusters, int64 [P, 2], and their correlations, float32 [P].
 
-    A distance is the root mean square over pixels in [0, 1], 0 for the same pixels. A pair counts if, over flips and
-    shifts, that is at most 0.08 and at most 0.35 of the two images' contrast (their correlation is then above about
-    0.94). The part that a shift pushed out is not compared. Pairs that others have joined already are mostly not
-    looked at, so a cluster of n images costs about n comparisons, not n².
+    Of a pair, the correlation of the pixels is the largest over flips and shifts, without the mean of each colour and
+    without a border as wide as the largest shift. The pair counts if it is at least 0.94, or at least 0.95 at half the
+    size (noise and JPEG change the detail) and 0.85 at full size; if no colour's mean differs by more than 0.25 of the
+    range and the contrast by no more than a factor 1.5 (brightness); and if both have a contrast of 0.01 at least.
+    Pairs that others have joined already are mostly not looked at, so a cluster of n images costs about n comparisons,
+    not n².
 
     Args:
         images: uint8 [N, H, W, C], or rows that read when indexed.
@@ -59,11 +64,11 @@ def duplicate_pairs(
     same = np.flatnonzero(np.diff(inverse.reshape(-1)[order]) == 0)
     exact = np.stack([order[same], order[same + 1]], axis=1).astype(np.int64)
     originals = _Chosen(images, np.sort(first))
-    pairs, distances = [exact], [np.zeros(len(exact), np.float32)]
-    for near, apart in _judged(originals, shift, int((originals.chosen < own).sum())):
+    pairs, correlations = [exact], [np.ones(len(exact), np.float32)]
+    for near, alike in _judged(originals, shift, int((originals.chosen < own).sum())):
         pairs.append(originals.chosen[near])
-        distances.append(apart)
-    return np.concatenate(pairs), np.concatenate(distances)
+        correlations.append(alike)
+    return np.concatenate(pairs), np.concatenate(correlations)
 
 
 class _Chosen:
@@ -81,7 +86,7 @@ class _Chosen:
 
 
 def _judged(images: _Chosen, shift: int, own: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Near-duplicate pairs and their distances, part by part; the clusters grow with each part."""
+    """Near-duplicate pairs and their correlations, part by part; the clusters grow with each part."""
     count = len(images)
     everywhere, inside = np.arange(count), np.arange(count)  # clusters of all, and by pairs of training images alone
     refused = np.zeros(0, dtype=np.int64)
@@ -94,56 +99,69 @@ def _judged(images: _Chosen, shift: int, own: int) -> Iterator[tuple[np.ndarray,
             labels = np.where(both_own[:, None], inside[todo], everywhere[todo])
             todo = todo[labels[:, 0] != labels[:, 1]]
             part, todo = todo[:step], todo[step:]
-            distances = pair_distances(images, part, shift)
-            alike = np.isfinite(distances)
+            correlations = pair_correlations(images, part, shift)
+            alike = ~np.isnan(correlations)
             found = part[alike]
             everywhere = joined(everywhere, found)
             inside = joined(inside, found[found[:, 1] < own])
             refused = np.union1d(refused, part[~alike, 0] * count + part[~alike, 1])
-            yield found, distances[alike]
+            yield found, correlations[alike]
 
 
-def pair_distances(images: Any, pairs: np.ndarray, shift: int) -> np.ndarray:
-    """Least RMS difference over flips and shifts, float32 [P]; infinite where the pair is not alike."""
-    result = np.full(len(pairs), np.inf, dtype=np.float32)
+def pair_correlations(images: Any, pairs: np.ndarray, shift: int) -> np.ndarray:
+    """The correlation of each pair, float32 [P]; NaN where the two are not alike. See :func:`duplicate_pairs`."""
+    result = np.full(len(pairs), np.nan, dtype=np.float32)
     if len(pairs) == 0:
         return result
-    left, right = (_planes(images[pairs[:, side]]) for side in (0, 1))
-    contrast = torch.minimum(_contrast(left), _contrast(right))
-    # A look at half the size leaves few pairs for the full one.
-    coarse = _least_rms(_halved(left), _halved(right), -(-shift // 2))
-    chosen = torch.nonzero(coarse <= COARSE_RELATIVE * contrast)[:, 0]
-    best = _least_rms(left[chosen], right[chosen], shift)
-    alike = (best <= MAX_RMS) & (best <= MAX_RELATIVE * contrast[chosen])
-    result[chosen[alike].numpy()] = best[alike].numpy()
+    (left, left_mean, left_contrast), (right, right_mean, right_contrast) = (
+        _standardised(images[pairs[:, side]]) for side in (0, 1)
+    )
+    low, high = torch.minimum(left_contrast, right_contrast), torch.maximum(left_contrast, right_contrast)
+    possible = (low >= MIN_CONTRAST) & (high <= MAX_GAIN * low)
+    possible &= (left_mean - right_mean).abs().amax(1) <= MAX_OFFSET
+    chosen = torch.nonzero(possible)[:, 0]
+    left, right = left[chosen], right[chosen]
+    if min(left.shape[2:]) < SMALL:
+        fine = coarse = _correlations(left, right, shift)
+    else:
+        # A look at half the size leaves few pairs for the full one.
+        coarse = _correlations(_halved(left), _halved(right), -(-shift // 2))
+        some = torch.nonzero(coarse >= WORTH_A_LOOK)[:, 0]
+        chosen, coarse = chosen[some], coarse[some]
+        fine = _correlations(left[some], right[some], shift)
+    alike = (fine >= MIN_CORRELATION) | ((coarse >= MIN_COARSE) & (fine >= MIN_FINE))
+    result[chosen[alike].numpy()] = fine[alike].clamp_max(1).numpy()
     return result
 
 
-def _planes(images: np.ndarray) -> torch.Tensor:
-    """float32 [B, C, H, W] in [0, 1]."""
-    return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float().div_(255)
+def _standardised(images: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Planes float32 [B, C, H, W] without their means, the means [B, C] and the RMS of what is left [B]."""
+    planes = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float().div_(255)
+    means = planes.mean((2, 3), keepdim=True)
+    planes -= means
+    return planes, means.flatten(1), planes.square().mean((1, 2, 3)).sqrt()
 
 
 def _halved(planes: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.avg_pool2d(planes, 2, ceil_mode=True)
+    return torch.nn.functional.avg_pool2d(planes, 2)
 
 
-def _contrast(planes: torch.Tensor) -> torch.Tensor:
-    """RMS deviation from the mean of each colour. [B]."""
-    return (planes - planes.mean((2, 3), keepdim=True)).square().mean((1, 2, 3)).sqrt()
-
-
-def _least_rms(left: torch.Tensor, right: torch.Tensor, shift: int) -> torch.Tensor:
-    """Least RMS difference over flips and shifts of planes [B, C, H, W], over the pixels that both have. [B]."""
-    best = torch.full((len(left),), torch.inf)
-    height, width = left.shape[2:]
+def _correlations(left: torch.Tensor, right: torch.Tensor, shift: int) -> torch.Tensor:
+    """The largest correlation of left's middle with a window of right, over flips and shifts of [B, C, H, W]. [B]."""
+    rows, columns = left.shape[2] - 2 * shift, left.shape[3] - 2 * shift
+    middle = left[..., shift : shift + rows, shift : shift + columns]
+    middle = (middle - middle.mean((2, 3), keepdim=True)).contiguous()
+    norm = middle.square().sum((1, 2, 3)).sqrt()
+    best = torch.zeros(len(left))
     for mirrored in (right, right.flip(3)):
-        for down in range(-shift, shift + 1):
-            for along in range(-shift, shift + 1):
-                here = left[..., max(0, down) : height + min(0, down), max(0, along) : width + min(0, along)]
-                there = mirrored[..., max(0, -down) : height + min(0, -down), max(0, -along) : width + min(0, -along)]
-                best = torch.minimum(best, (here - there).square_().mean((1, 2, 3)))
-    return best.sqrt()
+        for down in range(2 * shift + 1):
+            for along in range(2 * shift + 1):
+                window = mirrored[..., down : down + rows, along : along + columns]
+                sums, squares = window.sum((2, 3)), window.square().sum((1, 2, 3))
+                spread = (squares - sums.square().sum(1) / (rows * columns)).clamp_min(0).sqrt()
+                product = (middle * window).sum((1, 2, 3))
+                best = torch.maximum(best, product / (norm * spread).clamp_min(1e-9))
+    return best
 
 
 def clusters(pairs: np.ndarray, count: int) -> np.ndarray:

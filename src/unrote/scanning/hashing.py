@@ -62,19 +62,17 @@ def _signs(luma: torch.Tensor) -> np.ndarray:
 
 
 def _views(luma: torch.Tensor, shift: int) -> Iterator[torch.Tensor]:
-    """The images, and shifted ``shift`` pixels of 32 in eight directions by reflection. [B, 32, 32] each."""
+    """The images [B, 32, 32], and moved by ``shift`` pixels of 32 in eight directions and by half of it in four."""
     yield luma
-    if shift == 0:
-        return
     padded = torch.nn.functional.pad(luma[:, None], (shift,) * 4, mode="reflect")[:, 0]
-    for down in (0, shift, 2 * shift):
-        for right in (0, shift, 2 * shift):
-            if (down, right) != (shift, shift):
-                yield padded[:, down : down + SIDE, right : right + SIDE]
+    moves = {(down * shift, right * shift) for down in (-1, 0, 1) for right in (-1, 0, 1)}
+    moves |= {(down * (shift // 2), right * (shift // 2)) for down in (-1, 1) for right in (-1, 1)}
+    for down, right in sorted(moves - {(0, 0)}):
+        yield padded[:, shift + down : shift + down + SIDE, shift + right : shift + right + SIDE]
 
 
 def store_hashes(images: Any, shift: int, block: int = 1024) -> np.ndarray:
-    """Hashes uint64 [V, N] of images as they are (first row) and shifted by ``shift`` of their own pixels."""
+    """Hashes uint64 [V, N] of images as they are (first row) and shifted by up to ``shift`` of their own pixels."""
     scaled = 0 if shift == 0 else min(SIDE - 1, max(1, round(shift * SIDE / max(images.shape[1:3]))))
     parts = [
         np.stack([_signs(view) for view in _views(_luma(images[start : start + block]), scaled)])

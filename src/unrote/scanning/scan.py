@@ -26,7 +26,7 @@ class ScanReport:
             included), ``cluster`` (least index in it), ``isolation``, ``leak``, with a ledger ``skip_rate`` and
             ``mean_ratio``.
         pairs: duplicates among the images and held-out images (these count on from N), int64 [P, 2].
-        distances: of the pairs, float32 [P]: 0 is the same pixels, maybe mirrored or shifted.
+        correlations: of the pairs, float32 [P]; 1 is the same but for flip, shift and brightness.
         keep: indices of the images to train on: the first of each cluster, no constant ones, no leaks. int64.
         images: the images.
         holdout: the held-out images, or None.
@@ -35,7 +35,7 @@ class ScanReport:
     summary: dict[str, Any]
     risk: dict[str, np.ndarray]
     pairs: np.ndarray
-    distances: np.ndarray
+    correlations: np.ndarray
     keep: np.ndarray
     images: ImageStore = field(repr=False)
     holdout: ImageStore | None = field(default=None, repr=False)
@@ -108,7 +108,7 @@ def scan(
     own = len(images)
     stores = [images] if holdout is None else [images, holdout]
     digests = np.concatenate([digests_of(store) for store in stores])
-    pairs, distances = duplicate_pairs(_Joined(stores), digests, shift=max_shift, own=own)
+    pairs, correlations = duplicate_pairs(_Joined(stores), digests, shift=max_shift, own=own)
     constant = constant_images(images)
     everywhere = clusters(pairs, len(digests))
     leaks = np.isin(everywhere[:own], everywhere[own:])
@@ -145,7 +145,7 @@ def scan(
         "settings": {"max_shift": max_shift, "seed": seed, "ledger": ledger is not None},
         "data": [{"source": s.source, "fingerprint": s.fingerprint, "shape": list(s.images.shape)} for s in stores],
     }
-    return ScanReport(summary, {"risk": risk, **columns}, pairs, distances, keep, images, holdout)
+    return ScanReport(summary, {"risk": risk, **columns}, pairs, correlations, keep, images, holdout)
 
 
 def constant_images(store: ImageStore) -> np.ndarray:
