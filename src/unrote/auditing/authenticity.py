@@ -1,7 +1,6 @@
 """AuthPct: how many generated images are not closer to a training image than that image's own neighbours are."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,19 +22,12 @@ class Search:
     memory_bytes: int = MEMORY_BYTES
     device: str | torch.device = "cpu"
     progress: str | None = None
-    resume: Path | None = None
 
     def nearest(self, queries: Rows, references: Rows, num: int = 1, what: str = "") -> tuple[np.ndarray, np.ndarray]:
         """Squared distances float64 and indices int64 [G, num], exact."""
         label = None if self.progress is None else f"{self.progress}: {what}"
         found = nearest_features(
-            queries,
-            references,
-            num,
-            memory_bytes=self.memory_bytes,
-            device=self.device,
-            resume=self.resume,
-            progress=label,
+            queries, references, num, memory_bytes=self.memory_bytes, device=self.device, progress=label
         )
         return found.squared, found.indices
 

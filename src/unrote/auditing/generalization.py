@@ -15,7 +15,7 @@ from unrote.seeding import derive_seed
 MAX_CELLS = 10
 MIN_IN_CELL = 20  # images of either set; Meehan et al. ask it of the generated ones
 PER_CELL = 100  # images of the smaller set for which another cell is made
-MAX_CLUSTERED = 10_000  # training images the cells are found from
+MAX_CLUSTERED = 5000  # training images the cells are found from
 MAX_MIXTURE = 2000  # images a side of the FLD: it needs all pairs, 50 times
 EM_STEPS = 50
 LEAST_VARIANCE = float(np.exp(-10.0))  # of features of variance 1: a copy would have 0, and a likelihood without bound
@@ -29,7 +29,7 @@ class Cells:
 
     @staticmethod
     def of(train: Rows, num: int, seed: int) -> "Cells":
-        """Of features [N, D]: at most 10,000 by the seed; k-means++ (Arthur & Vassilvitskii 2007), 20 rounds."""
+        """Of features [N, D]: at most 5,000 by the seed; k-means++ (Arthur & Vassilvitskii 2007), 20 rounds."""
         some = train[subsample(len(train), MAX_CLUSTERED, seed, "cells")].astype(np.float64)
         random = np.random.default_rng(derive_seed(seed, "audit", "cell-centres"))
         centres = some[random.integers(len(some))][None]

@@ -35,28 +35,39 @@ def manifold_metrics(generated: np.ndarray, reference: np.ndarray) -> dict[str, 
     Returns:
         ``value`` and ``interval`` of each; None with too few images for a k-th neighbour.
     """
-    if min(len(generated), len(reference)) <= DENSITY_COVERAGE_K:
-        return None
-    centre = reference.mean(0, dtype=np.float64)
-    generated, reference = generated - centre, reference - centre
-    return _Balls(generated, reference).metrics()
+    return Manifold(reference).metrics(generated)
+
+
+class Manifold:
+    """Features [M, D] of reference images, whose balls are found once for several sets."""
+
+    def __init__(self, reference: np.ndarray):
+        self.enough = len(reference) > DENSITY_COVERAGE_K
+        self.centre = reference.mean(0, dtype=np.float64)
+        self.points = reference - self.centre
+        squared, _ = nearest_others(self.points, DENSITY_COVERAGE_K)
+        self.narrow, self.wide = squared[:, PRECISION_RECALL_K - 1] * EDGE, squared[:, -1] * EDGE
+
+    def metrics(self, generated: np.ndarray) -> dict[str, dict[str, Any]] | None:
+        """See :func:`manifold_metrics`."""
+        if not self.enough or len(generated) <= DENSITY_COVERAGE_K:
+            return None
+        return _Balls(generated - self.centre, self).metrics()
 
 
 class _Balls:
-    """Counts of who lies in whose ball, for features float64 [G, D] and [M, D]."""
+    """Counts of who lies in whose ball, for generated features float64 [G, D]."""
 
-    def __init__(self, generated: np.ndarray, reference: np.ndarray):
-        squared, _ = nearest_others(reference, DENSITY_COVERAGE_K)
-        narrow, wide = squared[:, PRECISION_RECALL_K - 1] * EDGE, squared[:, -1] * EDGE
+    def __init__(self, generated: np.ndarray, reference: Manifold):
         squared, self.neighbours = nearest_others(generated, PRECISION_RECALL_K + 1)
         own, grown = squared[:, -2, None] * EDGE, squared[:, -1, None] * EDGE
         self.precise = 0
         self.depth = np.empty(len(generated))  # in how many wide balls a generated image is
-        self.covered, self.recalled = _Holders(len(reference)), _Holders(len(reference))
+        self.covered, self.recalled = _Holders(len(reference.points)), _Holders(len(reference.points))
         almost = []  # (generated, reference): inside once the ball grows to the next neighbour
-        for where, distances in squared_blocks(generated, reference):
-            inside = distances <= wide
-            self.precise += int((distances <= narrow).any(1).sum())
+        for where, distances in squared_blocks(generated, reference.points):
+            inside = distances <= reference.wide
+            self.precise += int((distances <= reference.narrow).any(1).sum())
             self.depth[where] = inside.sum(1)
             self.covered.add(where, inside)
             inside = distances <= own[where]
