@@ -13,30 +13,48 @@ INK_WIDTH, INK_HEIGHT = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
 
 @dataclass(frozen=True)
 class Series:
-    """Neighbour ratios to draw. ``css_class`` colours them; ``dashed`` marks a control."""
+    """Values in [0, 1] to draw. ``css_class`` colours them; ``dashed`` marks a control."""
 
     label: str
-    ratios: np.ndarray
+    values: np.ndarray
     css_class: str
     dashed: bool = False
 
 
-def cumulative_chart(series: Sequence[Series], *, threshold: float, label: str) -> str:
-    """Share of images (y) with a ratio below x, one line per series."""
+@dataclass(frozen=True)
+class Axis:
+    """What the values are: ``words`` under the axis, a ``mark`` at the threshold."""
+
+    words: str
+    threshold: float
+    mark: str
+
+
+def ratio_axis(threshold: float) -> Axis:
+    """The axis of neighbour ratios."""
+    return Axis("neighbour ratio (0 = exact copy, 1 = nothing special)", threshold, f"near-copy below {threshold:g}")
+
+
+def similarity_axis(threshold: float, words: str) -> Axis:
+    """The axis of similarities; ``words`` say where the threshold comes from."""
+    return Axis("cosine similarity to the nearest training image (1 = the same)", threshold, words)
+
+
+def cumulative_chart(series: Sequence[Series], axis: Axis, *, label: str) -> str:
+    """Share of images (y) with a value below x, one line per series."""
     grid = np.linspace(0.0, 1.0, 201)
     lines = []
     for one in series:
-        shares = np.searchsorted(np.sort(one.ratios), grid, side="left") / len(one.ratios)
+        shares = np.searchsorted(np.sort(one.values), grid, side="left") / len(one.values)
         points = " ".join(f"{_x(x):.1f},{_y(y):.1f}" for x, y in zip(grid, shares, strict=True))
-        dash = ' stroke-dasharray="6 4"' if one.dashed else ""
-        lines.append(f'<polyline class="line {one.css_class}" points="{points}"{dash}/>')
-    return _frame("".join(lines), top=1.0, threshold=threshold, label=label) + _legend(series)
+        lines.append(f'<polyline class="line {one.css_class}" points="{points}"{_dash(one)}/>')
+    return _frame("".join(lines), axis, top=1.0, label=label) + _legend(series)
 
 
-def histogram_chart(series: Sequence[Series], *, threshold: float, label: str, bins: int = 50) -> str:
-    """Share of images (y) per bin of ratio (x): the first series filled, the others as outlines."""
+def histogram_chart(series: Sequence[Series], axis: Axis, *, label: str, bins: int = 50) -> str:
+    """Share of images (y) per bin of value (x): the first series filled, the others as outlines."""
     edges = np.linspace(0.0, 1.0, bins + 1)
-    shares = [np.histogram(one.ratios, edges)[0] / len(one.ratios) for one in series]
+    shares = [np.histogram(np.clip(one.values, 0.0, 1.0), edges)[0] / len(one.values) for one in series]
     top = max(0.05, 1.08 * max(float(share.max()) for share in shares))
     shapes = []
     for number, (one, share) in enumerate(zip(series, shares, strict=True)):
@@ -44,7 +62,7 @@ def histogram_chart(series: Sequence[Series], *, threshold: float, label: str, b
             shapes.append(_bars(edges, share / top, one.css_class))
         else:
             shapes.append(_steps(edges, share / top, one))
-    return _frame("".join(shapes), top=top, threshold=threshold, label=label) + _legend(series)
+    return _frame("".join(shapes), axis, top=top, label=label) + _legend(series)
 
 
 def _bars(edges: np.ndarray, heights: np.ndarray, css_class: str) -> str:
@@ -62,11 +80,14 @@ def _steps(edges: np.ndarray, heights: np.ndarray, series: Series) -> str:
     for left, right, height in zip(edges[:-1], edges[1:], heights, strict=True):
         corners += [(left, height), (right, height)]
     points = " ".join(f"{_x(x):.1f},{_y(y):.1f}" for x, y in [*corners, (edges[-1], 0.0)])
-    dash = ' stroke-dasharray="6 4"' if series.dashed else ""
-    return f'<polyline class="line {series.css_class}" points="{points}"{dash}/>'
+    return f'<polyline class="line {series.css_class}" points="{points}"{_dash(series)}/>'
 
 
-def _frame(content: str, *, top: float, threshold: float, label: str) -> str:
+def _dash(series: Series) -> str:
+    return ' stroke-dasharray="6 4"' if series.dashed else ""
+
+
+def _frame(content: str, axis: Axis, *, top: float, label: str) -> str:
     """Axes, grid and threshold around ``content``; ``top`` is the share at the upper edge."""
     ticks = "".join(
         f'<text x="{_x(tick):.1f}" y="{TOP + INK_HEIGHT + 17}" text-anchor="middle">{tick:g}</text>'
@@ -77,17 +98,16 @@ def _frame(content: str, *, top: float, threshold: float, label: str) -> str:
         f'<text x="{LEFT - 7}" y="{_y(part) + 4:.1f}" text-anchor="end">{_share(part * top)}</text>'
         for part in (0, 0.25, 0.5, 0.75, 1)
     )
+    at = min(1.0, max(0.0, axis.threshold))
+    anchor = "start" if at < 0.15 else "end" if at > 0.85 else "middle"
     mark = (
-        f'<line class="mark" x1="{_x(threshold):.1f}" x2="{_x(threshold):.1f}" y1="{TOP}" y2="{TOP + INK_HEIGHT}"/>'
-        f'<text x="{_x(threshold):.1f}" y="{TOP - 8}" text-anchor="middle">near-copy below {threshold:g}</text>'
+        f'<line class="mark" x1="{_x(at):.1f}" x2="{_x(at):.1f}" y1="{TOP}" y2="{TOP + INK_HEIGHT}"/>'
+        f'<text x="{_x(at):.1f}" y="{TOP - 8}" text-anchor="{anchor}">{escape(axis.mark)}</text>'
     )
-    axis = (
-        f'<text x="{LEFT + INK_WIDTH / 2:.0f}" y="{HEIGHT - 6}" text-anchor="middle">'
-        "neighbour ratio (0 = exact copy, 1 = nothing special)</text>"
-    )
+    words = f'<text x="{LEFT + INK_WIDTH / 2:.0f}" y="{HEIGHT - 6}" text-anchor="middle">{escape(axis.words)}</text>'
     return (
         f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">'
-        f"{grid}{ticks}{content}{mark}{axis}</svg>"
+        f"{grid}{ticks}{content}{mark}{words}</svg>"
     )
 
 

@@ -1,117 +1,278 @@
-"""The page's pictures: generated | nearest training image, worst first, and the images most skipped in training."""
+"""The page's pairs: generated | nearest training image, worst first; all of them as data, the first also as HTML."""
 
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from unrote.auditing.ledger import most_skipped, times_copied
-from unrote.auditing.memorization import HEADLINE
-from unrote.report.sprites import Sheet, make_sheet, thumbnail_bytes
+from unrote.auditing.verdict import orbit_words
+from unrote.report.sprites import COLUMNS, Album, Key
 
 if TYPE_CHECKING:
     from unrote.auditing.result import AuditReport
 
-MAX_PAIRS = 240
-RAW_BYTES = 7_000_000  # of thumbnails on a page, before PNG and base64: keeps any page below 15 MB
+MAX_PAIRS = 10_000  # of all reports on a page together
+STATIC_PAIRS = 60  # are in the HTML itself, for readers without JavaScript
+MAX_TEXT = 160  # characters of a name or caption; names in full are in pairs.csv
 
 
-def worst_pairs(report: "AuditReport", num_reports: int) -> np.ndarray:
-    """Indices of the pairs to show, nearest to a copy first: as many as a page has room for."""
-    pairs = report.pairs
-    order = np.lexsort((pairs["orbit_distance"], pairs["orbit_ratio_l2"], pairs["orbit_ratio_squared_l2"]))
-    room = RAW_BYTES // num_reports // (2 * thumbnail_bytes(report.train.images.shape[1:]))
-    chosen: np.ndarray = order[: max(8, min(MAX_PAIRS, room))]
+@dataclass(frozen=True)
+class View:
+    """A way to find the nearest training image: its score, and what the page says about each pair.
+
+    Attributes:
+        key: ``orbit``, ``plain`` or the key of an encoder.
+        label: in words.
+        score: what ``values`` are, in words.
+        values: score of each pair [G].
+        nearest: index of the training image [G].
+        lower: whether a low score means a copy; otherwise a high one does.
+        thresholds: (value, words), the first one is the default.
+        exact: whether the two are the same to the pixel [G].
+        second: another score [G] and its words, or None.
+        transforms: how the training image was matched [G], or None.
+    """
+
+    key: str
+    label: str
+    score: str
+    values: np.ndarray
+    nearest: np.ndarray
+    lower: bool
+    thresholds: list[tuple[float, str]]
+    exact: np.ndarray
+    second: tuple[np.ndarray, str] | None = None
+    transforms: np.ndarray | None = None
+
+    def is_copy(self, index: int) -> bool:
+        """Whether a pair is beyond the default threshold."""
+        value, threshold = float(self.values[index]), self.thresholds[0][0]
+        return value < threshold if self.lower else value > threshold
+
+
+def pair_views(report: "AuditReport") -> list[View]:
+    """The views of a report: up to flips and shifts, as they are, then by each encoder that knows copies.
+
+    Pixel scores are the ratios in which duplicates of the nearest image count once, as in the verdict.
+    """
+    pairs, views = report.pairs, []
+    prefixes = {"orbit": "orbit_", "plain": ""} if report.summary["settings"]["num_transforms"] > 1 else {"plain": ""}
+    labels = {"orbit": f"pixels, up to {orbit_words(report.summary)}", "plain": "pixels, as they are"}
+    for key, prefix in prefixes.items():
+        views.append(
+            View(
+                key,
+                labels[key],
+                "squared-L2 ratio",
+                pairs[f"{prefix}ratio_distinct"],
+                pairs[f"{prefix}train_index"],
+                lower=True,
+                thresholds=_ratio_thresholds(report.summary["memorization"][key]["squared-l2"]),
+                exact=pairs[f"{prefix}distance"] == 0,
+                second=(pairs[f"{prefix}ratio_l2"], "L2 ratio"),
+                transforms=pairs["orbit_transform"] if key == "orbit" else None,
+            )
+        )
+    for key, space in report.summary["spaces"].items():
+        if f"{key}_similarity" in pairs and space["similarity"] is not None:
+            nearest = pairs[f"{key}_train_index"]
+            thresholds = _similarity_thresholds(space["similarity"])
+            label, exact = f"similarity, {space['encoder']}", np.zeros(len(nearest), dtype=bool)
+            values = pairs[f"{key}_similarity"]
+            views.append(View(key, label, "cosine similarity", values, nearest, False, thresholds, exact))
+    return views
+
+
+def _ratio_thresholds(table: Mapping[str, Any]) -> list[tuple[float, str]]:
+    chosen = [(table["headline_threshold"], f"below {table['headline_threshold']:g}")]
+    if table["distinct_aware"] is None:  # otherwise it belongs to other ratios than those shown
+        chosen += _calibrated(table["calibrated"], "below")
+    return chosen + [(row["threshold"], f"below {row['threshold']:g}") for row in table["mq"]]
+
+
+def _similarity_thresholds(similarity: Mapping[str, Any]) -> list[tuple[float, str]]:
+    chosen = _calibrated(similarity["calibrated"], "above")
+    return chosen + [(row["threshold"], f"above {row['threshold']:g}") for row in similarity["generated"]["above"]]
+
+
+def _calibrated(calibrated: Mapping[str, Any] | None, side: str) -> list[tuple[float, str]]:
+    if calibrated is None:
+        return []
+    words = f"{side} {calibrated['threshold']:.3g} ({100 * calibrated['false_positive_rate']:g} % of held-out)"
+    return [(calibrated["threshold"], words)]
+
+
+def worst_pairs(views: Sequence[View], most: int) -> np.ndarray:
+    """Indices of the pairs to show, those first that are near the top of any view's order (pixels and similarity)."""
+    ranks = []
+    for view in views:
+        if view.key != "plain" or len(views) == 1:
+            second = view.values if view.second is None else view.second[0]
+            order = np.lexsort((~view.exact, second, view.values if view.lower else -view.values))
+            ranks.append(np.argsort(order, kind="stable"))
+    chosen: np.ndarray = np.argsort(np.min(ranks, axis=0), kind="stable")[:most]
     return chosen
 
 
-def pairs_gallery(report: "AuditReport", css_class: str, num_reports: int) -> tuple[str, str]:
-    """HTML and CSS of the pairs with their filter."""
-    shown = worst_pairs(report, num_reports)
-    generated = _rows(report.generated.images, shown)
-    nearest = _rows(report.train.images, report.pairs["orbit_train_index"][shown])
-    sheet = make_sheet(css_class, np.stack([generated, nearest], axis=1).reshape(-1, *generated.shape[1:]))
-    items = "".join(_pair(report, sheet, position, int(index)) for position, index in enumerate(shown))
-    total = len(report.pairs["index"])
-    note = f"The {len(shown):,} nearest to a copy of {total:,}; all are in pairs.csv." if len(shown) < total else ""
-    controls = (
-        '<div class="filter"><label>Name contains <input type="search"></label>'
-        '<label><input type="checkbox"> near-copies only</label><output class="soft"></output></div>'
-    )
-    return f'<p class="soft small">{note}</p>{controls}<ul class="pairs">{items}</ul>', sheet.css
+def pair_keys(views: Sequence[View], shown: np.ndarray) -> list[Key]:
+    """The pictures that the pairs need, in the order of the pairs."""
+    keys: list[Key] = []
+    for index in shown.tolist():
+        keys.append(("generated", index))
+        keys += [("train", int(view.nearest[index])) for view in views]
+        keys += [key for view in views if (key := matched_key(view, index)) is not None]
+    return keys
 
 
-def _pair(report: "AuditReport", sheet: Sheet, position: int, index: int) -> str:
-    pairs = report.pairs
-    ratio, transform = float(pairs["orbit_ratio_squared_l2"][index]), str(pairs["orbit_transform"][index])
-    name, train_name = str(pairs["name"][index]), str(pairs["orbit_train_name"][index])
-    nearest = int(pairs["orbit_train_index"][index])
-    is_copy, exact = ratio < HEADLINE["squared-l2"], pairs["orbit_distance"][index] == 0
-    tag = f'<span class="tag">{"exact copy" if exact else "near-copy"}</span>' if is_copy else ""
-    caption = report.train.captions[nearest] if report.train.captions is not None else ""
-    lines = [f'<span class="name">generated <b>{escape(name)}</b></span>']
-    lines.append(f'<span class="name">training <b>{escape(train_name)}</b>{_caption(caption)}</span>')
-    lines.append(f'<span class="soft">L2 ratio {pairs["orbit_ratio_l2"][index]:.3f} · {escape(transform)}</span>')
-    if report.ledger is not None:
-        lines.append(f'<br><span class="soft">{_ledger_line(report.ledger, nearest)}</span>')
-    images = sheet.tile(2 * position, f"generated image {name}") + sheet.tile(
-        2 * position + 1, f"nearest training image {train_name}"
-    )
+def matched_key(view: View, index: int) -> Key | None:
+    """The picture of the training image as it was matched; None where that is the image itself."""
+    if view.transforms is None or view.transforms[index] == "identity":
+        return None
+    return ("matched", int(view.nearest[index]), str(view.transforms[index]))
+
+
+def pairs_gallery(report: "AuditReport", views: Sequence[View], shown: np.ndarray, album: Album) -> str:
+    """HTML of the pairs: controls, the first of them, a template, and all of them as data."""
+    cards = "".join(_card(report, views[0], index, album) for index in shown[:STATIC_PAIRS].tolist())
+    empty = _slots('<span class="tile"></span><span class="tile"></span>', *[""] * 7)
     return (
-        f'<li class="pair{" copy" if is_copy else ""}" data-pair><div class="images">{images}</div>'
-        f'<div class="ratio" title="squared-L2 neighbour ratio"><span>{ratio:.3f}</span>{tag}</div>'
-        f"{''.join(lines)}</li>"
+        f'<p class="soft small">{_what_is_shown(report, views, shown, album)}</p>{_controls()}'
+        f'<ul class="pairs all">{cards}</ul>{_pager()}'
+        f'<template><li class="pair">{empty}</li></template>'
+        f'<script type="application/json">{safe_json(pairs_data(report, views, shown, album))}</script>'
     )
 
 
-def _caption(caption: str) -> str:
-    return f" “{escape(caption)}”" if caption else ""
+def _controls() -> str:
+    return (
+        '<div class="filter" role="search" aria-label="Pairs">'
+        '<label>Compared by <select data-control="view"></select></label>'
+        '<label>Near-copy <select data-control="threshold"></select></label>'
+        '<label><input type="checkbox"> near-copies only</label>'
+        '<label>Sort <select data-control="sort"><option value="worst">worst first</option>'
+        '<option value="best">best first</option><option value="name">by name</option></select></label>'
+        '<label>Text contains <input type="search"></label><output class="soft" aria-live="polite"></output></div>'
+    )
 
 
-def _ledger_line(ledger: Mapping[str, np.ndarray], index: int) -> str:
+def _pager() -> str:
+    buttons = (
+        '<button type="button" data-page="-1">Previous</button><span class="soft"></span>'
+        '<button type="button" data-page="1">Next</button>'
+    )
+    return f'<nav class="pager" aria-label="Pages of pairs">{buttons}</nav>'
+
+
+def _what_is_shown(report: "AuditReport", views: Sequence[View], shown: np.ndarray, album: Album) -> str:
+    total = len(report.pairs["index"])
+    parts = [f"All {total:,} pairs are here" if len(shown) == total else f"The worst {len(shown):,} of {total:,} pairs"]
+    pictured = sum(album.number(("generated", index)) >= 0 for index in shown.tolist())
+    if pictured < len(shown):
+        parts.append(f"pictures of the worst {pictured:,}, of the others the numbers only")
+    if album.words is not None:
+        parts.append(f"the worst pictures lossless, the others {album.words}")
+    parts.append("pairs.csv has all of them, with all columns")
+    if len(shown) > STATIC_PAIRS:
+        parts[0] += f"<noscript> (without JavaScript: the first {STATIC_PAIRS})</noscript>"
+    return "; ".join(parts) + "."
+
+
+def _card(report: "AuditReport", view: View, index: int, album: Album) -> str:
+    nearest = int(view.nearest[index])
+    name, train_name = shorten(report.pairs["name"][index]), shorten(report.train.names[nearest])
+    tiles = album.tile(("generated", index), f"generated image {name}")
+    tiles += album.tile(("train", nearest), f"nearest training image {train_name}")
+    copy = view.is_copy(index)
+    tag = "" if not copy else "exact copy" if view.exact[index] else "near-copy"
+    detail = "" if view.second is None else f"{view.second[1]} {view.second[0][index]:.3f}"
+    matched = matched_key(view, index)
+    if matched is not None:
+        detail += f" · {matched[2]}"
+    score, caption = f"{view.values[index]:.3f}", _caption(report, nearest)
+    texts = [score, tag, name, train_name, f"“{caption}”" if caption else "", detail, ledger_line(report, nearest)]
+    return f'<li class="pair{" copy" if copy else ""}">{_slots(tiles, *map(escape, texts))}</li>'
+
+
+def _slots(tiles: str, score: str, tag: str, name: str, train: str, caption: str, detail: str, note: str) -> str:
+    """The inside of a card; every text is escaped already. page.js fills the same slots."""
+    return (
+        f'<button type="button" class="images" title="Enlarge">{tiles}</button>'
+        f'<span class="ratio"><span data-slot="score">{score}</span><span class="tag" data-slot="tag">{tag}</span>'
+        f'</span><span class="name">generated <b data-slot="name">{name}</b></span><span class="name">training '
+        f'<b data-slot="train">{train}</b> <span data-slot="caption">{caption}</span></span>'
+        f'<span class="soft" data-slot="detail">{detail}</span><span class="soft" data-slot="note">{note}</span>'
+    )
+
+
+def pairs_data(report: "AuditReport", views: Sequence[View], shown: np.ndarray, album: Album) -> dict[str, Any]:
+    """What page.js needs: columns in the order of ``shown``; training images by their place in ``train``."""
+    used = np.unique(np.concatenate([view.nearest[shown] for view in views]))
+    originals = used.tolist()
+    return {
+        "columns": COLUMNS,
+        "sheets": [{"name": sheet.css_class, "count": sheet.count, "steps": sheet.steps} for sheet in album.sheets],
+        "name": [shorten(report.pairs["name"][index]) for index in shown.tolist()],
+        "picture": [album.number(("generated", index)) for index in shown.tolist()],
+        "train": {
+            "name": [shorten(report.train.names[index]) for index in originals],
+            "caption": [_caption(report, index) for index in originals] if report.train.captions is not None else None,
+            "note": [ledger_line(report, index) for index in originals] if report.ledger is not None else None,
+            "picture": [album.number(("train", index)) for index in originals],
+        },
+        "views": [_view_data(view, shown, used, album) for view in views],
+    }
+
+
+def _view_data(view: View, shown: np.ndarray, used: np.ndarray, album: Album) -> dict[str, Any]:
+    data: dict[str, Any] = {
+        "label": view.label,
+        "score": view.score,
+        "lower": view.lower,
+        "thresholds": view.thresholds,
+        "value": _rounded(view.values[shown]),
+        "train": np.searchsorted(used, view.nearest[shown]).tolist(),
+        "exact": np.flatnonzero(view.exact[shown]).tolist(),
+    }
+    if view.second is not None:
+        data |= {"second": _rounded(view.second[0][shown]), "secondWords": view.second[1]}
+    if view.transforms is not None:
+        labels, numbers = np.unique(view.transforms[shown].astype(str), return_inverse=True)
+        keys = [matched_key(view, index) for index in shown.tolist()]
+        matched = [-1 if key is None else album.number(key) for key in keys]
+        data |= {"transforms": labels.tolist(), "transform": numbers.tolist(), "matched": matched}
+    return data
+
+
+def _rounded(values: np.ndarray) -> list[float]:
+    return [float(f"{value:.5g}") for value in values.tolist()]
+
+
+def safe_json(data: Any) -> str:
+    """JSON that may stand inside <script>: no ``<``, ``>`` or ``&`` in it, whatever the names are."""
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+def shorten(text: Any) -> str:
+    """A name or caption of bounded length."""
+    text = str(text)
+    return text if len(text) <= MAX_TEXT else f"{text[: MAX_TEXT - 1]}…"
+
+
+def _caption(report: "AuditReport", index: int) -> str:
+    return "" if report.train.captions is None else shorten(report.train.captions[index])
+
+
+def ledger_line(report: "AuditReport", index: int) -> str:
     """What happened to a training image in training, in words."""
+    ledger = report.ledger or {}
     words = [f"{int(ledger[column][index]):,} {column}" for column in ("visits", "skips", "moves") if column in ledger]
     ratio = ledger.get("mean_ratio")
     if ratio is not None and np.isfinite(ratio[index]):
         words.append(f"loss ratio {ratio[index]:.2f}")
     return " · ".join(words)
-
-
-def skipped_gallery(report: "AuditReport", css_class: str, num_reports: int) -> tuple[str, str]:
-    """HTML and CSS of the training images skipped most; empty without a ledger or skips."""
-    if report.ledger is None or report.summary["ledger"] is None:
-        return "", ""
-    indices = most_skipped(report.ledger)
-    if not len(indices):
-        return "", ""
-    room = max(1, RAW_BYTES // num_reports // 4 // thumbnail_bytes(report.train.images.shape[1:]))
-    indices = indices[:room]
-    sheet = make_sheet(css_class, _rows(report.train.images, indices))
-    copies = times_copied(report.pairs, len(report.train))
-    items = []
-    for position, index in enumerate(indices.tolist()):
-        name = str(report.train.names[index])
-        came_back = f"<br><b>came back {int(copies[index]):,}×</b>" if copies[index] else ""
-        items.append(
-            f'<li class="pair"><div>{sheet.tile(position, f"training image {name}")}</div>'
-            f'<span class="name">{escape(name)}</span>'
-            f'<span class="soft">{_ledger_line(report.ledger, index)}</span>{came_back}</li>'
-        )
-    text = _skipped_text(report.summary["ledger"])
-    return f'<h3>Most skipped in training</h3><p>{text}</p><ul class="pairs thumbs">{"".join(items)}</ul>', sheet.css
-
-
-def _skipped_text(ledger: Mapping[str, Any]) -> str:
-    text = f"{100 * ledger['skip_rate']:.1f} % of {ledger['visits']:,} visits were skipped."
-    copied, others = ledger["copied"], ledger["others"]
-    if copied["skip_rate"] is not None and others["skip_rate"] is not None:
-        text += (
-            f" The {copied['images']:,} training images that came back were skipped on "
-            f"{100 * copied['skip_rate']:.1f} % of their visits, the others on {100 * others['skip_rate']:.1f} %."
-        )
-    return text
-
-
-def _rows(images: Any, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-    return np.asarray(images[np.asarray(indices, dtype=np.int64)])

@@ -1,4 +1,4 @@
-"""The page's tables: runs side by side, thresholds, quality."""
+"""The page's tables of memorization: runs side by side, and every threshold."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from html import escape
 from typing import Any
 
 from unrote.auditing.memorization import HEADLINE, at_threshold
-from unrote.auditing.verdict import headline, interval, percent
+from unrote.auditing.verdict import headline, headline_table, interval, orbit_words, percent
 
 Summary = Mapping[str, Any]
 
@@ -35,13 +35,13 @@ def comparison_table(names: Sequence[str], summaries: Sequence[Summary]) -> str:
         )
         body.append(f'<tr><th scope="row">{row.label}</th>{cells}</tr>')
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in names)
-    return _table(f"<tr><td></td>{head}</tr>", "".join(body))
+    return table(f"<tr><td></td>{head}</tr>", "".join(body))
 
 
 def comparison_rows() -> list[Row]:
     """The lines of the comparison table: memorization, then quality, then training."""
     return [
-        _fraction_row("Near-copies, up to flips and shifts (squared-L2 &lt; 0.33)", headline, -1),
+        _fraction_row("Near-copies, up to what the audit allows for (squared-L2 &lt; 0.33)", headline, -1),
         _fraction_row("Near-copies, as they are (squared-L2 &lt; 0.33)", lambda s: headline(s, "plain"), -1),
         _fraction_row("Near-copies, as they are (L2 &lt; 0.5)", _plain_l2, -1),
         _fraction_row("Control: the first line against held-out images", _control, 0),
@@ -49,67 +49,64 @@ def comparison_rows() -> list[Row]:
         _fraction_row("Exact copies", lambda s: s["exact_copies"]["orbit"], -1),
         Row(
             "Distinct training images copied",
-            lambda s: headline(s)["distinct"],
-            lambda s: f"{headline(s)['distinct']:,}",
+            lambda s: s["extracted"]["distinct"],
+            lambda s: f"{s['extracted']['distinct']:,}",
             -1,
         ),
         _fraction_row(
             "Nearest image is a training image (50 % = none)", lambda s: (s["train_share"] or {}).get("plain"), 0
         ),
-        _number_row("Fréchet distance (lower is better)", lambda s: s["quality"]["generated"]["frechet_distance"], -1),
-        _number_row(
-            "… of the training images themselves", lambda s: (s["quality"]["floor"] or {}).get("frechet_distance"), 0
-        ),
-        _number_row("Precision", lambda s: s["quality"]["generated"]["precision"], 1),
-        _number_row("Recall", lambda s: s["quality"]["generated"]["recall"], 1),
-        _number_row("Coverage", lambda s: s["quality"]["generated"]["coverage"], 1),
+        _fraction_row("Copies by similarity, threshold calibrated on held-out images", _similar, -1),
+        _number_row("Fréchet distance (lower is better)", _quality("frechet_distance"), -1),
+        _number_row("… of the training images themselves", _quality("frechet_distance", "floor"), 0),
+        _number_row("Precision", _quality("precision"), 1),
+        _number_row("Recall", _quality("recall"), 1),
+        _number_row("Coverage", _quality("coverage"), 1),
         Row("Skipped in training", _skip_rate, lambda s: percent(s["ledger"]["skip_rate"])),
         Row("Generated images", lambda s: s["counts"]["generated"], lambda s: f"{s['counts']['generated']:,}"),
     ]
 
 
 def thresholds_table(summary: Summary, definition: str) -> str:
-    """MQ of one definition at every threshold, with control and false alarms."""
+    """MQ of one definition at every threshold, with control and false alarms, and at the calibrated threshold."""
     plain, orbit = (summary["memorization"][view][definition] for view in ("plain", "orbit"))
+    columns = {"as they are": plain["mq"]}
+    if summary["settings"]["num_transforms"] > 1:
+        columns[f"up to {orbit_words(summary)}"] = orbit["mq"]
+    distinct = orbit["distinct_aware"]
+    if distinct:
+        columns["the same, duplicates in the training set counted once"] = distinct["mq"]
+    controls = distinct or orbit
+    if controls["control"]:
+        columns["control: equally many held-out images"] = controls["control"]["holdout"]
+        columns["false alarms: held-out as generated"] = controls["unseen"]
     body = []
-    for row, wide in zip(plain["mq"], orbit["mq"], strict=True):
+    for position, row in enumerate(plain["mq"]):
         threshold = row["threshold"]
-        cells = [_with_interval(row), _with_interval(wide), f"{wide['distinct']:,}"]
-        controls = (orbit["control"]["holdout"], orbit["unseen"]) if orbit["control"] else ()
-        cells += [_with_interval(at_threshold(table, threshold)) for table in controls]
+        cells = [with_interval(rows[position]) for rows in columns.values()]
+        cells.append(f"{controls['mq'][position]['distinct']:,}")
         marked = ' class="headline"' if threshold == plain["headline_threshold"] else ""
-        columns = "".join(f"<td>{cell}</td>" for cell in cells)
-        body.append(f'<tr{marked}><th scope="row">&lt; {threshold:g}</th>{columns}</tr>')
-    heads = ["ratio", "as they are", "up to flips and shifts", "distinct images copied"]
-    heads += (
-        ["control: equally many held-out images", "false alarms: held-out as generated"] if orbit["control"] else []
-    )
-    head = "".join(f'<th scope="col">{text}</th>' for text in heads)
+        body.append(f'<tr{marked}><th scope="row">&lt; {threshold:g}</th>{_cells(cells)}</tr>')
+    head = "".join(f'<th scope="col">{text}</th>' for text in ("ratio", *columns, "distinct images copied"))
     title = {"l2": "L2 ratio (Carlini et al.)", "squared-l2": "Squared-L2 ratio (MQ of IET-AGC)"}[definition]
-    return _table(f"<tr>{head}</tr>", "".join(body), title)
+    return table(f"<tr>{head}</tr>", "".join(body), title) + _calibrated_words(summary, definition)
 
 
-def quality_table(summary: Summary) -> str:
-    """Quality of the generated images beside that of equally many training images."""
-    quality = summary["quality"]
-    columns = {"generated": quality["generated"]}
-    if quality["floor"] is not None:
-        columns["training images themselves"] = quality["floor"]
-    labels = {
-        "frechet_distance": "Fréchet distance",
-        **{key: key.capitalize() for key in quality["generated"] if key != "frechet_distance"},
-    }
-    body = "".join(
-        f'<tr><th scope="row">{label}</th>'
-        + "".join(f"<td>{_number(column[key])}</td>" for column in columns.values())
-        + "</tr>"
-        for key, label in labels.items()
+def _calibrated_words(summary: Summary, definition: str) -> str:
+    calibrated = summary["memorization"]["orbit"][definition]["calibrated"]
+    if calibrated is None:
+        return ""
+    below = calibrated["below"]
+    return (
+        f"<p><b>Calibrated on the held-out images:</b> {percent(calibrated['false_positive_rate'])} of "
+        f"{calibrated['num_holdout']:,} of them have a ratio below {calibrated['threshold']:.3g} (up to "
+        f"{orbit_words(summary)}), and so do {percent(below['fraction'])} ({interval(below)}) of the generated "
+        "images.</p>"
     )
-    head = "".join(f'<th scope="col">{name}</th>' for name in columns)
-    return _table(f"<tr><td></td>{head}</tr>", body)
 
 
-def _table(head: str, body: str, caption: str | None = None) -> str:
+def table(head: str, body: str, caption: str | None = None) -> str:
+    """A table that scrolls sideways where it is too wide; ``caption`` is HTML."""
     title = f"<caption>{caption}</caption>" if caption else ""
     return f'<div class="scroll"><table>{title}<thead>{head}</thead><tbody>{body}</tbody></table></div>'
 
@@ -121,13 +118,40 @@ def _fraction_row(label: str, find: Callable[[Summary], Mapping[str, Any] | None
 
     def text(summary: Summary) -> str:
         row = find(summary)
-        return "" if row is None else _with_interval(row)
+        return "" if row is None else with_interval(row)
 
     return Row(label, value, text, better)
 
 
-def _number_row(label: str, find: Callable[[Summary], float | None], better: int) -> Row:
-    return Row(label, find, lambda summary: _number(find(summary)), better)
+def _number_row(label: str, find: Callable[[Summary], Mapping[str, Any] | None], better: int) -> Row:
+    def value(summary: Summary) -> float | None:
+        found = find(summary)
+        return None if found is None else float(found["value"])
+
+    return Row(label, value, lambda summary: measured(find(summary)), better)
+
+
+def _quality(metric: str, side: str = "generated") -> Callable[[Summary], Mapping[str, Any] | None]:
+    """Finds a metric of the headline feature space."""
+
+    def find(summary: Summary) -> Mapping[str, Any] | None:
+        found: Mapping[str, Any] | None = (headline_quality(summary)[side] or {}).get(metric)
+        return found
+
+    return find
+
+
+def headline_quality(summary: Summary) -> Mapping[str, Any]:
+    """The quality block of the space whose Fréchet distance is the headline."""
+    quality: Mapping[str, Any] = summary["spaces"][summary["quality_space"]]["quality"]
+    return quality
+
+
+def _similar(summary: Summary) -> dict[str, Any] | None:
+    if summary["copy_space"] is None:
+        return None
+    calibrated = summary["spaces"][summary["copy_space"]]["similarity"]["calibrated"]
+    return calibrated["above"] if calibrated else None
 
 
 def _plain_l2(summary: Summary) -> dict[str, Any]:
@@ -135,12 +159,12 @@ def _plain_l2(summary: Summary) -> dict[str, Any]:
 
 
 def _control(summary: Summary) -> dict[str, Any] | None:
-    control = summary["memorization"]["orbit"]["squared-l2"]["control"]
+    control = headline_table(summary)["control"]
     return at_threshold(control["holdout"], HEADLINE["squared-l2"]) if control else None
 
 
 def _unseen(summary: Summary) -> dict[str, Any] | None:
-    unseen = summary["memorization"]["orbit"]["squared-l2"]["unseen"]
+    unseen = headline_table(summary)["unseen"]
     return at_threshold(unseen, HEADLINE["squared-l2"]) if unseen else None
 
 
@@ -155,11 +179,30 @@ def _best(value: float | None, values: Sequence[float | None], better: int) -> s
     return ' class="best"' if value == (max(known) if better > 0 else min(known)) else ""
 
 
-def _with_interval(row: Mapping[str, Any]) -> str:
+def with_interval(row: Mapping[str, Any]) -> str:
+    """A fraction and its 95 % interval as HTML."""
     return f'{percent(row["fraction"])}<span class="range">{interval(row)}</span>'
 
 
-def _number(value: float | None) -> str:
-    if value is None:
+def measured(entry: Mapping[str, Any] | None) -> str:
+    """A number and its 95 % interval as HTML; a dash where there is none."""
+    if entry is None:
         return "–"
-    return f"{value:.3f}" if value < 2 else f"{value:,.1f}"
+    values = [entry["value"], *(entry.get("interval") or ())]
+    largest = max(map(abs, values))
+    value, *between = (number(one, largest) for one in values)
+    return value + (f'<span class="range">{between[0]} to {between[1]}</span>' if between else "")
+
+
+def number(value: float, largest: float | None = None) -> str:
+    """A number with as many decimals as suit the ``largest`` of the numbers beside it."""
+    size = abs(value) if largest is None else largest
+    if 0 < size < 0.01:
+        text = f"{value:.1e}"
+    else:
+        text = f"{value:,.{3 if size < 2 else 2 if size < 10 else 1 if size < 1000 else 0}f}"
+    return text.replace("-", "−")
+
+
+def _cells(cells: Sequence[str]) -> str:
+    return "".join(f"<td>{cell}</td>" for cell in cells)
