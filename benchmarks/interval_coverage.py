@@ -13,7 +13,7 @@ import numpy as np
 
 from unrote.auditing.frechet import Moments, frechet_with_spread
 from unrote.auditing.generalization import likelihood_gap, measure_c_t
-from unrote.auditing.intervals import estimate
+from unrote.auditing.intervals import estimate, squared_estimate
 from unrote.auditing.manifold import manifold_metrics
 from unrote.auditing.quality import kernel_distance
 from unrote.neighbours.features import nearest_features
@@ -52,7 +52,7 @@ def repetitions(kind: str, num: int, images: int, dimensions: int) -> dict[str, 
     for repetition in range(num):
         generated = real() * np.float32(scale) + np.float32(shift) * spectrum.astype(np.float32)
         rows = {
-            "frechet_distance": estimate(*frechet_with_spread(generated, moments), low=0.0),
+            "frechet_distance": squared_estimate(*frechet_with_spread(generated, moments)),
             "kid": estimate(*kernel_distance(generated, reference)),
             **(manifold_metrics(generated, reference) or {}),
         }

@@ -59,7 +59,7 @@ def nearest_other(
 
 
 def authentic(squared: np.ndarray, nearest: np.ndarray, rows: Rows, identity: np.ndarray, search: Search) -> np.ndarray:
-    """Which images are authentic (Alaa et al. 2022, "How Faithful is your Synthetic Data?", §3.2). bool [G].
+    """Which images are authentic (Alaa et al. 2022, "How Faithful is your Synthetic Data?"). bool [G].
 
     With y the training image nearest to x: x is authentic if it is farther from y than y is from the training image
     nearest to it. Of y's duplicates none is "another training image": they would make every copy authentic.

@@ -57,7 +57,7 @@ class Cells:
 def c_t(
     generated: np.ndarray, unseen: np.ndarray, generated_cells: np.ndarray, unseen_cells: np.ndarray
 ) -> dict[str, Any] | None:
-    """C_T (Meehan, Chaudhuri & Dasgupta 2020, §3–4): are generated images nearer to train than held-out ones are?
+    """C_T (Meehan, Chaudhuri & Dasgupta 2020): are generated images nearer to train than held-out ones are?
 
     In every cell of a partition, Z of the Mann-Whitney test on distances to the nearest training image; their average
     weighted with the held-out images of the cell. Far below 0: data copying. Far above 0: worse than real images.
@@ -126,7 +126,7 @@ def measure_c_t(
 
 
 def likelihood_gap(generated: Rows, train: Rows, holdout: Rows, *, seed: int) -> dict[str, Any] | None:
-    """Feature Likelihood Divergence of train and of held-out images, and its gap (Jiralerspong et al. 2023, §3).
+    """Feature Likelihood Divergence of train and of held-out images, and its gap (Jiralerspong et al. 2023).
 
     Around every generated image stands a Gaussian with a variance of its own, fitted to the likelihood of training
     images (:func:`fit_variances`). The divergence is −100 / D times the mean log-likelihood (the paper's constant is

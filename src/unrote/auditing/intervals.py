@@ -31,6 +31,16 @@ def estimate(value: float, spread: float, low: float = -np.inf, high: float = np
     return {"value": float(value), "interval": interval}
 
 
+def squared_estimate(value: float, spread: float) -> dict[str, Any]:
+    """A squared distance ``value`` with the normal interval of its root, squared; JSON-able.
+
+    Where few directions dominate, the root is much nearer to normal, and the interval does not reach below 0.
+    """
+    root = value**0.5
+    half = Z * (spread / (2 * root) if root > 0 else spread**0.5)
+    return {"value": float(value), "interval": [float(max(0.0, root - half) ** 2), float((root + half) ** 2)]}
+
+
 def jackknife_spread(left_out: np.ndarray) -> float:
     """Standard error of a statistic from its values [n] with each sample left out once (Tukey 1958).
 

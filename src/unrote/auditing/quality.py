@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from unrote.auditing.frechet import Moments, frechet_distance, frechet_with_spread
-from unrote.auditing.intervals import estimate, jackknife_spread
+from unrote.auditing.intervals import estimate, jackknife_spread, squared_estimate
 from unrote.auditing.manifold import Manifold, manifold_metrics
 from unrote.auditing.rows import Chosen
 from unrote.neighbours.streaming import Rows
@@ -23,7 +23,7 @@ METRICS = ("frechet_distance", "kid", "precision", "recall", "density", "coverag
 def kernel_distance(
     generated: np.ndarray, reference: np.ndarray, within_reference: float | None = None
 ) -> tuple[float, float]:
-    """KID (Bińkowski et al. 2018, §4): unbiased MMD² with the kernel (x·y / D + 1)³, and its standard error.
+    """KID (Bińkowski et al. 2018): unbiased MMD² with the kernel (x·y / D + 1)³, and its standard error.
 
     All pairs at once, where the paper averages over random blocks: the same expectation, less noise, no draw. The error
     is the jackknife's over which images were generated (exact: a U-statistic without one image has a closed form).
@@ -69,7 +69,7 @@ def _kernel(products: np.ndarray, dimensions: int) -> np.ndarray:
 
 
 def mifid(distance: float, spread: float, similarity: np.ndarray) -> dict[str, Any] | None:
-    """MiFID (Bai et al. 2021, §4): the Fréchet distance over the memorization distance, if that is below 0.1.
+    """MiFID (Bai et al. 2021): the Fréchet distance over the memorization distance, if that is below 0.1.
 
     The memorization distance is the mean over generated images of 1 − |cosine| to the nearest training image; at 0.1
     and above it counts as 1, so MiFID is then the Fréchet distance. The threshold is the competition's, for the FID
@@ -84,11 +84,11 @@ def mifid(distance: float, spread: float, similarity: np.ndarray) -> dict[str, A
     if memorization <= 0:
         return None
     if memorization >= MIFID_THRESHOLD:
-        return {**estimate(distance, spread, low=0.0), "memorization_distance": memorization}
+        return {**squared_estimate(distance, spread), "memorization_distance": memorization}
     relative = (1 - similarity).std(ddof=1) / np.sqrt(len(similarity)) / memorization
     # The two errors are added as if they always went the same way: their correlation is not known.
     whole = spread / memorization + distance / memorization * relative
-    return {**estimate(distance / memorization, whole, low=0.0), "memorization_distance": memorization}
+    return {**squared_estimate(distance / memorization, whole), "memorization_distance": memorization}
 
 
 def measure_quality(
@@ -146,7 +146,7 @@ class _Comparison:
         if not self.enough or len(features) < MIN_IMAGES:
             return found
         distance, spread = frechet_with_spread(features, self.moments)
-        found["frechet_distance"] = estimate(distance, spread, low=0.0)
+        found["frechet_distance"] = squared_estimate(distance, spread)
         some = features[subsample(len(features), MAX_PAIRWISE, self.seed, "pairwise")]
         found["kid"] = estimate(*kernel_distance(some, self.reference, self.within_reference))
         found |= self.manifold.metrics(some) or {}
