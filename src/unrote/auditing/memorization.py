@@ -59,7 +59,7 @@ def calibrated(ratios: np.ndarray, unseen: np.ndarray, rate: float, originals: n
     series of variants resemble each other far more. Of ``unseen`` [M], floor(rate · M) lie strictly below; None if M
     is too small for a single one, as the rate is then not known to be kept.
     """
-    allowed = int(rate * len(unseen))
+    allowed = int(rate * len(unseen) * (1 + 1e-12))  # 0.29 · 100 must not become 28
     if allowed < 1:
         return None
     threshold = float(np.partition(unseen, allowed)[allowed])
