@@ -265,17 +265,17 @@ def test_inception_from_the_weights_folder_or_says_what_to_place(cache):
     assert not load_encoder("inception").is_fid_inception  # by its hash, not by its name
 
 
-def test_inception_state_dict_needs_torch_fidelity(tmp_path):
-    path = tmp_path / "pt_inception.pth"
+def test_inception_state_dict_is_unpickled_only_if_it_is_the_known_one(tmp_path, monkeypatch):
+    path = tmp_path / "weights.pth"
     torch.save({"a": torch.zeros(2)}, path)
+    with pytest.raises(InputError, match=r"neither a TorchScript file nor pt_inception-2015-12-05-6726825d.pth"):
+        load_encoder(f"inception={path}")
+    monkeypatch.setitem(inception.FID_SHA256, sha256_file(path), inception.STATE_DICT)
     try:
         import torch_fidelity  # noqa: F401
-
-        message = "holds no weights of the FID Inception"
     except (ImportError, RuntimeError):
-        message = "pip install torch-fidelity.*inception-2015-12-05.pt"
-    with pytest.raises(InputError, match=message):
-        load_encoder(f"inception={path}")
+        with pytest.raises(InputError, match=r"pip install torch-fidelity.*inception-2015-12-05.pt"):
+            load_encoder(f"inception={path}")
 
 
 # ---- models of transformers
@@ -375,6 +375,15 @@ def test_vit_without_a_trained_pooling_layer_gives_the_class_token(models):
         model = ViTForImageClassification.from_pretrained(models / "vit").eval()
         expected = model.vit(by_hand(images, 16, 16)).last_hidden_state[:, 0]
     np.testing.assert_allclose(features, expected, atol=1e-4)
+
+
+def test_half_precision_weights_run_in_float32(models, tmp_path):
+    from transformers import Dinov2Model
+
+    Dinov2Model.from_pretrained(models / "dinov2").half().save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_bytes((models / "dinov2/preprocessor_config.json").read_bytes())
+    features = check_protocol(load_encoder(f"dinov2={tmp_path}"), pictures())
+    np.testing.assert_allclose(features, load_encoder(f"dinov2={models / 'dinov2'}")(pictures()), atol=2e-2)
 
 
 def test_folders_that_are_no_model(models, tmp_path):

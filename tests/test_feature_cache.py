@@ -1,6 +1,8 @@
 """The cache of features: hits, damage, death, full disks, several processes, bounded memory."""
 
 import logging
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -144,7 +146,7 @@ def start(folder, what, log):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_killed_process_leaves_no_features_and_its_rest_is_removed(tmp_path):
+def test_killed_process_leaves_no_features_and_the_next_goes_on(tmp_path):
     folder, log = tmp_path / "cache", tmp_path / "log"
     with start(folder, "die", log) as process:
         deadline = time.monotonic() + 60
@@ -152,10 +154,18 @@ def test_killed_process_leaves_no_features_and_its_rest_is_removed(tmp_path):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
-    assert [name for name in files(folder) if not name.startswith(".")] == [] and len(files(folder)) == 1
-    with start(folder, "go", log) as process:
-        assert process.wait(60) == 0
-    assert len(files(folder)) == 1 and not files(folder)[0].startswith(".")
+    (partial,) = files(folder)
+    assert partial.startswith(".") and partial.endswith(".partial")
+    torn = Path(shutil.copytree(folder, tmp_path / "torn"))
+    os.truncate(torn / partial, (torn / partial).stat().st_size - 1)
+    with start(folder, "go", tmp_path / "log 2") as process, start(torn, "go", tmp_path / "log 3") as other:
+        assert process.wait(60) == other.wait(60) == 0
+    assert [(tmp_path / name).read_text() for name in ("log 2", "log 3")] == ["xx", "xxx"]  # of four blocks
+    (whole,) = files(folder)
+    assert f".{whole}.partial" == partial and files(torn) == [whole]
+    assert (folder / whole).read_bytes() == (torn / whole).read_bytes()
+    images = np.random.default_rng(0).integers(0, 256, (2000, 6, 6, 3), dtype=np.uint8)
+    np.testing.assert_allclose(np.load(folder / whole), np.repeat(images.mean((1, 2)), 400, axis=1), rtol=1e-6)
 
 
 def test_two_processes_extract_once(tmp_path):

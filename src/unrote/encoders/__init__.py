@@ -56,7 +56,8 @@ def load_encoder(what: "str | Encoder | Callable[[np.ndarray], Any]", *, device:
     try:
         return _made(name, where, device)
     except ModuleNotFoundError as error:
-        raise InputError(f"encoder {name} needs the Python package {error.name}: pip install {error.name}") from error
+        missing = f"needs the Python package {error.name}: pip install {error.name}"
+        raise InputError(f"encoder {name} {missing if error.name else f'cannot be used here: {error}'}") from error
 
 
 def _given(what: "Encoder | Callable[[np.ndarray], Any]") -> Encoder:

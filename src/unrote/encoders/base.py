@@ -40,5 +40,5 @@ class Encoder(Protocol):
     def is_fid_inception(self) -> bool: ...  # noqa: D102
 
     def __call__(self, images: "np.ndarray") -> "np.ndarray":
-        """Features float32 [n, D], finite, of uint8 images [n, H, W, C] with C = 1 or 3."""
+        """Features float32 [n, D], finite, of uint8 images [n, H, W, C], n > 0, C = 1 or 3."""
         ...

@@ -1,15 +1,17 @@
 """Features are extracted once: kept on disk under a hash of the images' pixels and of everything the encoder is.
 
 One file per set and encoder, an ordinary ``.npy``. It is written block by block under another name and renamed when it
-is whole; whoever holds its lock is the only writer, so what a dead process left may be deleted.
+is whole; whoever holds its lock is the only writer, so it may go on with what a dead process left.
 """
 
 import fcntl
 import hashlib
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from tqdm import tqdm
@@ -18,7 +20,7 @@ from unrote.data.store import ImageStore, image_digests
 from unrote.encoders.base import Encoder
 from unrote.encoders.custom import checked
 from unrote.errors import InputError
-from unrote.files import atomic_path
+from unrote.files import fsync
 from unrote.neighbours.streaming import Rows, content_digest, release
 
 log = logging.getLogger("unrote")
@@ -94,24 +96,59 @@ def _in_memory(encoder: Encoder, images: Rows, progress: str | None) -> np.ndarr
 
 
 def _write(path: Path, encoder: Encoder, images: Rows, progress: str | None) -> None:
-    """Through a file, not a memory map: a full disk is then an error and no signal that kills the process."""
-    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
-        leftover.unlink(missing_ok=True)
-    with atomic_path(path) as temporary, temporary.open("xb") as file:
-        for start, block in _blocks(encoder, images, progress):
-            if start == 0:
-                header = {"descr": "<f4", "fortran_order": False, "shape": (len(images), block.shape[1])}
-                np.lib.format.write_array_header_1_0(file, header)
-            file.write(block.astype("<f4", copy=False).data)
+    """Through a file, not a memory map: a full disk is then an error and no signal that kills the process.
+
+    What a killed process wrote is gone on with, in whole blocks: the blocks are the same, and only one process writes.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("r+b" if partial.exists() else "x+b") as file:
+            done = _resume(file, len(images), _block_size(images))
+            for start, block in _blocks(encoder, images, progress, done):
+                if start == 0:
+                    header = {"descr": "<f4", "fortran_order": False, "shape": (len(images), block.shape[1])}
+                    np.lib.format.write_array_header_1_0(file, header)
+                file.write(block.astype("<f4", copy=False).data)
+                file.flush()
+                os.fsync(file.fileno())
+        partial.replace(path)
+        fsync(path.parent)
+    except Exception:  # an interrupt is none
+        partial.unlink(missing_ok=True)
+        raise
 
 
-def _blocks(encoder: Encoder, images: Rows, progress: str | None) -> Iterator[tuple[int, np.ndarray]]:
-    """Checked features with the position of their first. The blocks depend on the images' shape only."""
-    size = min(_MAX_BLOCK, max(1, _BLOCK_BYTES // int(np.prod(images.shape[1:]))))
+def _resume(file: BinaryIO, count: int, size: int) -> int:
+    """Go to the end of the last whole block of a file begun earlier, or to the beginning; how many rows there are."""
+    try:
+        np.lib.format.read_magic(file)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        row = shape[1] * dtype.itemsize
+        fits = (shape[0], len(shape), dtype.str) == (count, 2, "<f4")
+    except Exception:  # numpy's reader of headers raises whatever the garbage makes of it
+        fits = False
+    offset, done = 0, 0
+    if fits:
+        offset = file.tell()
+        done = (file.seek(0, 2) - offset) // (size * row) * size
+        done = done if done <= count else 0
+    file.truncate(offset + done * row if done else 0)
+    file.seek(0, 2)
+    return done
+
+
+def _block_size(images: Rows) -> int:
+    """Images in a block: by their shape only, so that a later process makes the same blocks."""
+    return min(_MAX_BLOCK, max(1, _BLOCK_BYTES // int(np.prod(images.shape[1:]))))
+
+
+def _blocks(encoder: Encoder, images: Rows, progress: str | None, first: int = 0) -> Iterator[tuple[int, np.ndarray]]:
+    """Checked features from ``first`` on, with the position of each block's first."""
+    size = _block_size(images)
     dimensions: int | None = None
     quiet = True if progress is None else None
-    with tqdm(total=len(images), desc=progress, unit="img", leave=False, disable=quiet) as bar:
-        for start in range(0, len(images), size):
+    with tqdm(total=len(images), initial=first, desc=progress, unit="img", leave=False, disable=quiet) as bar:
+        for start in range(first, len(images), size):
             rows = np.asarray(images[start : start + size])
             block = checked(np.ascontiguousarray(encoder(rows), dtype=np.float32), len(rows), encoder.name)
             release(images)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from unrote.encoders import load_encoder
 from unrote.encoders.vision_models import DEFAULTS, VisionModel, model_folder, readable
 from unrote.errors import InputError
 from unrote.neighbours.streaming import Rows
@@ -40,7 +41,8 @@ def clip_scores(
             f"a CLIP score needs one caption per image: {len(captions):,} captions, {len(images):,} images"
         )
     where = model or DEFAULTS["clip"]
-    encoder = VisionModel("clip", where, device)
+    encoder = load_encoder(f"clip={where}", device=device)
+    assert isinstance(encoder, VisionModel)
     if not hasattr(encoder.model, "get_text_features"):
         raise InputError(f"clip={where} holds a {type(encoder.model).__name__} without a text part")
     from transformers import AutoTokenizer

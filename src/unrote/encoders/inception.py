@@ -4,7 +4,6 @@ Two published translations of Google's ``inception-2015-12-05`` are read. Both t
 inside, as the original did, so no resizing of ours comes before them.
 """
 
-import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -47,6 +46,9 @@ class InceptionEncoder:
         self.name = f"Inception {FID_SHA256.get(self.weights_sha256, path.name)}"
         self.device = device
         self.scripted = _is_torchscript(path)
+        if not self.scripted and not self.is_fid_inception:
+            # torch-fidelity unpickles the file, which can run anything: it gets only the one that is known.
+            raise InputError(f"{path} is neither a TorchScript file nor {STATE_DICT} (SHA-256 {self.weights_sha256})")
         self.model: Any = load_torchscript(path, device) if self.scripted else _torch_fidelity(path, device)
 
     @torch.no_grad()
@@ -91,15 +93,8 @@ def _torch_fidelity(path: Path, device: str) -> Any:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except (ImportError, RuntimeError) as error:  # a torchvision that does not fit torch raises RuntimeError
         raise InputError(
-            f"{path} is no TorchScript file, and its network is in torch-fidelity, which cannot be imported ({error}): "
+            f"{path} holds weights only, and their network is in torch-fidelity, which cannot be imported ({error}): "
             f"pip install torch-fidelity (and your torch's torchvision), or give {TORCHSCRIPT}, which needs neither"
         ) from error
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            model = FeatureExtractorInceptionV3(
-                "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path)
-            )
-        except Exception as error:
-            raise InputError(f"{path} holds no weights of the FID Inception: {error}") from error
+    model = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path))
     return model.to(device).eval()

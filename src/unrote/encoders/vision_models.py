@@ -107,7 +107,9 @@ def _load_model(folder: Path, device: str) -> tuple[Any, bool]:
     from transformers import AutoModel
 
     with readable(folder):
-        model, loading = AutoModel.from_pretrained(folder, output_loading_info=True, local_files_only=True)
+        model, loading = AutoModel.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
+        )
     if model.main_input_name != "pixel_values" and not hasattr(model, "get_image_features"):
         raise InputError(f"{folder} holds a {type(model).__name__}, which takes no images")
     missing = [name for name in loading["missing_keys"] if not name.startswith("pooler.")]
