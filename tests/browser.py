@@ -18,7 +18,9 @@ FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-
 # Chromium reads commands from descriptor 3 and writes answers to descriptor 4.
 START = """import os, sys
 commands, answers = os.dup(int(sys.argv[1])), os.dup(int(sys.argv[2]))
-os.dup2(commands, 3), os.dup2(answers, 4)
+for found, wanted in ((commands, 3), (answers, 4)):
+    os.dup2(found, wanted)
+    os.set_inheritable(wanted, True)
 os.execv(sys.argv[3], sys.argv[3:])"""
 KEYS = {"Tab": 9, "Enter": 13, "Escape": 27, "ArrowLeft": 37, "ArrowRight": 39}
 
@@ -123,7 +125,7 @@ class Browser:
             "it.dispatchEvent(new Event('change', {bubbles: true})); })()"
         )
 
-    def screenshot(self, path: Path, *, whole: bool = False) -> None:
-        """A PNG of the window, or of the whole page."""
-        shot = self.send("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
+    def screenshot(self, path: Path) -> None:
+        """A PNG of the window."""
+        shot = self.send("Page.captureScreenshot", format="png")
         path.write_bytes(base64.b64decode(shot["data"]))

@@ -2,13 +2,14 @@
 
 import csv
 import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from unrote.auditing.memorization import at_threshold
-from unrote.auditing.verdict import interval, percent
+from unrote.auditing.verdict import interval, orbit_words, percent
 from unrote.files import write_json, write_text
 
 if TYPE_CHECKING:
@@ -52,42 +53,120 @@ def cell(value: Any) -> Any:
 
 
 def summary_markdown(report: "AuditReport") -> str:
-    """The result for a model card."""
+    """The result for a model card: Markdown in which names and what callers said cannot be read as markup."""
     summary = report.summary
-    quality, counts = summary["quality"], summary["counts"]
+    parts = [
+        ["## Memorization audit"],
+        [f"**{summary['verdict']['title']}.** {summary['verdict']['text']}"],
+        _copies_lines(summary),
+        [_extracted_sentence(summary)],
+        *([line] for line in _similarity_sentences(summary)),
+        _space_lines(summary),
+        [_settings_sentence(summary)],
+    ]
+    return "\n\n".join("\n".join(lines) for lines in parts if lines) + "\n"
+
+
+def _copies_lines(summary: Mapping[str, Any]) -> list[str]:
+    """The table of near-copies at the thresholds of the papers and at those calibrated on the held-out images."""
     lines = [
-        "## Memorization audit",
-        "",
-        f"**{summary['verdict']['title']}.** {summary['verdict']['text']}",
-        "",
-        "| near-copies (MQ) | threshold | of training images | distinct | of held-out images, equally many |",
+        "| near-copies (MQ) | ratio below | generated images | distinct | against held-out images, equally many |",
         "|---|---|---|---|---|",
     ]
-    for view, label in (("plain", "as they are"), ("orbit", "up to flips and shifts")):
+    views = {"plain": "as they are", "orbit": f"up to {orbit_words(summary)}"}
+    if summary["settings"]["num_transforms"] == 1:
+        del views["orbit"]
+    for view, label in views.items():
         for definition, table in summary["memorization"][view].items():
             threshold = table["headline_threshold"]
             row = at_threshold(table["mq"], threshold)
             control = at_threshold(table["control"]["holdout"], threshold) if table["control"] else None
-            lines.append(
-                f"| {definition}, {label} | {threshold} | {percent(row['fraction'])} ({interval(row)}) "
-                f"| {row['distinct']} | {percent(control['fraction']) if control else 'not measured'} |"
+            beside = percent(control["fraction"]) if control else "not measured"
+            lines.append(_copies_line(f"{definition}, {label}", f"{threshold:g}", row, beside))
+            if (view, definition) != (list(views)[-1], "squared-l2"):
+                continue  # the verdict rests on the last
+            if table["distinct_aware"]:
+                once = at_threshold(table["distinct_aware"]["mq"], threshold)
+                lines.append(_copies_line(f"{definition}, {label}, duplicates once", f"{threshold:g}", once, ""))
+            if table["calibrated"]:
+                found = table["calibrated"]
+                words = f"{found['threshold']:.3g} ({percent(found['false_positive_rate'])} of held-out images)"
+                lines.append(_copies_line(f"{definition}, {label}, calibrated", words, found["below"], ""))
+    return lines
+
+
+def _copies_line(label: str, threshold: str, row: Mapping[str, Any], beside: str) -> str:
+    return f"| {label} | {threshold} | {percent(row['fraction'])} ({interval(row)}) | {row['distinct']} | {beside} |"
+
+
+def _extracted_sentence(summary: Mapping[str, Any]) -> str:
+    extracted, duplicates, exact = summary["extracted"], summary["duplicates"], summary["exact_copies"]["orbit"]
+    return (
+        f"Distinct training images that came back: {extracted['distinct']:,}; generated images that equal one to the "
+        f"pixel: {exact['count']:,}. Duplicates in the training set: {duplicates['images']:,} images in "
+        f"{duplicates['clusters']:,} cluster{'' if duplicates['clusters'] == 1 else 's'}."
+    )
+
+
+def _similarity_sentences(summary: Mapping[str, Any]) -> list[str]:
+    sentences = []
+    for space in summary["spaces"].values():
+        if space["similarity"] is None:
+            continue
+        similarity = space["similarity"]
+        text = f"Similarity ({code(space['encoder'])}): mean {similarity['generated']['mean']['value']:.3f}"
+        if similarity["unseen"]:
+            text += f", held-out images {similarity['unseen']['mean']['value']:.3f}"
+        for row in similarity["generated"]["above"]:
+            text += f"; above {row['threshold']:g}: {percent(row['fraction'])}"
+        if similarity["calibrated"]:
+            found = similarity["calibrated"]
+            text += (
+                f"; above {found['threshold']:.3f}, as {percent(found['false_positive_rate'])} of held-out images are: "
+                f"{percent(found['above']['fraction'])} ({interval(found['above'])})"
             )
-    distance = quality["generated"]["frechet_distance"]
-    if distance is not None:
-        floor = f"; training images themselves {quality['floor']['frechet_distance']:.2f}" if quality["floor"] else ""
-        lines += [
-            "",
-            f"Fréchet distance in `{quality['encoder']}` features (not an FID; weights "
-            f"`{quality['weights_sha256'][:12]}`) to {quality['num_reference']:,} {quality['reference']} images, "
-            f"{quality['num_generated']:,} generated: {distance:.2f}{floor}.",
-        ]
-    holdout = "none" if counts["holdout"] is None else f"{counts['holdout']:,}"
-    lines += [
-        "",
-        f"{counts['generated']:,} generated, {counts['train']:,} training, {holdout} held-out images; "
-        f"n = {summary['settings']['num_neighbors']} neighbours, {summary['settings']['num_transforms']} views of each "
-        f"training image, seed {summary['settings']['seed']}. A pixel-space count of copies is a lower bound, and no "
-        "differential-privacy guarantee.",
-        "",
+        sentences.append(f"{text}.")
+    return sentences
+
+
+def _space_lines(summary: Mapping[str, Any]) -> list[str]:
+    """The table of quality and of the secondary measures, one line for each feature space."""
+    lines = [
+        "| features | weights | Fréchet distance | training images themselves | precision | recall | AuthPct | C_T |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    return "\n".join(lines)
+    for space in summary["spaces"].values():
+        quality = space["quality"]
+        generated, floor = quality["generated"], quality["floor"] or {}
+        name = f"{code(space['encoder'])}{'' if space['is_fid_inception'] else ' (not an FID)'}"
+        authentic = (space["authenticity"] or {}).get("authpct")
+        cells = [name, code(space["weights_sha256"][:12])]
+        cells += [_measured(generated.get("frechet_distance")), _measured(floor.get("frechet_distance"))]
+        cells += [_measured(generated.get("precision")), _measured(generated.get("recall"))]
+        cells += ["–" if authentic is None else percent(authentic["fraction"])]
+        cells += [_measured((space["generalization"] or {}).get("c_t"))]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _measured(entry: Mapping[str, Any] | None) -> str:
+    if entry is None:
+        return "–"
+    between = entry.get("interval")
+    return f"{entry['value']:.4g}" + ("" if between is None else f" ({between[0]:.4g} to {between[1]:.4g})")
+
+
+def _settings_sentence(summary: Mapping[str, Any]) -> str:
+    counts, settings = summary["counts"], summary["settings"]
+    holdout = "none" if counts["holdout"] is None else f"{counts['holdout']:,}"
+    return (
+        f"{counts['generated']:,} generated, {counts['train']:,} training, {holdout} held-out images; "
+        f"n = {settings['num_neighbors']} neighbours, {settings['num_transforms']} views of each training image, seed "
+        f"{settings['seed']}. Intervals are 95 %. A count of copies is a lower bound, and no differential-privacy "
+        "guarantee."
+    )
+
+
+def code(text: Any) -> str:
+    """Text of strangers as Markdown code inside a table: on one line, without what would end either."""
+    return f"`{' '.join(str(text).split()).replace('`', chr(39)).replace('|', '/')}`"

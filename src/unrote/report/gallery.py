@@ -118,12 +118,16 @@ def worst_pairs(views: Sequence[View], most: int) -> np.ndarray:
 
 
 def pair_keys(views: Sequence[View], shown: np.ndarray) -> list[Key]:
-    """The pictures that the pairs need, in the order of the pairs."""
+    """The pictures that the pairs need in the first view, in the order of the pairs."""
+    return [key for i in shown.tolist() for key in (("generated", i), ("train", int(views[0].nearest[i])))]
+
+
+def more_keys(views: Sequence[View], shown: np.ndarray) -> list[Key]:
+    """The pictures that the pairs need besides: as matched, and the nearest images of the other views."""
     keys: list[Key] = []
     for index in shown.tolist():
-        keys.append(("generated", index))
-        keys += [("train", int(view.nearest[index])) for view in views]
         keys += [key for view in views if (key := matched_key(view, index)) is not None]
+        keys += [("train", int(view.nearest[index])) for view in views[1:]]
     return keys
 
 
@@ -136,7 +140,8 @@ def matched_key(view: View, index: int) -> Key | None:
 
 def pairs_gallery(report: "AuditReport", views: Sequence[View], shown: np.ndarray, album: Album) -> str:
     """HTML of the pairs: controls, the first of them, a template, and all of them as data."""
-    cards = "".join(_card(report, views[0], index, album) for index in shown[:STATIC_PAIRS].tolist())
+    first = shown[np.argsort(views[0].values[shown], kind="stable")][:STATIC_PAIRS]
+    cards = "".join(_card(report, views[0], index, album) for index in first.tolist())
     empty = _slots('<span class="tile"></span><span class="tile"></span>', *[""] * 7)
     return (
         f'<p class="soft small">{_what_is_shown(report, views, shown, album)}</p>{_controls()}'

@@ -9,22 +9,25 @@ import numpy as np
 from unrote.auditing.ledger import most_skipped, times_copied
 from unrote.auditing.verdict import orbit_words
 from unrote.neighbours.orbit import orbit
-from unrote.report.gallery import View, ledger_line, pair_keys, shorten
+from unrote.report.gallery import View, ledger_line, more_keys, pair_keys, shorten
 from unrote.report.sprites import Album, Key
 
 if TYPE_CHECKING:
     from unrote.auditing.result import AuditReport
 
-FIRST_PAIRS = 60  # before the pictures of the tables; the other pairs come after them
+MIN_FIRST, MAX_FIRST = 60, 2000  # near-copies that have all their pictures before the other pairs have any
 OPEN_ROWS, ALL_ROWS = 12, 1000
 
 
 def make_album(report: "AuditReport", css_class: str, views: Sequence[View], shown: np.ndarray, budget: int) -> Album:
     """All pictures of a report: the worst pairs, the images that came back, the most skipped, the other pairs."""
-    keys = pair_keys(views, shown[:FIRST_PAIRS])
+    copies = sum(any(view.is_copy(index) for view in views) for index in shown.tolist())
+    first, rest = np.split(shown, [min(len(shown), max(MIN_FIRST, min(copies, MAX_FIRST)))])
+    keys = [key for pair in first for key in (*pair_keys(views, pair[None]), *more_keys(views, pair[None]))]
     keys += [("train", row["cluster"]) for row in report.summary["extracted"]["images"][:ALL_ROWS]]
     keys += [("train", index) for index in _skipped(report)]
-    return Album(css_class, keys + pair_keys(views, shown[FIRST_PAIRS:]), lambda some: load(report, some), budget)
+    keys += pair_keys(views, rest)
+    return Album(css_class, keys, more_keys(views, rest), lambda some: load(report, some), budget)
 
 
 def load(report: "AuditReport", keys: Sequence[Key]) -> np.ndarray:

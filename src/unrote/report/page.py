@@ -162,7 +162,7 @@ def _run_section(report: "AuditReport", number: int, num_reports: int) -> tuple[
 
 def _album(report: "AuditReport", css_class: str, views: Sequence[View], shown: np.ndarray, budget: int) -> Album:
     """The pictures, in what the pairs' own data leave of the budget."""
-    nothing = Album(css_class, [], lambda keys: np.empty(0), 0)
+    nothing = Album(css_class, [], [], lambda keys: np.empty(0), 0)
     data = len(safe_json(pairs_data(report, views, shown, nothing)).encode())
     return make_album(report, css_class, views, shown, budget - data - 40 * len(shown))
 

@@ -30,7 +30,9 @@ class Encoding:
     @property
     def words(self) -> str:
         """For the reader of the page."""
-        return "lossless" if self.quality is None else f"JPEG {self.quality}, at most {self.side} pixels"
+        if self.quality is None:
+            return "lossless"
+        return f"JPEG quality {self.quality}" + (f", at most {self.side} pixels" if self.side < MAX_SIDE else "")
 
 
 LADDER = (
@@ -94,7 +96,11 @@ def _encoded(sheet: np.ndarray, encoding: Encoding) -> tuple[str, str]:
         Image.fromarray(sheet).save(file, "PNG", optimize=True)
     else:
         kind = "jpeg"
-        Image.fromarray(sheet).save(file, "JPEG", quality=encoding.quality, optimize=True)
+        # Thumbnails are so small that colour at half the resolution shows; only strong compression has to. (Pillow's
+        # buffer for optimised tables can be too small for good quality.)
+        strong = encoding.quality < 85
+        subsampling = 2 if strong else 0
+        Image.fromarray(sheet).save(file, "JPEG", quality=encoding.quality, subsampling=subsampling, optimize=strong)
     return kind, base64.b64encode(file.getvalue()).decode()
 
 
@@ -104,28 +110,34 @@ class Album:
     Args:
         css_class: prefix of the classes of its sheets.
         keys: the images wanted, the most important first; repeated ones are stored once.
+        extra: images to store where room is left, but not at the cost of the others' quality.
         load: uint8 images [n, H, W, C] of n keys.
         budget: bytes of style sheet to stay below.
 
     Attributes:
         css: the style sheet.
         sheets: the sheets; tile number n is tile n - (tiles of the sheets before) of its sheet.
-        count: how many images it holds: the first ones of ``keys``.
         words: how the images after the first, lossless ones are stored; None if all are lossless.
     """
 
     def __init__(
-        self, css_class: str, keys: Sequence[Key], load: Callable[[Sequence[Key]], np.ndarray], budget: int
+        self,
+        css_class: str,
+        keys: Sequence[Key],
+        extra: Sequence[Key],
+        load: Callable[[Sequence[Key]], np.ndarray],
+        budget: int,
     ) -> None:
-        wanted = list(dict.fromkeys(keys))
         self._css_class, self._load, self._budget = css_class, load, budget
         self.sheets: list[Sheet] = []
         self.words: str | None = None
+        wanted = list(dict.fromkeys(keys))
+        every = list(dict.fromkeys([*wanted, *extra]))
         if wanted:
-            self._fill(wanted)
+            self._fill(wanted, every[len(wanted) :])
         self.css = "".join(sheet.css for sheet in self.sheets)
-        self.count = sum(sheet.count for sheet in self.sheets)
-        self._numbers = {key: number for number, key in enumerate(wanted[: self.count])}
+        stored = every[: sum(sheet.count for sheet in self.sheets)]
+        self._numbers = {key: number for number, key in enumerate(stored)}
 
     def number(self, key: Key) -> int:
         """The tile number of an image; -1 if there was no room for it."""
@@ -142,15 +154,15 @@ class Album:
             number -= sheet.count
         raise AssertionError("a numbered tile is on a sheet")
 
-    def _fill(self, wanted: list[Key]) -> None:
+    def _fill(self, wanted: list[Key], extra: list[Key]) -> None:
         each = thumbnail_bytes(self._load(wanted[:1]).shape[1:])
-        first = min(len(wanted), max(COLUMNS, min(LOSSLESS_BYTES, self._budget * 3 // 8) // each))
+        first = max(COLUMNS, min(LOSSLESS_BYTES, self._budget * 3 // 8) // each)
         room = self._add(wanted[:first], LADDER[0], self._budget)
-        rest = wanted[first:]
+        rest = wanted[first:] or extra
         if rest:
             encoding = self._best_encoding(rest, room)
             self.words = None if encoding.quality is None else encoding.words
-            self._add(rest, encoding, room)
+            self._add(wanted[first:] + extra, encoding, room)
 
     def _best_encoding(self, keys: list[Key], room: int) -> Encoding:
         """The first of the ladder with which a sample of the images, scaled up to all, fits into ``room``."""
