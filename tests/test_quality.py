@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from unrote.auditing.frechet import Moments, frechet_distance, frechet_with_spread
-from unrote.auditing.intervals import bootstrap_mean, estimate, jackknife_spread
+from unrote.auditing.intervals import bootstrap_mean, estimate, jackknife_spread, squared_estimate
+from unrote.auditing.kernel import KernelDistance
 from unrote.auditing.manifold import manifold_metrics, nearest_others
-from unrote.auditing.quality import METRICS, kernel_distance, measure_quality, mifid, subsample
+from unrote.auditing.quality import METRICS, measure_quality, mifid, subsample
 from unrote.data import open_images
 from unrote.encoders.random_conv import RandomConvEncoder
 
@@ -68,10 +69,16 @@ def loop_kernel_distance(generated, reference):
 def test_kid_equals_a_double_loop_and_its_error_a_jackknife_by_recomputing():
     random = np.random.default_rng(4)
     generated, reference = random.normal(0.5, 1, size=(25, 5)), random.normal(size=(30, 5))
-    value, spread = kernel_distance(generated, reference)
-    assert value == pytest.approx(loop_kernel_distance(generated, reference), rel=1e-10)
-    left_out = [loop_kernel_distance(np.delete(generated, i, 0), reference) for i in range(len(generated))]
-    assert spread == pytest.approx(jackknife_spread(np.array(left_out)), rel=1e-8)
+    found = KernelDistance(reference).to(generated)
+    value = loop_kernel_distance(generated, reference)
+    assert found["value"] == pytest.approx(value, rel=1e-10)
+    removed = [loop_kernel_distance(np.delete(generated, i, 0), reference) for i in range(len(generated))]
+    everything = np.vstack([generated, reference])
+    signs = np.repeat([1 / 25, -1 / 30], [25, 30])
+    biased = signs @ (everything @ everything.T / 5 + 1) ** 3 @ signs
+    expected = squared_estimate(value, jackknife_spread(np.array(removed)), biased - value)
+    assert found["interval"] == pytest.approx(expected["interval"], rel=1e-8)
+    assert found["interval"][0] < value < found["interval"][1]
 
 
 def test_manifold_metrics_equal_their_formulas():

@@ -31,14 +31,22 @@ def estimate(value: float, spread: float, low: float = -np.inf, high: float = np
     return {"value": float(value), "interval": interval}
 
 
-def squared_estimate(value: float, spread: float) -> dict[str, Any]:
-    """A squared distance ``value`` with the normal interval of its root, squared; JSON-able.
+def squared_estimate(value: float, spread: float, bias: float = 0.0) -> dict[str, Any]:
+    """A squared distance with the normal interval of its root, squared; JSON-able.
 
-    Where few directions dominate, the root is much nearer to normal, and the interval does not reach below 0.
+    Where few directions dominate, the root is much nearer to normal than the square.
+
+    Args:
+        value: the squared distance without its ``bias``; their sum is not negative.
+        spread: its standard error.
+        bias: what was subtracted; the root is taken before that.
     """
-    root = value**0.5
+    root = max(0.0, float(value + bias)) ** 0.5
     half = Z * (spread / (2 * root) if root > 0 else spread**0.5)
-    return {"value": float(value), "interval": [float(max(0.0, root - half) ** 2), float((root + half) ** 2)]}
+    return {
+        "value": float(value),
+        "interval": [float(max(0.0, root - half) ** 2 - bias), float((root + half) ** 2 - bias)],
+    }
 
 
 def jackknife_spread(left_out: np.ndarray) -> float:

@@ -5,67 +5,19 @@ from typing import Any
 import numpy as np
 
 from unrote.auditing.frechet import Moments, frechet_distance, frechet_with_spread
-from unrote.auditing.intervals import estimate, jackknife_spread, squared_estimate
+from unrote.auditing.intervals import squared_estimate
+from unrote.auditing.kernel import KernelDistance
 from unrote.auditing.manifold import Manifold, manifold_metrics
 from unrote.auditing.rows import Chosen
 from unrote.neighbours.streaming import Rows
 from unrote.seeding import derive_seed
 
-__all__ = ["frechet_distance", "kernel_distance", "manifold_metrics", "measure_quality", "mifid", "subsample"]
+__all__ = ["frechet_distance", "manifold_metrics", "measure_quality", "mifid", "subsample"]
 
 MIN_IMAGES = 10  # a side; below it there is no number
 MAX_PAIRWISE = 5000  # images a side for what needs all pairs: KID, precision, recall, density, coverage
-PAIR_BLOCK = 512
 MIFID_THRESHOLD = 0.1
 METRICS = ("frechet_distance", "kid", "precision", "recall", "density", "coverage", "mifid")
-
-
-def kernel_distance(
-    generated: np.ndarray, reference: np.ndarray, within_reference: float | None = None
-) -> tuple[float, float]:
-    """KID (Bińkowski et al. 2018): unbiased MMD² with the kernel (x·y / D + 1)³, and its standard error.
-
-    All pairs at once, where the paper averages over random blocks: the same expectation, less noise, no draw. The error
-    is the jackknife's over which images were generated (exact: a U-statistic without one image has a closed form).
-    Can be negative: it is unbiased.
-
-    Args:
-        generated: features [G, D], G ≥ 3.
-        reference: features [M, D], M ≥ 2.
-        within_reference: :func:`mean_kernel` of the reference, if it is known.
-    """
-    generated, reference = (np.asarray(features, dtype=np.float64) for features in (generated, reference))
-    if within_reference is None:
-        within_reference = mean_kernel(reference)
-    within, between = _mean_kernel_to_others(generated), np.empty(len(generated))
-    for start in range(0, len(generated), PAIR_BLOCK):
-        where = slice(start, start + PAIR_BLOCK)
-        between[where] = _kernel(generated[where] @ reference.T, generated.shape[1]).mean(1)
-    n = len(generated)
-    left_out = (n * within.mean() - 2 * within) / (n - 2) - 2 * (n * between.mean() - between) / (n - 1)
-    return float(within.mean() - 2 * between.mean() + within_reference), jackknife_spread(left_out)
-
-
-def mean_kernel(features: np.ndarray) -> float:
-    """The mean kernel between different images, of features [n, D]."""
-    return float(_mean_kernel_to_others(np.asarray(features, dtype=np.float64)).mean())
-
-
-def _mean_kernel_to_others(features: np.ndarray) -> np.ndarray:
-    means = np.empty(len(features))
-    for start in range(0, len(features), PAIR_BLOCK):
-        block = features[start : start + PAIR_BLOCK]
-        own = _kernel(np.einsum("ij,ij->i", block, block), features.shape[1])
-        sums = _kernel(block @ features.T, features.shape[1]).sum(1)
-        means[start : start + PAIR_BLOCK] = (sums - own) / (len(features) - 1)
-    return means
-
-
-def _kernel(products: np.ndarray, dimensions: int) -> np.ndarray:
-    kernel = products / dimensions
-    kernel += 1
-    result: np.ndarray = kernel * kernel * kernel
-    return result
 
 
 def mifid(distance: float, spread: float, similarity: np.ndarray) -> dict[str, Any] | None:
@@ -137,8 +89,8 @@ class _Comparison:
         self.enough = len(reference) >= MIN_IMAGES
         if self.enough:
             self.moments = Moments.of(reference)
-            self.reference = reference[subsample(len(reference), MAX_PAIRWISE, seed, "pairwise-reference")]
-            self.within_reference, self.manifold = mean_kernel(self.reference), Manifold(self.reference)
+            some = reference[subsample(len(reference), MAX_PAIRWISE, seed, "pairwise-reference")]
+            self.kernel, self.manifold = KernelDistance(some), Manifold(some)
 
     def metrics(self, features: Rows, similarity: np.ndarray | None) -> dict[str, dict[str, Any] | None]:
         """All of METRICS, None with too few images."""
@@ -148,7 +100,7 @@ class _Comparison:
         distance, spread = frechet_with_spread(features, self.moments)
         found["frechet_distance"] = squared_estimate(distance, spread)
         some = features[subsample(len(features), MAX_PAIRWISE, self.seed, "pairwise")]
-        found["kid"] = estimate(*kernel_distance(some, self.reference, self.within_reference))
+        found["kid"] = self.kernel.to(some)
         found |= self.manifold.metrics(some) or {}
         if similarity is not None:
             found["mifid"] = mifid(distance, spread, similarity)
