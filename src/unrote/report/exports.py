@@ -62,6 +62,7 @@ def summary_markdown(report: "AuditReport") -> str:
         [_extracted_sentence(summary)],
         *([line] for line in _similarity_sentences(summary)),
         _space_lines(summary),
+        _clip_sentence(summary["clip_score"]),
         [_settings_sentence(summary)],
     ]
     return "\n\n".join("\n".join(lines) for lines in parts if lines) + "\n"
@@ -147,6 +148,12 @@ def _space_lines(summary: Mapping[str, Any]) -> list[str]:
         cells += [_measured((space["generalization"] or {}).get("c_t"))]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def _clip_sentence(score: Mapping[str, Any] | None) -> list[str]:
+    if score is None:
+        return []
+    return [f"CLIP score ({code(score['model'] or 'default')}, {score['num']:,} images): {_measured(score)}."]
 
 
 def _measured(entry: Mapping[str, Any] | None) -> str:

@@ -13,6 +13,7 @@ from unrote.report.sprites import COLUMNS, Album, Key
 
 if TYPE_CHECKING:
     from unrote.auditing.result import AuditReport
+    from unrote.data.store import ImageStore
 
 MAX_PAIRS = 10_000  # of all reports on a page together
 STATIC_PAIRS = 60  # are in the HTML itself, for readers without JavaScript
@@ -90,7 +91,8 @@ def _ratio_thresholds(table: Mapping[str, Any]) -> list[tuple[float, str]]:
     chosen = [(table["headline_threshold"], f"below {table['headline_threshold']:g}")]
     if table["distinct_aware"] is None:  # otherwise it belongs to other ratios than those shown
         chosen += _calibrated(table["calibrated"], "below")
-    return chosen + [(row["threshold"], f"below {row['threshold']:g}") for row in table["mq"]]
+    others = [row["threshold"] for row in table["mq"] if row["threshold"] != table["headline_threshold"]]
+    return chosen + [(threshold, f"below {threshold:g}") for threshold in others]
 
 
 def _similarity_thresholds(similarity: Mapping[str, Any]) -> list[tuple[float, str]]:
@@ -142,7 +144,7 @@ def pairs_gallery(report: "AuditReport", views: Sequence[View], shown: np.ndarra
     """HTML of the pairs: controls, the first of them, a template, and all of them as data."""
     first = shown[np.argsort(views[0].values[shown], kind="stable")][:STATIC_PAIRS]
     cards = "".join(_card(report, views[0], index, album) for index in first.tolist())
-    empty = _slots('<span class="tile"></span><span class="tile"></span>', *[""] * 7)
+    empty = _slots('<span class="tile"></span><span class="tile"></span>', *[""] * 8)
     return (
         f'<p class="soft small">{_what_is_shown(report, views, shown, album)}</p>{_controls()}'
         f'<ul class="pairs all">{cards}</ul>{_pager()}'
@@ -196,18 +198,21 @@ def _card(report: "AuditReport", view: View, index: int, album: Album) -> str:
     matched = matched_key(view, index)
     if matched is not None:
         detail += f" · {matched[2]}"
-    score, caption = f"{view.values[index]:.3f}", _caption(report, nearest)
-    texts = [score, tag, name, train_name, f"“{caption}”" if caption else "", detail, ledger_line(report, nearest)]
+    prompt, caption = (quoted(store, at) for store, at in ((report.generated, index), (report.train, nearest)))
+    score, note = f"{view.values[index]:.3f}", ledger_line(report, nearest)
+    texts = [score, tag, name, prompt, train_name, caption, detail, note]
     return f'<li class="pair{" copy" if copy else ""}">{_slots(tiles, *map(escape, texts))}</li>'
 
 
-def _slots(tiles: str, score: str, tag: str, name: str, train: str, caption: str, detail: str, note: str) -> str:
+def _slots(tiles: str, *texts: str) -> str:
     """The inside of a card; every text is escaped already. page.js fills the same slots."""
+    score, tag, name, prompt, train, caption, detail, note = texts
     return (
         f'<button type="button" class="images" title="Enlarge">{tiles}</button>'
         f'<span class="ratio"><span data-slot="score">{score}</span><span class="tag" data-slot="tag">{tag}</span>'
-        f'</span><span class="name">generated <b data-slot="name">{name}</b></span><span class="name">training '
-        f'<b data-slot="train">{train}</b> <span data-slot="caption">{caption}</span></span>'
+        f'</span><span class="name">generated <b data-slot="name">{name}</b> <span data-slot="prompt">{prompt}</span>'
+        f'</span><span class="name">training <b data-slot="train">{train}</b> '
+        f'<span data-slot="caption">{caption}</span></span>'
         f'<span class="soft" data-slot="detail">{detail}</span><span class="soft" data-slot="note">{note}</span>'
     )
 
@@ -220,10 +225,11 @@ def pairs_data(report: "AuditReport", views: Sequence[View], shown: np.ndarray, 
         "columns": COLUMNS,
         "sheets": [{"name": sheet.css_class, "count": sheet.count, "steps": sheet.steps} for sheet in album.sheets],
         "name": [shorten(report.pairs["name"][index]) for index in shown.tolist()],
+        "prompt": _captions(report.generated, shown.tolist()),
         "picture": [album.number(("generated", index)) for index in shown.tolist()],
         "train": {
             "name": [shorten(report.train.names[index]) for index in originals],
-            "caption": [_caption(report, index) for index in originals] if report.train.captions is not None else None,
+            "caption": _captions(report.train, originals),
             "note": [ledger_line(report, index) for index in originals] if report.ledger is not None else None,
             "picture": [album.number(("train", index)) for index in originals],
         },
@@ -269,8 +275,14 @@ def shorten(text: Any) -> str:
     return text if len(text) <= MAX_TEXT else f"{text[: MAX_TEXT - 1]}…"
 
 
-def _caption(report: "AuditReport", index: int) -> str:
-    return "" if report.train.captions is None else shorten(report.train.captions[index])
+def quoted(store: "ImageStore", index: int) -> str:
+    """The caption of an image in quotation marks; empty if it has none."""
+    caption = "" if store.captions is None else shorten(store.captions[index])
+    return f"“{caption}”" if caption else ""
+
+
+def _captions(store: "ImageStore", indices: Sequence[int]) -> list[str] | None:
+    return None if store.captions is None else [quoted(store, index) for index in indices]
 
 
 def ledger_line(report: "AuditReport", index: int) -> str:

@@ -67,10 +67,10 @@ class Gallery {
   }
 
   words(index) {
-    const { train, name } = this.data, nearest = this.view.train[index];
-    const caption = train.caption ? train.caption[nearest] : "";
-    return { name: name[index], train: train.name[nearest], caption: caption && "“" + caption + "”",
-      note: train.note ? train.note[nearest] : "" };
+    const { train, name, prompt } = this.data, nearest = this.view.train[index];
+    const pick = (column, at) => (column ? column[at] : "");
+    return { name: name[index], prompt: pick(prompt, index), train: train.name[nearest],
+      caption: pick(train.caption, nearest), note: pick(train.note, nearest) };
   }
 
   update() {

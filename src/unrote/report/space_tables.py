@@ -157,11 +157,11 @@ def _quality_table(space: Summary) -> str:
 def _clip_score(score: Mapping[str, Any] | None) -> str:
     if score is None:
         return ""
-    parts = []
-    for key, value in score.items():
-        text = measured(value) if isinstance(value, Mapping) and "value" in value else escape(str(value))
-        parts.append(f"{escape(str(key).replace('_', ' '))}: {text}")
-    return f"<p><b>CLIP score</b> (how well image and prompt agree; higher is better) · {' · '.join(parts)}</p>"
+    return (
+        f"<p><b>CLIP score</b> {measured(score)}: how well images and prompts agree, higher is better "
+        f"({escape(str(score['model']) or 'default')}, {score['num']:,} images). Compare it only for the same "
+        "model.</p>"
+    )
 
 
 def secondary_part(summary: Summary) -> str:

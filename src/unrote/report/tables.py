@@ -62,6 +62,7 @@ def comparison_rows() -> list[Row]:
         _number_row("Precision", _quality("precision"), 1),
         _number_row("Recall", _quality("recall"), 1),
         _number_row("Coverage", _quality("coverage"), 1),
+        _number_row("CLIP score (higher is better)", lambda s: s["clip_score"], 1),
         Row("Skipped in training", _skip_rate, lambda s: percent(s["ledger"]["skip_rate"])),
         Row("Generated images", lambda s: s["counts"]["generated"], lambda s: f"{s['counts']['generated']:,}"),
     ]
