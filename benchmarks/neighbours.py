@@ -4,8 +4,8 @@ Everything runs in processes of its own, one after the other, on the same data: 
 files that are memory-mapped. Rates are 2·G·N·D operations over the seconds of the whole search, so they compare with
 the matrix product alone. Usage:
 
-    python benchmarks/neighbours.py compare --out FOLDER [--images cifar10] [--threads 2]
-    python benchmarks/neighbours.py scaling --out FOLDER [--threads 2]
+    python benchmarks/neighbours.py compare [--images FOLDER]   # as `unrote data get cifar10 --to FOLDER` writes it
+    python benchmarks/neighbours.py scaling
 """
 
 import argparse
@@ -32,17 +32,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["compare", "scaling", "child"])
     parser.add_argument("arguments", nargs="*")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument(
-        "--images", type=Path, help="uint8 .npy [≥ 54096, H, W, C]: real images; random ones without it"
+        "--images", type=Path, help="folder of .npz with 54,096 images or more; random pixels without it"
     )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.what == "child":
         print(json.dumps(child(*options.arguments)))
         return
-    with tempfile.TemporaryDirectory(dir=options.out) as folder:
+    options.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
         run = compare if options.what == "compare" else scaling
         results = run(Path(folder), options)
     report = {"what": options.what, "machine": machine(options.threads), "results": results}
@@ -78,62 +79,74 @@ def measured(threads: int, *arguments: object) -> dict[str, float]:
 
 
 def compare(folder: Path, options: argparse.Namespace) -> list[dict[str, object]]:
-    """One size, every way, three times in alternation (a disturbance does not hit one way alone); the best of each."""
-    count, total, values = SIZES
-    random = np.random.default_rng(0)
-    if options.images:
-        images = np.load(options.images, mmap_mode="r")
-        images = images[random.permutation(len(images))[: count + total]].reshape(count + total, -1)
-    else:
-        images = random.integers(0, 256, (count + total, values), dtype=np.uint8)
-    normalised = ((images.reshape(-1, 1024, 3) / np.float32(255) - MEAN) / STD).reshape(count + total, values)
-    sets = {
-        "pixels8": images.reshape(-1, 32, 32, 3),
-        "pixels": normalised,
-        "normal": random.standard_normal((count + total, values), dtype=np.float32),
-    }
-    for name, rows in sets.items():
-        np.save(folder / f"{name}-queries.npy", rows[:count])
-        np.save(folder / f"{name}-references.npy", rows[count:])
-    del images, normalised, sets
+    """One size, every way, three times in alternation (a disturbance does not hit one way alone); medians."""
+    measured(options.threads, "prepare", folder, options.images or "")
     ways = [("sgemm", "normal"), ("images", "pixels8")]
     ways += [(way, name) for name in ("pixels", "normal") for way in ("features", "faiss", "cdist")]
     runs = [(way, name, measured(options.threads, way, folder, name)) for _ in range(3) for way, name in ways]
-    results = []
+    results: list[dict[str, object]] = []
     for way, name in ways:
-        best = min((result for w, n, result in runs if (w, n) == (way, name)), key=lambda result: result["seconds"])
-        results.append({"way": way, "data": name, **best})
+        results.append({"way": way, "data": name, **middle([r for w, n, r in runs if (w, n) == (way, name)])})
+    seconds = {(result["way"], result["data"]): float(str(result["seconds"])) for result in results}
+    for result in results:
+        if result["way"] in ("images", "features"):
+            data = "pixels" if result["way"] == "images" else result["data"]
+            rivals = {"sgemm": ("sgemm", "normal"), "faiss": ("faiss", data), "cdist": ("cdist", data)}
+            for rival, key in rivals.items():
+                result[f"times_faster_than_{rival}"] = seconds[key] / float(str(result["seconds"]))
     return results
 
 
+def middle(runs: list[dict[str, float]]) -> dict[str, float]:
+    """The run of median time, and the range of times and the load of all."""
+    ordered = sorted(runs, key=lambda run: run["seconds"])
+    times = {"fastest": ordered[0]["seconds"], "slowest": ordered[-1]["seconds"]}
+    return {**ordered[len(ordered) // 2], **times, "load": max(run["load"] for run in runs)}
+
+
+def prepare(folder: Path, images: str) -> dict[str, float]:
+    """Write the data of ``compare``: CIFAR-10 in 8 bits and normalised (or random pixels), and normal numbers."""
+    count, total, values = SIZES
+    random = np.random.default_rng(0)
+    if images:
+        parts = [np.load(file, allow_pickle=False)["images"] for file in sorted(Path(images).glob("*.npz"))]
+        pixels = np.concatenate(parts)[random.permutation(sum(map(len, parts)))[: count + total]].reshape(-1, values)
+    else:
+        pixels = random.integers(0, 256, (count + total, values), dtype=np.uint8)
+    for part, rows in (("queries", slice(count)), ("references", slice(count, None))):
+        np.save(folder / f"pixels8-{part}.npy", pixels[rows].reshape(-1, 32, 32, 3))
+        normalised = (pixels[rows].reshape(-1, 1024, 3) / np.float32(255) - MEAN) / STD
+        np.save(folder / f"pixels-{part}.npy", normalised.reshape(-1, values))
+        np.save(folder / f"normal-{part}.npy", random.standard_normal((len(normalised), values), dtype=np.float32))
+    return {}
+
+
 def scaling(folder: Path, options: argparse.Namespace) -> list[dict[str, object]]:
-    """512 queries, D = 512, N from 10⁴ to 10⁶ float32 rows on disk; and 8-bit images of 512 values."""
-    count, values, results = 512, 512, []
+    """2,048 queries, D = 512, N from 10⁴ to 10⁶ float32 rows on disk; and 8-bit images of 512 values."""
+    count, values, sizes = 2048, 512, (10_000, 100_000, 1_000_000)
+    results: list[dict[str, object]] = []
     random = np.random.default_rng(0)
     basis = random.standard_normal((32, values), dtype=np.float32)
-    for total in (10_000, 100_000, 1_000_000):
-        shape = (total, values)
-        rows = np.lib.format.open_memmap(folder / "normal-references.npy", "w+", np.float32, shape)
-        pixels = np.lib.format.open_memmap(folder / "pixels8-references.npy", "w+", np.uint8, (total, 16, 32, 1))
-        for start in range(0, total, 10_000):
-            block = random.standard_normal((10_000, 32), dtype=np.float32) @ basis
-            rows[start : start + 10_000] = block
-            pixels[start : start + 10_000] = np.clip(block * 12 + 128, 0, 255).reshape(-1, 16, 32, 1)
-        rows.flush()
-        np.save(folder / "normal-queries.npy", random.standard_normal((count, 32), dtype=np.float32) @ basis)
-        queries = random.standard_normal((count, 32), dtype=np.float32) @ basis
-        np.save(
-            folder / "pixels8-queries.npy", np.clip(queries * 12 + 128, 0, 255).astype(np.uint8).reshape(-1, 16, 32, 1)
-        )
+    for total in sizes:
+        for part, rows in (("queries", count), ("references", total)):
+            floats = np.lib.format.open_memmap(folder / f"normal-{part}.npy", "w+", np.float32, (rows, values))
+            pixels = np.lib.format.open_memmap(folder / f"pixels8-{part}.npy", "w+", np.uint8, (rows, 16, 32, 1))
+            for start in range(0, rows, 10_000):
+                stop = min(start + 10_000, rows)
+                floats[start:stop] = random.standard_normal((stop - start, 32), dtype=np.float32) @ basis
+                pixels[start:stop] = np.clip(floats[start:stop] * 12 + 128, 0, 255).reshape(-1, 16, 32, 1)
         for way, name in (("images", "pixels8"), ("features", "normal")):
-            best = min((measured(options.threads, way, folder, name) for _ in range(3)), key=lambda run: run["seconds"])
-            best["nanoseconds_per_pair"] = best["seconds"] / (count * total) * 1e9
-            results.append({"way": way, "N": total, "G": count, "D": values, **best})
+            run = middle([measured(options.threads, way, folder, name) for _ in range(3)])
+            pairs = {"nanoseconds_per_pair": run["seconds"] / (count * total) * 1e9}
+            results.append({"way": way, "N": total, "G": count, "D": values, **run, **pairs})
     return results
 
 
 def child(way: str, folder: str, name: str) -> dict[str, float]:
-    """One measurement in this process: seconds, rate, peak memory, and a checksum."""
+    """One measurement in this process: seconds, rate, peak memory, the machine's load before, and a checksum."""
+    if way == "prepare":
+        return prepare(Path(folder), name)
+    load = round(os.getloadavg()[0], 1)
     queries = np.load(Path(folder) / f"{name}-queries.npy", mmap_mode="r")
     references = np.load(Path(folder) / f"{name}-references.npy", mmap_mode="r")
     run = {"sgemm": sgemm, "images": images, "features": features, "faiss": faiss, "cdist": cdist}[way]
@@ -143,6 +156,7 @@ def child(way: str, folder: str, name: str) -> dict[str, float]:
         "seconds": round(seconds, 4),
         "gflops": round(work / seconds / 1e9, 1),
         "peak_rss_mib": peak_rss_mib(),
+        "load": load,
         **result,
     }
 

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from unrote.errors import InputError
 from unrote.neighbours.feature_scans import FloatScan, QuantisedScan, bounding_box
-from unrote.neighbours.features import box_for_quantising, nearest_features
-from unrote.neighbours.products import int8_is_exact
+from unrote.neighbours.features import WAYS, fast_way, nearest_features
+from unrote.neighbours.products import bfloat16_pays, int8_is_exact
 
 CPU = torch.device("cpu")
 needs_int8 = pytest.mark.skipif(not int8_is_exact("cpu"), reason="no fast exact int8 product on this processor")
@@ -108,10 +108,30 @@ def crowded(spread: float) -> tuple[np.ndarray, np.ndarray, int]:
 @needs_int8
 def test_the_guard_fires_where_rounding_to_8_bits_cannot_tell_and_mends_it():
     queries, references, crowds = crowded(1e-3)
-    assert box_for_quantising(queries, references, 50, 232, CPU) is not None
+    assert fast_way(queries, references, 50, CPU)[0] == "int8"
     found = nearest_features(queries, references, 50)
     assert crowds <= found.searched_again < len(queries)
     assert_brute_force(found, queries, references, 50)
+
+
+def test_bfloat16_is_chosen_where_8_bits_are_too_coarse_and_changes_nothing():
+    queries, references = normal(1, 70, 512), normal(2, 3000, 512)
+    if bfloat16_pays("cpu"):
+        assert fast_way(queries, references, 50, CPU)[0] == "bfloat16"
+    assert_brute_force(nearest_features(queries, references, 50), queries, references, 50)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_pass_equals_brute_force(kind, way, monkeypatch):
+    """Also where another one would be chosen, so that the guard has more to do."""
+    if way == "int8" and kind in ("tiny", "huge"):
+        pytest.skip("never chosen there")
+    queries, references = features(kind)
+    box = bounding_box(queries, references[1::2])
+    monkeypatch.setattr("unrote.neighbours.features.fast_way", lambda *_: (way, box))
+    with np.errstate(over="ignore"):
+        assert_brute_force(nearest_features(queries, references, 50), queries, references, 50)
 
 
 def test_the_guard_fires_where_float32_cannot_tell_and_mends_it():
@@ -158,7 +178,11 @@ def test_bounds_never_exceed_the_distance(seed, values, scale, offset, wild):
     references[1::5] = np.nextafter(references[::5], np.float32(np.inf))
     squared = np.stack([((query.astype(np.float64) - references) ** 2).sum(1) for query in queries])
     for scan in (
-        FloatScan(queries, 130, 130, tile=4, device=CPU),
+        FloatScan(queries, bounding_box(queries), 20, 130, tile=4, device=CPU),
+        FloatScan(queries, bounding_box(queries), 20, 130, tile=4, device=CPU, coarse=True),
+        FloatScan(queries, bounding_box(queries), 130, 130, tile=4, device=CPU),
+        FloatScan(queries, bounding_box(queries), 130, 130, tile=4, device=CPU, coarse=True),
+        FloatScan(queries, bounding_box(queries, references), 130, 130, tile=4, device=CPU, coarse=True),
         QuantisedScan(queries, bounding_box(queries), 130, 130, 130, 4, CPU),
     ):
         for start in range(0, 130, 40):

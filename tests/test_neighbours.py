@@ -132,11 +132,85 @@ def test_transforms_are_flip_then_reflection_padding_then_crop(down, right, flip
     np.testing.assert_array_equal(view.apply(batch), cropped.permute(0, 2, 3, 1).numpy().astype(np.uint8))
 
 
+def bilinear(image: np.ndarray, scale: float) -> np.ndarray:
+    """An independent zoom about the centre: padding by reflection, then interpolation of each axis in float64."""
+    height, width = image.shape[:2]
+    pad = max(height, width) - 1
+    padded = np.pad(
+        image.astype(np.float64), ((min(pad, height - 1),) * 2, (min(pad, width - 1),) * 2, (0, 0)), "reflect"
+    )
+    for axis, size in enumerate((height, width)):
+        positions = (np.arange(size) - (size - 1) / 2) / scale + (size - 1) / 2 + size - 1
+        known = np.arange(padded.shape[axis])
+        padded = np.apply_along_axis(lambda line, p=positions, k=known: np.interp(p, k, line), axis, padded)
+    return padded
+
+
+@pytest.mark.parametrize("scale", [0.5, 0.9, 1.0625, 1.1, 2.0])
+@pytest.mark.parametrize("shape", [(8, 8, 3), (7, 12, 1), (1, 5, 3)])
+def test_scales_are_bilinear_zooms_about_the_centre(scale, shape):
+    batch = images(9, 4, shape)
+    zoomed = Transform(scale=scale).apply(batch)
+    expected = np.stack([bilinear(image, scale) for image in batch])
+    assert zoomed.dtype == np.uint8 and np.abs(zoomed - expected).max() <= 0.5 + 2 * 255 * 2.0**-12
+
+
+def test_brightness_is_a_rounded_factor_cut_at_white():
+    batch = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
+    for factor in (0.85, 1.15):
+        expected = [min(round(level * factor), 255) for level in range(256)]
+        assert Transform(brightness=factor).apply(batch).reshape(-1).tolist() == expected
+
+
+def test_views_do_not_depend_on_the_batch():
+    batch = images(9, 300, (32, 32, 3))
+    view = Transform(flip=True, down=1, scale=0.9, brightness=1.15)
+    whole = view.apply(batch)
+    np.testing.assert_array_equal(whole[[7, 299]], np.concatenate([view.apply(batch[i : i + 1]) for i in (7, 299)]))
+
+
+def test_copies_that_were_zoomed_or_brightened_are_found_at_distance_zero():
+    references = images(1, 60, (16, 16, 3))
+    views = orbit(flip=True, max_shift=2, height=16, width=16)
+    chosen = [view for view in views if view.scale != 1 or view.brightness != 1]
+    queries = np.concatenate([view.apply(references[i : i + 1]) for i, view in enumerate(chosen)])
+    found = nearest_images(queries, references, 50, transforms=views)
+    assert found.squared[:, 0].tolist() == [0] * 8
+    assert found.indices[:, 0].tolist() == list(range(8))
+    assert [views[view] for view in found.transforms[:, 0]] == chosen
+    assert_same(found, brute_force(queries, references, 50, views))
+
+
 def test_orbit_starts_with_the_identity_and_has_every_view_once():
     views = orbit(flip=True, max_shift=2, height=8, width=8)
-    assert views[0] == IDENTITY and len(views) == len(set(views)) == 50
-    assert orbit(flip=False, max_shift=0, height=8, width=8) == (IDENTITY,)
-    assert [view.label for view in views[:3]] == ["identity", "flip", "shift (-1, +0)"]
+    assert views[0] == IDENTITY and len(views) == len(set(views)) == 58
+    assert orbit(flip=False, max_shift=0, scales=(), brightness=(), height=8, width=8) == (IDENTITY,)
+    assert orbit(flip=False, max_shift=0, scales=(1.0,), brightness=(1.0, 1.0), height=8, width=8) == (IDENTITY,)
+    labels = [view.label for view in views]
+    assert labels[:3] == ["identity", "flip", "shift (-1, +0)"]
+    assert labels[50:] == [
+        "brightness 1.15",
+        "flip + brightness 1.15",
+        "brightness 0.85",
+        "flip + brightness 0.85",
+        "scale 1.1",
+        "flip + scale 1.1",
+        "scale 0.9",
+        "flip + scale 0.9",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("factors", "message"),
+    [
+        ({"scales": (0.4,)}, "scales has 0.4"),
+        ({"brightness": (0.0,)}, "brightness has 0"),
+        ({"scales": (np.nan,)}, "nan"),
+    ],
+)
+def test_factors_out_of_range_are_refused(factors, message):
+    with pytest.raises(InputError, match=message):
+        orbit(flip=True, max_shift=1, height=8, width=8, **factors)
 
 
 def test_a_shift_larger_than_the_image_is_refused():

@@ -1,107 +1,194 @@
 """Scans of float32 features: bounds of distances from below that are proven, so that what they drop is known."""
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from unrote.errors import InputError
 from unrote.neighbours.direct import least, squared_distances
+from unrote.neighbours.products import dense_product
 from unrote.neighbours.running_top import EMPTY, RunningTop, below
 from unrote.neighbours.scans import IntegerScan, State
 
+PIECES = 3  # bfloat16 numbers that hold a float32 number but for 2⁻²⁷ of it
 
-class FloatScan:
-    """The ``slots`` references with the least *lower bounds* of their distance to float32 queries.
 
-    The bound. Let u = 2⁻²³ (twice the unit roundoff of float32, so that truncating adders are covered) and q, r the
-    centred rows. A float32 dot product summed in any order is off by at most γ‖q‖‖r‖ with γ = Du / (1 − Du); rounding
-    the centred rows, the norms and three additions adds at most 16u(‖q‖² + ‖r‖²). As 2‖q‖‖r‖ ≤ ‖q‖² + ‖r‖²,
-    ‖q − r‖² ≥ (1 − c)(‖q‖² + ‖r‖²) − 2 fl(q·r) with c = γ + 16u. Rows are scaled by a power of two so that the largest
-    query value is about 1, and products that underflow are covered by D · 2⁻¹²⁴.
+class HalfBounds:
+    """Matrix products that are lower bounds of ½‖q − r‖² less a threshold per query, for float32 rows q and r.
+
+    Rows are centred and scaled by a power of two. Next to the values, each row has columns for the norms: a query
+    (−q, 1, a) and a reference (r, b, 1) have the product b + a − q·r, and with b = (1 − c)½‖r‖² and
+    a = (1 − c)½‖q‖² − (1 + c)t that is ½‖q − r‖² − t less a margin. The margin holds the errors: let u = 2⁻²³ (twice
+    the unit roundoff of float32, so that truncating adders are covered). A float32 sum of K products in any order is
+    off by at most γ(Σ|q_j r_j| + |b| + |a|) ≤ γ(‖q‖² + ‖r‖² + t), γ = Ku/(1 − Ku); rounding the centred rows, the norms
+    and what is kept adds less than 8u(‖q‖² + ‖r‖² + t); so c = 2γ + 16u. Underflow is covered by K · 2⁻⁸⁰.
+
+    With ``coarse``, rows are rounded to bfloat16 too, at twice the speed. Then the above holds of the rounded rows,
+    and how far rounding moved each row is measured. Products of bfloat16 are summed in float32 and rounded to bfloat16
+    once, which moves them by less than 2⁻⁸ of themselves: little where the distance is near the threshold.
+
+    Args:
+        queries: float32 [g, D].
+        box: float32 [2, D], low and high, that holds the queries. With ``coarse``, references are projected on a cube
+            around it, which takes them no farther from any query; outside they would be rounded too coarsely.
+        device: where the products are computed.
     """
 
-    def __init__(self, queries: np.ndarray, slots: int, num_references: int, *, tile: int, device: torch.device):
+    def __init__(self, queries: np.ndarray, box: np.ndarray, device: torch.device, *, coarse: bool):
         self.centre = torch.from_numpy(queries).mean(0, dtype=torch.float64).float().numpy()
-        largest = float(np.abs(bounding_box(queries).astype(np.float64) - self.centre).max())
-        self.scale = 2.0 ** -int(np.clip(np.ceil(np.log2(largest)), -126, 126)) if largest > 0 else 1.0
-        values = queries.shape[1]
-        rounding = values * 2.0**-23
+        largest = float(np.abs(box.astype(np.float64) - self.centre).max(initial=0.0))
+        self.scale = 2.0 ** -min(max(math.frexp(largest)[1], -126), 126)
+        self.values, self.device, self.coarse = queries.shape[1], device, coarse
+        # Cut against overflow; the queries lie within.
+        self.limit = 1.0 if coarse else 2.0**40
+        self.width = -(-(self.values + 2 * PIECES) // 32) * 32
+        rounding = self.width * 2.0**-23
         if rounding > 0.25:
-            raise InputError(f"features have {values} values; the search is proven for up to {2**21}")
+            raise InputError(f"features have {self.values} values; the search is proven for up to {2**21 - 64}")
+        self.margin = 2 * rounding / (1 - rounding) + 16 * 2.0**-23
+        self.underflow = self.width * 2.0**-80
+        dtype = torch.bfloat16 if coarse else torch.float32
+        # Kept, as fresh memory costs as much as what is done in it.
+        self._products, self._block = (
+            torch.zeros((0, *shape), dtype=dtype, device=device) for shape in ((), (self.width,))
+        )
+        self.queries = torch.zeros((len(queries), self.width), dtype=dtype, device=device)
+        self.halves, self.errors = self._prepare(queries, self.queries)
+        self.queries[:, : self.values].neg_()
+        self.queries[:, self.values : self.values + PIECES] = 1.0
+
+    def references(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        """The right side of the products [b, K], and how far rounding moved each row, float64 [b], scaled.
+
+        The next call overwrites them.
+        """
+        if len(self._block) < len(rows):
+            self._block = torch.zeros((len(rows), self.width), dtype=self.queries.dtype, device=self.device)
+        prepared = self._block[: len(rows)]
+        halves, errors = self._prepare(rows, prepared)
+        self._fill(prepared[:, self.values : self.values + PIECES], halves)
+        prepared[:, self.values + PIECES : self.values + 2 * PIECES] = 1.0
+        return prepared, errors
+
+    def bounds(self, rows: slice, references: Tensor, thresholds: Tensor) -> Tensor:
+        """½‖q − r‖² − t or less, [g, b]; ``thresholds`` t float64 [g], scaled. The next call overwrites it."""
+        queries = self.queries[rows]
+        last = queries[:, self.values + PIECES : self.values + 2 * PIECES]
+        self._fill(last, self.halves[rows] - (1 + self.margin) * thresholds - self.underflow)
+        size = len(queries) * len(references)
+        if len(self._products) < size:
+            self._products = torch.empty(size, dtype=references.dtype, device=self.device)
+        return dense_product(queries, references.T, self._products[:size].view(len(queries), -1))
+
+    def squared(self, bounds: Tensor, thresholds: Tensor) -> Tensor:
+        """Lower bounds of squared distances, float64, of what :meth:`bounds` gave."""
+        bounds = bounds.double()
+        if self.coarse:
+            bounds = bounds - bounds.abs() * 2.0**-8
+        return (bounds + thresholds).mul_(2.0).clamp_(min=0.0)
+
+    def _prepare(self, rows: np.ndarray, prepared: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the values of ``rows`` into ``prepared``; (1 − c)½‖row‖² and how far rounding moved each."""
+        halves = torch.empty(len(rows), dtype=torch.float64, device=self.device)
+        errors = torch.zeros_like(halves)
+        step = max(1, (1 << 17) // self.values)  # a piece stays in the processor's cache through all passes
+        for start in range(0, len(rows), step):
+            piece = slice(start, start + step)
+            scaled = torch.from_numpy(rows[piece] - self.centre).to(self.device)
+            scaled.mul_(self.scale).clamp_(-self.limit, self.limit)
+            prepared[piece, : self.values] = scaled
+            if self.coarse:
+                rounded = prepared[piece, : self.values].float()
+                errors[piece] = scaled.sub_(rounded).square_().sum(1)
+                scaled = rounded
+            halves[piece] = scaled.double().square_().sum(1)
+        if self.coarse:
+            # The sum in float32 is off by at most D · 2⁻²³ of itself; centring rounded the values, too.
+            errors.sqrt_().mul_(1 + self.values * 2.0**-23).add_(2.0**-22 * halves.sqrt())
+        return halves.mul_((1 - self.margin) / 2), errors
+
+    def _fill(self, columns: Tensor, numbers: Tensor) -> None:
+        """Write ``numbers`` float64 [n] into columns [n, PIECES] whose sum they are."""
+        rest = numbers
+        for column in columns.unbind(1):
+            column.copy_(rest)
+            rest = rest - column.double()
+
+
+class FloatScan:
+    """The ``slots`` references with the least lower bounds of their distance to float32 queries.
+
+    Args:
+        queries, box, device, coarse: see :class:`HalfBounds`.
+        slots: how many to keep per query.
+        num_references: N.
+        tile: how many queries at once.
+    """
+
+    def __init__(
+        self,
+        queries: np.ndarray,
+        box: np.ndarray,
+        slots: int,
+        num_references: int,
+        *,
+        tile: int,
+        device: torch.device,
+        coarse: bool = False,
+    ):
         if num_references > 2**32:
             raise InputError(f"{num_references} references are more than one search numbers: search parts of them")
-        self.error = rounding / (1 - rounding) + 16 * 2.0**-23
-        self.underflow = values * 2.0**-124
+        self.half = HalfBounds(queries, box, device, coarse=coarse)
         self.tile, self.num_references = tile, num_references
-        self.queries = self.prepared(queries, device)
-        self.norms = shrunk_norms(self.queries, self.error)
         self.top = RunningTop(len(queries), slots, device)
-
-    def prepared(self, rows: np.ndarray, device: torch.device | None = None) -> Tensor:
-        """Rows float32 [b, D], centred and scaled.
-
-        Values are cut at ±2⁴⁰ against overflow. The queries lie within, and projecting a reference on a box that holds
-        the query takes it no farther away: a bound from below stays one.
-        """
-        where = self.queries.device if device is None else device
-        scaled: Tensor = torch.from_numpy(rows - self.centre).to(where).mul_(self.scale).clamp_(-(2.0**40), 2.0**40)
-        return scaled
-
-    def scores(self, rows: slice, columns: Tensor, norms: Tensor) -> Tensor:
-        """Lower bounds of squared distances without the part of the query. float32 [t, b]."""
-        with torch.autocast(columns.device.type, enabled=False):
-            dots = self.queries[rows] @ columns
-        scores: Tensor = torch.add(norms, dots, alpha=-2, out=dots)
-        return scores
-
-    def limits(self, squared: Tensor, rows: slice) -> Tensor:
-        """Scores (rounded up) above which a lower bound exceeds ``squared`` float64 [t], in scaled units."""
-        norms = self.norms[rows].double()
-        limits = squared + self.underflow - norms
-        limits += 2.0**-21 * (squared + norms)
-        rounded: Tensor = limits.clamp(max=torch.finfo(torch.float32).max).float()
-        return rounded
+        self.greatest = torch.zeros((), dtype=torch.float64, device=device)
 
     def add(self, first: int, references: np.ndarray) -> None:
         """Take in float32 rows [b, D]."""
-        block = self.prepared(checked(references))
-        norms = shrunk_norms(block, self.error)
-        for start in range(0, len(self.queries), self.tile):
-            rows = slice(start, min(start + self.tile, len(self.queries)))
-            scores = self.scores(rows, block.T, norms)
-            found = below(scores, self.limits(self._bounds(self.top.keys[rows, -1]), rows))
+        block, errors = self.half.references(checked(references))
+        self.greatest = torch.maximum(self.greatest, errors.amax())
+        for start in range(0, len(self.top.keys), self.tile):
+            rows = slice(start, min(start + self.tile, len(self.top.keys)))
+            last = self._squared(self.top.keys[rows, -1])
+            thresholds = last.div(2.0).masked_fill_(last == torch.inf, 0.0)
+            bounds = self.half.bounds(rows, block, thresholds)
+            found = below(bounds, torch.where(last == torch.inf, torch.inf, 0.0).to(bounds.dtype))
             if found is None:
-                columns = torch.arange(first, first + len(block), device=block.device)
-                self.top.add_all(rows, self._keys(scores, self.norms[rows, None], columns))
+                squared = self.half.squared(bounds, thresholds[:, None])
+                self.top.add_all(
+                    rows, self._keys(squared, torch.arange(first, first + len(block), device=bounds.device))
+                )
                 continue
             places, columns = found
-            queries = places + rows.start
-            self.top.add_some(queries, self._keys(scores[places, columns], self.norms[queries], columns + first))
+            squared = self.half.squared(bounds[places, columns], thresholds[places])
+            self.top.add_some(places + start, self._keys(squared, columns + first))
 
-    def _keys(self, scores: Tensor, norms: Tensor, indices: Tensor) -> Tensor:
+    def _keys(self, squared: Tensor, indices: Tensor) -> Tensor:
         """The bits of a non-negative float32 order like an integer."""
-        bounds = (scores + norms).sub_(self.underflow).clamp_(min=0.0)
-        keys: Tensor = bounds.view(torch.int32).long().mul_(self.num_references).add_(indices)
+        keys: Tensor = squared.float().view(torch.int32).long().mul_(self.num_references).add_(indices)
         return keys
 
-    def _bounds(self, keys: Tensor) -> Tensor:
+    def _squared(self, keys: Tensor) -> Tensor:
         """Lower bounds of squared distances (scaled) in keys: float64; infinite where there is none."""
         bits = torch.where(keys == EMPTY, 0, keys // self.num_references).to(torch.int32)
-        bounds: Tensor = bits.view(torch.float32).double().masked_fill_(keys == EMPTY, torch.inf)
-        return bounds
+        squared: Tensor = bits.view(torch.float32).double().masked_fill_(keys == EMPTY, torch.inf)
+        return squared
 
     def candidates(self) -> tuple[Tensor, Tensor]:
         """Lower bounds of distances float64 (infinite: none) and indices int64, each [g, slots], bounds ascending."""
-        bounds = self._bounds(self.top.keys).sqrt_().div_(self.scale)
-        return bounds, self.top.keys % self.num_references
+        bounds = self._squared(self.top.keys).sqrt_().sub_(self.half.errors[:, None] + self.greatest).clamp_(min=0.0)
+        return bounds.div_(self.half.scale).mul_(1 - 1e-9), self.top.keys % self.num_references
 
     def state(self) -> State:
-        """The keys."""
-        return {"keys": self.top.keys.cpu().numpy()}
+        """The keys and the greatest rounding of references."""
+        return {"keys": self.top.keys.cpu().numpy(), "greatest": self.greatest.cpu().numpy()}
 
     def merge(self, state: State) -> None:
-        """Keep the least of both."""
+        """Keep the least of both, and the greatest rounding."""
         self.top.add_all(slice(None), torch.from_numpy(state["keys"]).to(self.top.keys.device))
+        self.greatest = torch.maximum(self.greatest, torch.from_numpy(state["greatest"]).to(self.greatest.device))
 
 
 class QuantisedScan:
@@ -123,15 +210,15 @@ class QuantisedScan:
         self.low, self.device = box[0], device
         self.factor = float(np.float32(255.0 / widest(box)))
         rounded, errors = self.rounded(queries)
-        self.scan = IntegerScan(rounded, slots, count, num=num, tile=tile)
+        self.scan = IntegerScan(rounded, slots, count, num=num, tile=tile, device=device)
         self.errors, self.greatest = errors[0], torch.zeros(2, dtype=torch.float64, device=device)
 
-    def rounded(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        """int8 [n, D], and at most how far rounding, and projecting and rounding, moved each: float64 [2, n]."""
-        result = torch.empty(rows.shape, dtype=torch.int8, device=self.device)
+    def rounded(self, rows: np.ndarray) -> tuple[np.ndarray, Tensor]:
+        """Images uint8 [n, 1, 1, D]; how far rounding, and projecting and rounding, moved each at most: float64 [2, n]."""
+        result = torch.empty(rows.shape, dtype=torch.uint8)
         errors = torch.empty((2, len(rows)), dtype=torch.float64, device=self.device)
         values = rows.shape[1]
-        step = max(1, (1 << 18) // values)  # a piece stays in the processor's cache through all passes
+        step = max(1, (1 << 17) // values)  # a piece stays in the processor's cache through all passes
         for start in range(0, len(rows), step):
             piece = slice(start, start + step)
             scaled = torch.from_numpy(rows[piece] - self.low).to(self.device)
@@ -139,16 +226,17 @@ class QuantisedScan:
             levels = projected.round()
             for error, moved in zip(errors, (projected, scaled), strict=True):
                 error[piece] = moved.sub_(levels).square_().sum(1)
-            result[piece] = levels.sub_(128.0)
+            result[piece] = levels
         # Sums in float32 are off by at most D · 2⁻²³; scaled values of up to 255 by less than 1e-4 each.
-        return result, errors.sqrt_().mul_(1 + values * 2.0**-23).add_(1e-4 * values**0.5)
+        images = result.numpy()[:, None, None]
+        return images, errors.sqrt_().mul_(1 + values * 2.0**-23).add_(1e-4 * values**0.5)
 
     def add(self, first: int, references: np.ndarray) -> None:
         """Take in float32 rows [b, D]."""
         rounded, errors = self.rounded(checked(references))
         greatest = errors.amax(1)
         # What is kept is at most so much farther than it seems, what is dropped at most so much nearer.
-        self.scan.add_signed(first, rounded, 2 * self.errors + self.greatest[1] + greatest[0])
+        self.scan.add(first, rounded, 2 * self.errors + self.greatest[1] + greatest[0])
         self.greatest = torch.maximum(self.greatest, greatest)
 
     def candidates(self) -> tuple[Tensor, Tensor]:
@@ -174,21 +262,23 @@ class RangeScan:
     directly, a block at a time, so this needs no guard; it is slow where very many references are equally far.
     """
 
-    def __init__(self, queries: np.ndarray, limits: np.ndarray, num: int, count: int, tile: int, device: torch.device):
+    def __init__(self, queries: np.ndarray, limits: np.ndarray, num: int, tile: int, device: torch.device):
         self.queries, self.num = queries, num
+        self.half = HalfBounds(queries, bounding_box(queries), device, coarse=False)
         # A tile in which everything is near makes lists of all its pairs: keep it small.
-        self.fast = FloatScan(queries, 1, count, tile=min(tile, 256), device=device)
-        self.limits = torch.from_numpy(limits * (1 + 1e-9)).to(device).mul_(self.fast.scale).mul_(self.fast.scale)
+        self.tile = min(tile, 256)
+        # Two factors, as the square of the scale can be beyond float64.
+        scaled = torch.from_numpy(limits * (1 + 1e-9) / 2).to(device).mul_(self.half.scale).mul_(self.half.scale)
+        self.thresholds = scaled.clamp_(max=2.0**100)
         self.squared = np.full((len(queries), num), np.inf)
-        self.indices = np.full((len(queries), num), count, dtype=np.int64)
+        self.indices = np.full((len(queries), num), np.iinfo(np.int64).max, dtype=np.int64)
 
     def add(self, first: int, references: np.ndarray) -> None:
         """Take in float32 rows [b, D]."""
-        columns = self.fast.prepared(references)
-        norms = shrunk_norms(columns, self.fast.error)
-        for start in range(0, len(self.queries), self.fast.tile):
-            rows = slice(start, min(start + self.fast.tile, len(self.queries)))
-            near = self.fast.scores(rows, columns.T, norms) <= self.fast.limits(self.limits[rows], rows)[:, None]
+        block, _ = self.half.references(references)
+        for start in range(0, len(self.queries), self.tile):
+            rows = slice(start, min(start + self.tile, len(self.queries)))
+            near = self.half.bounds(rows, block, self.thresholds[rows]) <= 0.0
             places, indices = (part.cpu().numpy() for part in near.nonzero(as_tuple=True))
             places += start
             self._keep(places, squared_distances(self.queries, references, places, indices), indices + first)
@@ -231,11 +321,3 @@ def bounding_box(*parts: np.ndarray) -> np.ndarray:
 def widest(box: np.ndarray) -> float:
     """The longest side of a box [2, D]."""
     return float((box[1].astype(np.float64) - box[0]).max())
-
-
-def shrunk_norms(rows: Tensor, error: float) -> Tensor:
-    """(1 − error) ‖row‖² of float32 [n, D], summed in float64 (a piece at a time), float32 [n]."""
-    norms = torch.empty(len(rows), dtype=torch.float64, device=rows.device)
-    for start in range(0, len(rows), 64):
-        norms[start : start + 64] = rows[start : start + 64].double().square_().sum(1)
-    return norms.mul_(1 - error).float()

@@ -8,6 +8,7 @@ query is searched again: every reference whose bound does not exceed that n-th d
 
 import hashlib
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -15,8 +16,13 @@ import torch
 from unrote.neighbours.direct import least, squared_distances
 from unrote.neighbours.feature_scans import FloatScan, QuantisedScan, RangeScan, bounding_box, checked, widest
 from unrote.neighbours.images import MEMORY_BYTES, Neighbours
-from unrote.neighbours.products import float32_products, int8_is_exact, integer_norms, integer_product, squared_dtype
+from unrote.neighbours.products import bfloat16_pays, float32_products, int8_is_exact
 from unrote.neighbours.streaming import Blocks, Ranks, Rows, Saved, Stream, release
+
+Way = Literal["int8", "bfloat16", "float32"]
+WAYS: tuple[Way, ...] = ("int8", "bfloat16", "float32")
+# Candidates kept per neighbour asked for (and 16 more): the coarser the bounds, the more references they cannot tell.
+KEPT = {"int8": 3.0, "bfloat16": 4.0, "float32": 1.5}
 
 
 @torch.no_grad()
@@ -53,10 +59,9 @@ def nearest_features(
     """
     assert queries.shape[1:] == references.shape[1:] and len(references) > 0 and num > 0
     num, count, values = min(num, len(references)), len(references), references.shape[1]
-    slots = min(3 * num + 16, count)
-    sizes = Blocks.within(memory_bytes, values, slots, 8, 10)
+    sizes = Blocks.within(memory_bytes, values, slots_of("bfloat16", num, count), 8, 10)
     ranks, device = Ranks.here(distributed=distributed), torch.device(device)
-    saved = Saved.keyed(resume, ranks, queries, references, "features/1", num, sizes.group)
+    saved = Saved.keyed(resume, ranks, queries, references, "features/2", num, sizes.group)
     groups = range(0, len(queries), sizes.group)
     squared, indices = np.zeros((len(queries), num)), np.zeros((len(queries), num), dtype=np.int64)
     again = 0
@@ -65,7 +70,7 @@ def nearest_features(
         stream = Stream(references, sizes.block, ranks, saved, bar)
         for start in groups:
             group = slice(start, start + sizes.group)
-            search = _Group(checked(np.array(queries[group])), stream, num, slots, sizes.tile, device, str(start))
+            search = _Group(checked(np.array(queries[group])), stream, num, sizes.tile, device, str(start))
             release(queries)
             squared[group], indices[group] = search.run()
             again += search.searched_again
@@ -80,39 +85,35 @@ class _Group:
         queries: np.ndarray,
         stream: Stream,
         num: int,
-        slots: int,
         tile: int,
         device: torch.device,
         name: str,
     ):
-        self.queries, self.stream, self.num, self.slots, self.tile = queries, stream, num, slots, tile
+        self.queries, self.stream, self.num, self.tile = queries, stream, num, tile
         self.device, self.name = device, name
         self.references, self.count = stream.references, len(stream.references)
         self.searched_again = 0
 
     def run(self) -> tuple[np.ndarray, np.ndarray]:
         """Squared distances float64 and indices int64, each [g, num]."""
-        scan = self._fast_scan()
-        self.stream.run(f"{type(scan).__name__}-{self.name}", scan)
+        way, box = fast_way(self.queries, self.references, self.num, self.device)
+        # Processes need not find the same: the first decides.
+        way = WAYS[int(next(self.stream.ranks.shares({"way": np.array([WAYS.index(way)])}))["way"][0])]
+        slots = slots_of(way, self.num, self.count)
+        scan = scan_of(way, self.queries, box, self.num, slots, self.count, self.tile, self.device)
+        self.stream.run(f"{way}-{self.name}", scan)
         bounds, candidates = (part.cpu().numpy() for part in scan.candidates())
         squared, indices = self._decide(bounds, candidates)
-        dropped = bounds[:, -1] if self.slots < self.count else np.full(len(bounds), np.inf)
+        dropped = bounds[:, -1] if bounds.shape[1] < self.count else np.full(len(bounds), np.inf)
         # A bound is safe by itself; the factor is for the root and for the float64 sum of the direct distance.
         lost = np.flatnonzero(~(np.sqrt(squared[:, -1]) * (1 + 1e-9) < dropped))
         self.searched_again = len(lost)
         if len(lost):
-            again = RangeScan(self.queries[lost], squared[lost, -1], self.num, self.count, self.tile, self.device)
+            again = RangeScan(self.queries[lost], squared[lost, -1], self.num, self.tile, self.device)
             what = hashlib.sha256(lost.tobytes() + squared[lost, -1].tobytes()).hexdigest()[:16]
             self.stream.run(f"RangeScan-{self.name}-{what}", again)
             squared[lost], indices[lost] = again.squared, again.indices
         return squared, indices
-
-    def _fast_scan(self) -> FloatScan | QuantisedScan:
-        box = box_for_quantising(self.queries, self.references, self.num, self.slots, self.device)
-        if box is None:
-            self.slots = min(self.slots, self.num + self.num // 2 + 16)  # its bounds are far tighter
-            return FloatScan(self.queries, self.slots, self.count, tile=self.tile, device=self.device)
-        return QuantisedScan(self.queries, box, self.num, self.slots, self.count, self.tile, self.device)
 
     def _decide(self, bounds: np.ndarray, candidates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The ``num`` nearest of the candidates; processes share the queries, as all have the same candidates."""
@@ -142,28 +143,45 @@ class _Group:
         return squared_distances(self.queries, self.references, rows, indices)
 
 
-def box_for_quantising(
-    queries: np.ndarray, references: Rows, num: int, slots: int, device: torch.device
-) -> np.ndarray | None:
-    """The box of a :class:`QuantisedScan` if one pays: a guess from a sample, about speed only.
+def slots_of(way: Way, num: int, count: int) -> int:
+    """How many candidates a scan keeps for each query."""
+    return min(int(KEPT[way] * num) + 16, count)
 
-    It pays if so few references lie within the error of 8 bits that the slots hold them.
+
+def scan_of(
+    way: Way, queries: np.ndarray, box: np.ndarray, num: int, slots: int, count: int, tile: int, device: torch.device
+) -> FloatScan | QuantisedScan:
+    """The scan that is called so."""
+    if way == "int8":
+        return QuantisedScan(queries, box, num, slots, count, tile, device)
+    return FloatScan(queries, box, slots, count, tile=tile, device=device, coarse=way == "bfloat16")
+
+
+def fast_way(queries: np.ndarray, references: Rows, num: int, device: torch.device) -> tuple[Way, np.ndarray]:
+    """The fastest pass that pays, and a box for it: a guess from a sample, about speed only.
+
+    A pass pays if so few references lie within the error of its rounding that the slots hold them.
     """
-    if not int8_is_exact(device.type):
-        return None
     count = len(references)
     starts = np.linspace(0, max(0, count - 128), 16).astype(np.int64)
     sample = checked(np.concatenate([references[start : start + 128] for start in starts]))
     release(references)
     box = bounding_box(queries, sample)
+    there = {"int8": int8_is_exact(device.type), "bfloat16": bfloat16_pays(device.type)}
     if not 1e-30 < widest(box) < 1e30:
-        return None
+        return "float32", box
     some = queries[np.linspace(0, len(queries) - 1, 64).astype(np.int64)]
-    scan = QuantisedScan(some, box, 1, 1, count, len(some), device)
-    rounded, errors = scan.rounded(sample)
-    dots = integer_product(scan.scan.queries, rounded.T, squared_dtype(rounded.shape[1]))
-    distances = (integer_norms(rounded) + scan.scan.norms[:, None] - 2 * dots).double().sqrt_()
     rank = min(len(sample), max(16, num * len(sample) // count))
-    within = distances.kthvalue(rank, dim=1, keepdim=True).values + 2 * (scan.errors[:, None] + errors[0].max())
-    growth = float((distances <= within).sum(1).double().median()) / rank
-    return box if growth * num <= 0.7 * slots else None
+    centre = queries.mean(0)
+    pairs = torch.cdist(torch.from_numpy(some - centre), torch.from_numpy(sample - centre))
+    distances = pairs.kthvalue(rank).values
+    for way in WAYS[:2]:
+        if there[way]:
+            slots = min(int(KEPT[way] * rank) + 16, len(sample))
+            trial = scan_of(way, some, box, rank, slots, count, len(some), device)
+            for start in (0, len(sample) // 4):  # the first part gives the second its limits
+                trial.add(start, sample[start : len(sample) // 4 if start == 0 else None])
+            within = (trial.candidates()[0].cpu() <= distances[:, None]).sum(1).double().median()
+            if float(within) <= 0.7 * KEPT[way] * rank:
+                return way, box
+    return "float32", box

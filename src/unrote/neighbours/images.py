@@ -14,7 +14,7 @@ import torch
 
 from unrote.neighbours.orbit import IDENTITY, Transform
 from unrote.neighbours.products import float32_products
-from unrote.neighbours.scans import IntegerScan, signed
+from unrote.neighbours.scans import IntegerScan
 from unrote.neighbours.streaming import Blocks, Ranks, Rows, Saved, Stream, release
 
 Images = Rows  # uint8 [N, H, W, C]
@@ -59,7 +59,7 @@ def nearest_images(
     resume: Path | None = None,
     progress: str | None = None,
 ) -> Neighbours:
-    """The ``num`` nearest references of every query, exactly: min over transforms g of ‖query − g(reference)‖.
+    """The ``num`` nearest references of every query, exactly: the least over transforms g of ‖query − g(reference)‖.
 
     Args:
         queries: uint8 [G, H, W, C].
@@ -83,10 +83,10 @@ def nearest_images(
     assert queries.shape[1:] == references.shape[1:] and len(references) > 0 and num > 0
     num, count = min(num, len(references)), len(references)
     values = int(np.prod(references.shape[1:]))
-    sizes = Blocks.within(memory_bytes, values, num, 2, 6)
-    views = torch.from_numpy(np.stack([view.source_pixels(*references.shape[1:]) for view in transforms])).to(device)
+    bases = len({view.unmoved for view in transforms})
+    sizes = Blocks.within(memory_bytes, values, num, 2, 6 + bases)
     ranks = Ranks.here(distributed=distributed)
-    saved = Saved.keyed(resume, ranks, queries, references, "images/1", num, tuple(transforms), sizes.group)
+    saved = Saved.keyed(resume, ranks, queries, references, "images/2", num, tuple(transforms), sizes.group)
     groups = range(0, len(queries), sizes.group)
     squared = np.zeros((len(queries), num), dtype=np.int64)
     indices, chosen = np.zeros_like(squared), np.zeros(squared.shape, dtype=np.int16)
@@ -95,7 +95,9 @@ def nearest_images(
         stream = Stream(references, sizes.block, ranks, saved, bar)
         for start in groups:
             group = slice(start, start + sizes.group)
-            scan = IntegerScan(signed(queries[group]).to(device), num, count, views=views, tile=sizes.tile)
+            scan = IntegerScan(
+                queries[group], num, count, views=transforms, tile=sizes.tile, device=torch.device(device)
+            )
             release(queries)
             stream.run(f"images-{start}", scan)
             squared[group], indices[group], chosen[group] = (part.cpu().numpy() for part in scan.unpacked()[:3])

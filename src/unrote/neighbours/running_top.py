@@ -1,5 +1,6 @@
 """The least keys of each query while blocks of scores stream by."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,9 +51,15 @@ def below(scores: Tensor, limits: Tensor) -> tuple[Tensor, Tensor] | None:
         # An elementwise search of the whole tile costs as much as a short matrix product; minima of every
         # (total / SEGMENT)-th column are nearly free.
         segments = scores.view(count, SEGMENT, -1)
-        rows, parts = (segments.amin(1) < limits[:, None]).nonzero(as_tuple=True)
+        rows, parts = _where(segments.amin(1) < limits[:, None])
         if 4 * SEGMENT * len(rows) < scores.numel():
-            within, places = (segments[rows, :, parts] < limits[rows, None]).nonzero(as_tuple=True)
+            within, places = _where(segments[rows, :, parts] < limits[rows, None])
             return rows[within], parts[within] + places * (total // SEGMENT)
-    rows, columns = (scores < limits[:, None]).nonzero(as_tuple=True)
+    rows, columns = _where(scores < limits[:, None])
     return None if 8 * len(rows) > scores.numel() and len(rows) > 8 * count else (rows, columns)
+
+
+def _where(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and columns of what is true; numpy finds it several times faster than torch."""
+    places = torch.from_numpy(np.flatnonzero(mask.numpy()))
+    return places // mask.shape[1], places % mask.shape[1]

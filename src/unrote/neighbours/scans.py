@@ -4,6 +4,7 @@ A scan is fed blocks of references in any number of pieces and keeps, per query,
 loaded, and merged with the state of a scan of other references; what order or grouping they came in changes nothing.
 """
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from unrote.errors import InputError
+from unrote.neighbours.orbit import IDENTITY, Transform
 from unrote.neighbours.products import EXACT_CHUNK, integer_norms, integer_product, squared_dtype
 from unrote.neighbours.running_top import EMPTY, RunningTop, below
 
@@ -31,15 +33,16 @@ class Scan(Protocol):
 
 
 class IntegerScan:
-    """The ``slots`` nearest of N references by exact squared distance of 8-bit vectors, least over an orbit of views.
+    """The ``slots`` nearest of N images by exact squared distance, least over an orbit of views.
 
     Args:
-        queries: int8 [g, D].
+        queries: uint8 [g, H, W, C].
         slots: how many to keep per query.
         num_references: N.
-        views: int64 [T, D]: for each value of a view, the index of the value of the reference it comes from.
-        num: with ``slack``, the rank whose distance the slack is measured from.
+        views: the orbit; of equally near views the first counts.
+        num: with ``slack``, the rank whose distance the slack is measured from; ``slots`` if None.
         tile: how many queries at once.
+        device: where products are computed.
 
     Attributes:
         norms: squared norms of the queries, int64 [g].
@@ -47,17 +50,17 @@ class IntegerScan:
 
     def __init__(
         self,
-        queries: Tensor,
+        queries: np.ndarray,
         slots: int,
         num_references: int,
         *,
-        views: Tensor | None = None,
+        views: Sequence[Transform] = (IDENTITY,),
         num: int | None = None,
-        tile: int = 2048,
+        tile: int,
+        device: torch.device,
     ):
-        values = queries.shape[1]
-        self.queries, self.tile, self.num = queries, tile, num or slots
-        self.num_references, self.num_views = num_references, 1 if views is None else len(views)
+        values, self.num = int(np.prod(queries.shape[1:])), num or slots
+        self.num_references, self.num_views, self.tile = num_references, len(views), tile
         self.stride = self.num_references * self.num_views
         if values * 255**2 * self.stride >= EMPTY:
             raise InputError(
@@ -65,53 +68,59 @@ class IntegerScan:
                 "one search can number in 64 bits: audit parts of the training set, or search fewer transforms"
             )
         self.dtype = squared_dtype(values)
-        self.views = views if self.num_views > 1 else None
-        if self.views is not None:
-            # Reflection repeats some pixels and drops others, so each view has its own norm: a count of uses.
-            self.uses = torch.stack([torch.bincount(view, minlength=values) for view in self.views]).double()
-        self.norms = integer_norms(queries)
-        self.top = RunningTop(len(queries), slots, queries.device)
+        self.queries = signed(queries).to(device)
+        self.norms = integer_norms(self.queries)
+        self.top = RunningTop(len(queries), slots, device)
+        # Every view shows the values of one of these, moved.
+        self.bases = list(dict.fromkeys(view.unmoved for view in views))
+        self.base_of = [self.bases.index(view.unmoved) for view in views]
+        sources = [view.source_pixels(*queries.shape[1:]) for view in views]
+        self.sources = [torch.from_numpy(source).to(device) for source in sources]
+        # Reflection repeats some pixels and drops others, so each view has its own norm: a count of uses.
+        self.uses = torch.stack([torch.bincount(s, minlength=values).to(torch.int8) for s in self.sources])
 
-    def add(self, first: int, references: np.ndarray) -> None:
-        """Take in uint8 rows [b, ...]."""
-        self.add_signed(first, signed(references).to(self.queries.device))
-
-    def add_signed(self, first: int, references: Tensor, slack: Tensor | None = None) -> None:
-        """Take in int8 rows [b, D].
+    def add(self, first: int, references: np.ndarray, slack: Tensor | None = None) -> None:
+        """Take in uint8 rows [b, H, W, C].
 
         With ``slack`` [g], rows are not kept whose distance (not squared) exceeds that of the ``num``-th row kept so
         far by more than the slack.
         """
-        columns, norms = self._columns(references)
+        bases, norms = self._columns(references)
         for start in range(0, len(self.queries), self.tile):
             rows = slice(start, min(start + self.tile, len(self.queries)))
-            scores, which = self._scores(rows, columns, norms)
+            scores, which = self._scores(rows, bases, norms)
             self._keep(rows, first, scores, which, self._limits(rows, None if slack is None else slack[rows]))
 
-    def _columns(self, references: Tensor) -> tuple[Tensor, Tensor]:
-        """The block as columns [D, b], and the squared norms of its views [T, b]."""
-        if self.views is None:
-            return references.T, integer_norms(references)[None].to(self.dtype)
-        columns = references.T.contiguous()  # a view is then a gather of rows
-        norms = torch.zeros((self.num_views, columns.shape[1]), dtype=torch.float64, device=columns.device)
-        for start in range(0, len(columns), EXACT_CHUNK):
-            chunk = slice(start, start + EXACT_CHUNK)
-            norms += self.uses[:, chunk] @ columns[chunk].double().square_()
-        return columns, norms.to(self.dtype)
+    def _columns(self, references: np.ndarray) -> tuple[list[Tensor], Tensor]:
+        """The block under each base as int8 columns [D, b], and the squared norms of all its views [T, b]."""
+        device = self.queries.device
+        if self.num_views == 1:
+            rows = signed(self.bases[0].apply(references)).to(device)
+            return [rows.T], integer_norms(rows)[None].to(self.dtype)
+        bases = []
+        norms = torch.zeros((self.num_views, len(references)), dtype=torch.float64, device=device)
+        for number, base in enumerate(self.bases):
+            columns = signed(base.apply(references)).to(device).T.contiguous()  # a view is then a gather of rows
+            views = torch.tensor([view for view, its in enumerate(self.base_of) if its == number], device=device)
+            for start in range(0, len(columns), EXACT_CHUNK):
+                chunk = slice(start, start + EXACT_CHUNK)
+                norms[views] += self.uses[views, chunk].double() @ columns[chunk].double().square_()
+            bases.append(columns)
+        return bases, norms.to(self.dtype)
 
-    def _scores(self, rows: slice, columns: Tensor, norms: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _scores(self, rows: slice, bases: list[Tensor], norms: Tensor) -> tuple[Tensor, Tensor | None]:
         """‖reference‖² − 2 · dot product, the least over the views, and which view that is."""
         queries = self.queries[rows]
-        if self.views is None:
-            dots = integer_product(queries, columns, self.dtype)
-            return torch.add(norms[0], dots, alpha=-2, out=dots), None
         best = which = None
-        for index, view in enumerate(self.views):
-            dots = integer_product(queries, columns[view], self.dtype)
+        for index, (base, source) in enumerate(zip(self.base_of, self.sources, strict=True)):
+            columns = bases[base] if self.num_views == 1 else bases[base][source]
+            dots = integer_product(queries, columns, self.dtype)
             scores = torch.add(norms[index], dots, alpha=-2, out=dots)
-            if best is None or which is None:
-                best, which = scores, torch.zeros(scores.shape, dtype=torch.int16, device=scores.device)
+            if best is None:
+                best = scores
                 continue
+            if which is None:
+                which = torch.zeros(scores.shape, dtype=torch.int16, device=scores.device)
             which.masked_fill_(scores < best, index)
             torch.minimum(best, scores, out=best)
         assert best is not None

@@ -20,6 +20,7 @@ from unrote.files import write_bytes
 from unrote.neighbours.scans import Scan, State
 
 MAX_BLOCK = 4096
+FIRST_BLOCK = 512
 SAVE_SECONDS = 30.0
 
 
@@ -159,7 +160,9 @@ class Stream:
         position = self.saved.load(stage, scan, span.start)
         self.bar.update(position - span.start)
         while position < span.stop:
-            stop = min(position + self.block, span.stop)
+            # Of the first rows all are kept: few, so that the scan soon has a limit.
+            size = min(self.block, FIRST_BLOCK) if position == span.start else self.block
+            stop = min(position + size, span.stop)
             scan.add(position, self.references[position:stop])
             release(self.references)
             self.bar.update(stop - position)
