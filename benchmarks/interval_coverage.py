@@ -16,9 +16,9 @@ import argparse
 import numpy as np
 
 import unrote
-from unrote.auditing.frechet import Moments, frechet_with_spread
+from unrote.auditing.frechet import Moments, frechet_with_influence
 from unrote.auditing.generalization import likelihood_gap, measure_c_t
-from unrote.auditing.intervals import squared_estimate
+from unrote.auditing.intervals import mean_spread, squared_estimate
 from unrote.auditing.kernel import KernelDistance
 from unrote.auditing.manifold import Manifold, manifold_metrics
 from unrote.encoders.random_conv import RandomConvEncoder
@@ -51,6 +51,12 @@ def show(kind: str, found: dict[str, list[dict]]) -> None:
         print(f"{kind:8} {metric:18} truth {truth:9.4f}  coverage {covered:.3f}  error / spread {width:.2f}")
 
 
+def frechet(generated: np.ndarray, reference: Moments) -> dict:
+    """The row of the Fréchet distance."""
+    value, influence = frechet_with_influence(generated, reference)
+    return squared_estimate(value, mean_spread(influence))
+
+
 def real_images(drawn: str, other: str, num: int, images: int) -> dict[str, list[dict]]:
     """Rows of the quality metrics over the repetitions."""
     encoder = RandomConvEncoder()
@@ -62,7 +68,7 @@ def real_images(drawn: str, other: str, num: int, images: int) -> dict[str, list
     for _ in range(num):
         generated = features[random.choice(len(features), images, replace=False)]
         rows = {
-            "frechet_distance": squared_estimate(*frechet_with_spread(generated, moments)),
+            "frechet_distance": frechet(generated, moments),
             "kid": kernel.to(generated),
             **(manifold.metrics(generated) or {}),
         }
@@ -86,7 +92,7 @@ def repetitions(kind: str, num: int, images: int, dimensions: int) -> dict[str, 
     for repetition in range(num):
         generated = real() * np.float32(scale) + np.float32(shift) * spectrum.astype(np.float32)
         rows = {
-            "frechet_distance": squared_estimate(*frechet_with_spread(generated, moments)),
+            "frechet_distance": frechet(generated, moments),
             "kid": KernelDistance(reference).to(generated),
             **(manifold_metrics(generated, reference) or {}),
         }

@@ -6,8 +6,8 @@ import scipy.linalg
 import torch
 import torch.nn.functional as F
 
-from unrote.auditing.frechet import Moments, frechet_distance, frechet_with_spread
-from unrote.auditing.intervals import bootstrap_mean, estimate, jackknife_spread, squared_estimate
+from unrote.auditing.frechet import Moments, frechet_distance, frechet_with_influence
+from unrote.auditing.intervals import bootstrap_mean, estimate, jackknife_spread, mean_spread, squared_estimate
 from unrote.auditing.kernel import KernelDistance
 from unrote.auditing.manifold import manifold_metrics, nearest_others
 from unrote.auditing.quality import METRICS, measure_quality, mifid, subsample
@@ -39,21 +39,24 @@ def test_frechet_of_fewer_images_than_features_is_finite_and_of_itself_zero():
     assert shifted == pytest.approx(64, rel=1e-6)
 
 
-def test_frechet_with_spread_is_the_same_distance_and_close_to_the_jackknife():
+def test_influence_is_what_the_distance_loses_without_an_image():
     random = np.random.default_rng(2)
     generated, reference = random.normal(0.2, 1.3, size=(400, 6)), random.normal(size=(500, 6))
-    value, spread = frechet_with_spread(generated, Moments.of(reference))
+    value, influence = frechet_with_influence(generated, Moments.of(reference))
     assert value == pytest.approx(frechet_distance(generated, reference), rel=1e-10)
-    left_out = [frechet_distance(np.delete(generated, i, 0), reference) for i in range(len(generated))]
-    assert spread == pytest.approx(jackknife_spread(np.array(left_out)), rel=0.04)
+    left_out = np.array([frechet_distance(np.delete(generated, i, 0), reference) for i in range(len(generated))])
+    np.testing.assert_allclose(influence, 399 * (left_out.mean() - left_out), atol=0.2 * influence.std())
+    assert mean_spread(influence) == pytest.approx(jackknife_spread(left_out), rel=0.04)
 
 
 def test_frechet_does_not_depend_on_where_blocks_end(monkeypatch):
     random = np.random.default_rng(3)
     generated, reference = random.normal(size=(300, 8)), random.normal(size=(200, 8))
-    whole = frechet_with_spread(generated, Moments.of(reference))
+    value, influence = frechet_with_influence(generated, Moments.of(reference))
     monkeypatch.setattr("unrote.auditing.rows.BLOCK", 7)
-    assert frechet_with_spread(generated, Moments.of(reference)) == pytest.approx(whole, rel=1e-10)
+    found = frechet_with_influence(generated, Moments.of(reference))
+    assert found[0] == pytest.approx(value, rel=1e-10)
+    np.testing.assert_allclose(found[1], influence, atol=1e-9)
 
 
 def loop_kernel_distance(generated, reference):
@@ -122,22 +125,26 @@ def test_copies_lie_in_the_balls_they_make():
     assert nearest_others(copies.astype(np.float64), 3)[0].max() == 0
 
 
-def test_mifid_equals_its_definition():
+def test_mifid_equals_its_definition_and_its_error_a_jackknife_by_recomputing():
     random = np.random.default_rng(6)
-    generated, train = random.normal(size=(30, 4)), random.normal(size=(50, 4))
+    generated, train, reference = (random.normal(size=(count, 4)) for count in (200, 50, 100))
+    generated *= 1.5
+    cosines = [[abs(x @ y) / np.linalg.norm(x) / np.linalg.norm(y) for y in train] for x in generated]
+    near = np.array(cosines).max(1)
 
-    def by_loops(features):
-        cosines = [[abs(x @ y) / np.linalg.norm(x) / np.linalg.norm(y) for y in train] for x in features]
-        return np.array(cosines).max(1)
+    def by_definition(rows):
+        memorization = np.mean(1 - near[rows])
+        assert memorization < 0.1
+        return scipy_frechet(generated[rows], reference) / memorization
 
-    near = by_loops(generated)
-    memorization = np.mean(1 - near)
-    assert memorization < 0.1
-    found = mifid(7.0, 0.5, near)
-    assert found["value"] == pytest.approx(7.0 / memorization)
-    assert found["interval"][0] < 7.0 / memorization < found["interval"][1]
-    assert mifid(7.0, 0.5, np.full(20, 0.8))["value"] == 7.0
-    assert mifid(7.0, 0.5, np.ones(20)) is None
+    distance, influence = frechet_with_influence(generated, Moments.of(reference))
+    found = mifid(distance, influence, near)
+    assert found["value"] == pytest.approx(by_definition(np.arange(200)))
+    left_out = np.array([by_definition(np.delete(np.arange(200), i)) for i in range(200)])
+    expected = squared_estimate(found["value"], jackknife_spread(left_out))
+    assert found["interval"] == pytest.approx(expected["interval"], rel=0.03)
+    assert mifid(7.0, influence, near - 0.5)["value"] == 7.0
+    assert mifid(7.0, influence, np.ones(200)) is None
 
 
 def test_bootstrap_of_a_mean_is_seeded_and_near_the_normal_interval():

@@ -1,4 +1,4 @@
-"""The Fréchet distance of two feature sets, with a standard error."""
+"""The Fréchet distance of two feature sets, with what each image adds to it."""
 
 from dataclasses import dataclass
 
@@ -40,14 +40,14 @@ def frechet_distance(first: Rows, second: Rows) -> float:
     return _distance(generated, reference, np.linalg.eigvalsh(root @ generated.covariance @ root))
 
 
-def frechet_with_spread(generated: Rows, reference: Moments) -> tuple[float, float]:
-    """The Fréchet distance to a fixed reference and its standard error over which images were generated.
+def frechet_with_influence(generated: Rows, reference: Moments) -> tuple[float, np.ndarray]:
+    """The Fréchet distance to a fixed reference, and how much each generated image moves it, to first order [n].
 
-    The error comes from how much each image moves the distance to first order (its influence; this is the limit law of
-    Rippl, Munk & Sturm 2016): with ∇ = I − T, T = Σ₂^½ (Σ₂^½ Σ₁ Σ₂^½)^(−½) Σ₂^½ the linear optimal transport map,
-    2 (μ₁ − μ₂)·(x − μ₁) + (x − μ₁)ᵀ ∇ (x − μ₁) − tr(∇ Σ₁). It costs one more pass and no more eigenvalues, where a
-    bootstrap costs an eigendecomposition per resample, and adds its own bias: the distance grows like 1/n for few
-    images, and a resample has fewer different ones.
+    The standard error of their mean is that of the distance, over which images were generated (the limit law of Rippl,
+    Munk & Sturm 2016). With ∇ = I − T and T = Σ₂^½ (Σ₂^½ Σ₁ Σ₂^½)^(−½) Σ₂^½, the linear optimal transport map, the
+    influence of x is 2 (μ₁ − μ₂)·(x − μ₁) + (x − μ₁)ᵀ ∇ (x − μ₁) − tr(∇ Σ₁). It costs one more pass and no more
+    eigenvalues, where a bootstrap costs an eigendecomposition per resample, and adds its own bias: the distance grows
+    like 1/n for few images, and a resample has fewer different ones.
     """
     moments = Moments.of(generated)
     root = _root(reference.covariance)
@@ -59,8 +59,7 @@ def frechet_with_spread(generated: Rows, reference: Moments) -> tuple[float, flo
         block -= moments.mean
         quadratic = (block**2).sum(1) - ((block @ transport) ** 2).sum(1)
         influence[where] = 2 * block @ (moments.mean - reference.mean) + quadratic
-    spread = influence.std(ddof=1) / np.sqrt(len(generated))
-    return _distance(moments, reference, values), float(spread)
+    return _distance(moments, reference, values), influence - influence.mean()
 
 
 def _root(covariance: np.ndarray) -> np.ndarray:

@@ -4,8 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from unrote.auditing.frechet import Moments, frechet_distance, frechet_with_spread
-from unrote.auditing.intervals import squared_estimate
+from unrote.auditing.frechet import Moments, frechet_distance, frechet_with_influence
+from unrote.auditing.intervals import mean_spread, squared_estimate
 from unrote.auditing.kernel import KernelDistance
 from unrote.auditing.manifold import Manifold, manifold_metrics
 from unrote.auditing.rows import Chosen
@@ -20,7 +20,7 @@ MIFID_THRESHOLD = 0.1
 METRICS = ("frechet_distance", "kid", "precision", "recall", "density", "coverage", "mifid")
 
 
-def mifid(distance: float, spread: float, similarity: np.ndarray) -> dict[str, Any] | None:
+def mifid(distance: float, influence: np.ndarray, similarity: np.ndarray) -> dict[str, Any] | None:
     """MiFID (Bai et al. 2021): the Fréchet distance over the memorization distance, if that is below 0.1.
 
     The memorization distance is the mean over generated images of 1 − |cosine| to the nearest training image; at 0.1
@@ -29,18 +29,17 @@ def mifid(distance: float, spread: float, similarity: np.ndarray) -> dict[str, A
 
     Args:
         distance: Fréchet distance of the generated images.
-        spread: its standard error.
+        influence: of each image on it [G].
         similarity: highest |cosine| of each generated image to a training image [G].
     """
-    memorization = float((1 - similarity).mean())
+    own = 1 - similarity
+    memorization = float(own.mean())
     if memorization <= 0:
         return None
-    if memorization >= MIFID_THRESHOLD:
-        return {**squared_estimate(distance, spread), "memorization_distance": memorization}
-    relative = (1 - similarity).std(ddof=1) / np.sqrt(len(similarity)) / memorization
-    # The two errors are added as if they always went the same way: their correlation is not known.
-    whole = spread / memorization + distance / memorization * relative
-    return {**squared_estimate(distance / memorization, whole), "memorization_distance": memorization}
+    if memorization < MIFID_THRESHOLD:
+        influence = influence / memorization - distance / memorization**2 * (own - memorization)
+        distance /= memorization
+    return {**squared_estimate(distance, mean_spread(influence)), "memorization_distance": memorization}
 
 
 def measure_quality(
@@ -97,13 +96,13 @@ class _Comparison:
         found: dict[str, dict[str, Any] | None] = dict.fromkeys(METRICS)
         if not self.enough or len(features) < MIN_IMAGES:
             return found
-        distance, spread = frechet_with_spread(features, self.moments)
-        found["frechet_distance"] = squared_estimate(distance, spread)
+        distance, influence = frechet_with_influence(features, self.moments)
+        found["frechet_distance"] = squared_estimate(distance, mean_spread(influence))
         some = features[subsample(len(features), MAX_PAIRWISE, self.seed, "pairwise")]
         found["kid"] = self.kernel.to(some)
         found |= self.manifold.metrics(some) or {}
         if similarity is not None:
-            found["mifid"] = mifid(distance, spread, similarity)
+            found["mifid"] = mifid(distance, influence, similarity)
         return found
 
 
