@@ -34,7 +34,7 @@ class Browser:
         assert CHROMIUM is not None, "CI must have Chromium: the page is tested in a browser"
         commands, self._commands = os.pipe()
         self._answers, answers = os.pipe()
-        command = [CHROMIUM, *FLAGS, f"--user-data-dir={folder / 'profile'}", "about:blank"]
+        command = [CHROMIUM, *FLAGS, f"--user-data-dir={folder / 'profile'}", "--no-startup-window"]
         self._process = subprocess.Popen(
             [sys.executable, "-c", START, str(commands), str(answers), *command],
             pass_fds=(commands, answers),
@@ -46,7 +46,7 @@ class Browser:
         self._number, self._unread, self._session = 0, b"", None
         self.requests: list[str] = []
         self.complaints: list[str] = []
-        target = self.send("Target.getTargets")["targetInfos"][0]["targetId"]
+        target = self.send("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Network", "Log", "Runtime"):
             self.send(f"{domain}.enable")
