@@ -1,7 +1,9 @@
 """What ``import unrote`` offers: train, sample, audit."""
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +15,20 @@ from unrote.auditing import audit as _audit
 from unrote.config import Config, load_config
 from unrote.data import ImageStore, open_images
 from unrote.data.build import cache_folder
-from unrote.detection.membership import TIMESTEPS, pia_scores
+from unrote.data.namelist import read_names
+from unrote.detection.membership import attacked_timesteps, labelled_as, pia_scores
+from unrote.detection.prompts import load_pipeline, prompt_scores, read_prompts
 from unrote.detection.roc import separation
 from unrote.encoders import load_encoder
 from unrote.errors import InputError
+from unrote.scanning.duplicates import digests_of
 from unrote.scanning.scan import ScanReport
 from unrote.scanning.scan import scan as _scan
 from unrote.training.loop import train as _train
 from unrote.training.plan import Plan, make_plan
 from unrote.training.run import Run
+
+logger = logging.getLogger("unrote")
 
 
 def train(
@@ -157,6 +164,8 @@ def scan(
         InputError: if data cannot be read, or the run was trained on other images.
     """
     trained = None if run is None else Run(Path(run))
+    if trained is not None and not trained.finished:
+        raise InputError(f"{trained.path}: is not a finished run; train it to its end first, or scan without it")
     images = _scanned(data, resolution)
     control = None if holdout is None else _scanned(holdout, images.images.shape[1])
     if trained is not None and list(training_images(trained.config).names) != list(images.names):
@@ -182,19 +191,53 @@ def membership(run: Run | Path | str, holdout: Any, *, seed: int = 0, device: st
     members = _known_images(trained)
     others = open_images(holdout, resolution=members.images.shape[1], channels=members.images.shape[3])
     unet = UNet2DModel.from_pretrained(trained.model_folder, subfolder="unet", low_cpu_mem_usage=False).to(where).eval()
+    if unet.config.num_class_embeds is not None:
+        others = labelled_as(others, members)
     schedule = DDPMScheduler.from_pretrained(trained.model_folder, subfolder="scheduler")
     scores = [
         pia_scores(unet, schedule.alphas_cumprod, store, prediction_type=schedule.config.prediction_type, device=where)
         for store in (members, others)
     ]
+    known = {digest.tobytes() for digest in digests_of(members)}
+    shared = sum(digest.tobytes() in known for digest in digests_of(others))
+    if shared:
+        logger.warning(f"{shared:,} of the {len(others):,} held-out images are training images: the test is too mild")
     origin = {
         "run": str(trained.path),
         "weights": "ema" if trained.config.training.use_ema else "raw",
         "holdout": others.source,
+        "shared": shared,
         "seed": seed,
     }
     prints = {"train_fingerprint": members.fingerprint, "holdout_fingerprint": others.fingerprint}
-    return {"method": "pia", "timesteps": list(TIMESTEPS), **separation(*scores, seed=seed), **origin, **prints}
+    timesteps = list(attacked_timesteps(len(schedule.alphas_cumprod)))
+    return {"method": "pia", "timesteps": timesteps, **separation(*scores, seed=seed), **origin, **prints}
+
+
+def rank_prompts(
+    pipeline: Any, prompts: Path | str | Sequence[str], *, device: str | None = None, seed: int = 0, **options: Any
+) -> dict[str, Any]:
+    """Prompts by how strongly they steer a text-to-image model; see :func:`unrote.prompt_scores`.
+
+    Args:
+        pipeline: a folder or Hub id of a diffusers pipeline, or a pipeline.
+        prompts: texts, or a file of them: one a line, or ``.jsonl`` with ``text``.
+        device: ``cpu``, ``cuda``, …; by default what there is. A pipeline that is given stays where it is.
+        seed: of the noises.
+        options: of :func:`unrote.prompt_scores`.
+
+    Returns:
+        JSON-able: ``prompts`` with ``rank``, ``index``, ``prompt``, ``score``, …, the strongest first, and settings.
+    """
+    texts = read_prompts(Path(prompts)) if isinstance(prompts, str | Path) else list(prompts)
+    named = isinstance(pipeline, str | Path)
+    scores = prompt_scores(
+        load_pipeline(str(pipeline), pick_device(device)) if named else pipeline, texts, seed=seed, **options
+    )
+    order = sorted(range(len(scores)), key=lambda index: -scores[index].score)
+    rows = [{"rank": rank, "index": index, **asdict(scores[index])} for rank, index in enumerate(order, 1)]
+    settings = {"pipeline": str(pipeline) if named else type(pipeline).__name__, "seed": seed, **options}
+    return {"method": "prediction-norm", **settings, "prompts": rows}
 
 
 def _scanned(data: Any, resolution: int | None) -> ImageStore:
@@ -248,15 +291,17 @@ def training_images(config: Config, data: Any = None) -> ImageStore:
 
 
 def _included(images: ImageStore, file: Path) -> ImageStore:
-    """The images that ``file`` names. Raises InputError for names that there are not."""
+    """The images that ``file`` names, in their own order. Raises InputError for names that there are not."""
     try:
-        wanted = set(file.read_text(encoding="utf-8").splitlines()) - {""}
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"data.include: {file}: cannot be read as a list of names ({error})") from None
+        wanted = set(read_names(file))
+    except InputError as error:
+        raise InputError(f"data.include: {error}") from None
+    if not wanted:
+        raise InputError(f"data.include: {file} names nothing")
     unknown = sorted(wanted - set(images.names))
-    if unknown or not wanted:
-        what = f"names {unknown[0]!r}" if unknown else "names nothing"
-        raise InputError(f"data.include: {file} {what}, and {images.source} has {len(images)} other images")
+    if unknown:
+        what = f"has {len(unknown):,} names that {images.source} does not have, such as {unknown[0]!r}"
+        raise InputError(f"data.include: {file} {what}")
     return images.subset([index for index, name in enumerate(images.names) if name in wanted])
 
 

@@ -257,6 +257,35 @@ def membership(run: str, as_json: bool, **options: Any) -> None:
 
 
 @cli.command()
+@click.argument("pipeline", metavar="PIPELINE")
+@click.option("--prompts", "file", required=True, type=click.Path(path_type=Path), help="One a line, or .jsonl: text.")
+@click.option("--seeds", default=4, show_default=True, help="Initial noises per prompt.")
+@click.option("--steps", default=1, show_default=True, help="Denoising steps measured.")
+@click.option("--tokens", is_flag=True, help="Also how much each token contributes.")
+@click.option("--seed", default=0, show_default=True, help="Of the noises.")
+@_device_option
+@_json_option
+def prompts(pipeline: str, file: Path, device: str | None, as_json: bool, **options: Any) -> None:
+    """Rank prompts by how strongly they steer a text-to-image model: memorized ones stand out (Wen et al. 2024)."""
+    from unrote.api import rank_prompts
+
+    result = rank_prompts(pipeline, file, device=device, **options)
+    if as_json:
+        click.echo(json.dumps(result))
+        return
+    for row in result["prompts"]:
+        tokens = "".join(f"\n{'':>10}  {token} {value:.4g}" for token, value in row["tokens"])
+        cut = " (its end was cut off)" if row["truncated"] else ""
+        click.echo(f"{row['score']:>10.4g}  {_one_line(row['prompt'])}{cut}{_one_line(tokens, keep=chr(10))}")
+    click.echo("The larger, the more the text decides what comes out; compare prompts of one model only.")
+
+
+def _one_line(text: str, keep: str = "") -> str:
+    """Without what would move the cursor or colour the terminal."""
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+
+
+@cli.command()
 @click.option("--out", default="demo", show_default=True, type=click.Path(path_type=Path), help="Folder of the demo.")
 @click.option("--toy", is_flag=True, help="Seconds instead of minutes: shows that it works, proves nothing.")
 def demo(out: Path, toy: bool) -> None:

@@ -1,15 +1,22 @@
 """Which prompts make a text-to-image model recite? The prediction-norm detector, which needs no training images."""
 
+import inspect
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from unrote.errors import InputError
 from unrote.seeding import generator
+
+PARTS = ("unet", "text_encoder", "tokenizer", "scheduler")
 
 
 @dataclass(frozen=True)
@@ -20,16 +27,19 @@ class PromptScore:
         prompt: the text.
         score: mean L2 norm of ε(x_t, prompt) − ε(x_t, empty) over seeds and steps; high for memorized prompts.
         per_seed: the mean over steps for each seed.
-        tokens: the prompt's tokens and how much each contributes (norm of the gradient of the score by its
-            embedding, Wen et al. §4); empty unless asked for.
+        tokens: the prompt's tokens and how much each contributes (norm of the gradient of the first step's norm by the
+            text encoder's output at it, Wen et al. §4); empty unless asked for.
+        truncated: whether the text encoder did not see the end of the text.
     """
 
     prompt: str
     score: float
     per_seed: tuple[float, ...]
     tokens: tuple[tuple[str, float], ...] = ()
+    truncated: bool = False
 
 
+@torch.no_grad()
 def prompt_scores(
     pipeline: Any,
     prompts: Sequence[str],
@@ -44,12 +54,13 @@ def prompt_scores(
     """Score prompts by how strongly they steer the denoiser (Wen et al., ICLR 2024).
 
     From pure noise, the first ``steps`` of a ``num_inference_steps`` sampling with guidance are taken; the
-    text-conditional part of the prediction is measured at each. More steps are surer. Scores depend on the
-    model and the image size: compare prompts of one model, and set a threshold on prompts known to be fine.
+    text-conditional part of the prediction is measured at each, as the model predicts it (noise or velocity). More
+    steps are surer. Scores depend on the model and the image size: compare prompts of one model, and set a threshold on
+    prompts known to be fine. The score of a prompt does not depend on the other prompts.
 
     Args:
         pipeline: a diffusers pipeline with ``unet``, ``text_encoder``, ``tokenizer``, ``scheduler`` (Stable Diffusion
-            1 and 2 and what is fine-tuned from them).
+            1 and 2 and what is fine-tuned from them). It is left as it was.
         prompts: the texts.
         seeds: initial noises per prompt, the same for all prompts.
         steps: denoising steps measured.
@@ -58,91 +69,184 @@ def prompt_scores(
         num_inference_steps: of the sampling whose beginning is taken.
         guidance_scale: of that sampling.
 
+    Returns:
+        One score per prompt, in their order.
+
     Raises:
-        InputError: the pipeline lacks a part.
+        InputError: the pipeline lacks a part or needs more than a text, or numbers out of range.
     """
-    for part in ("unet", "text_encoder", "tokenizer", "scheduler"):
+    _check_pipeline(pipeline)
+    if seeds < 1 or not 1 <= steps <= num_inference_steps:
+        raise InputError(f"seeds must be at least 1 (not {seeds}), and steps 1 to {num_inference_steps} (not {steps})")
+    if isinstance(prompts, str):
+        raise InputError("prompts is one text; give a list of texts")
+    with _frozen(pipeline):
+        probe = _Probe(pipeline, seeds, steps, tokens, seed, num_inference_steps, guidance_scale)
+        return [probe.score(prompt) for prompt in tqdm(prompts, unit="prompt", leave=False, disable=None)]
+
+
+def _check_pipeline(pipeline: Any) -> None:
+    for part in PARTS:
         if getattr(pipeline, part, None) is None:
             raise InputError(f"the pipeline has no {part}: the detector needs a text-to-image pipeline with a UNet")
-    if seeds < 1 or not 1 <= steps <= num_inference_steps:
-        raise InputError("seeds must be at least 1, and steps between 1 and num_inference_steps")
-    with _frozen(pipeline):
-        empty = _embedded(pipeline, "")[0]
-        return [
-            _score(pipeline, prompt, empty, seeds, steps, tokens, seed, num_inference_steps, guidance_scale)
-            for prompt in prompts
-        ]
+    config = pipeline.unet.config
+    if getattr(config, "cross_attention_dim", None) is None:
+        raise InputError("the pipeline's unet takes no text")
+    if getattr(pipeline, "text_encoder_2", None) is not None or config.addition_embed_type is not None:
+        raise InputError("the pipeline's unet needs more than one text embedding (such as SDXL): not supported")
+    if config.in_channels != config.out_channels:
+        raise InputError("the pipeline's unet needs an image beside the text (such as inpainting): not supported")
 
 
 @contextmanager
 def _frozen(pipeline: Any) -> Iterator[None]:
     """Evaluation mode and weights without gradients for a while."""
     modules = (pipeline.unet, pipeline.text_encoder)
-    before = [(m, m.training, [(p, p.requires_grad) for p in m.parameters()]) for m in modules]
+    before = [(m, [(part, part.training) for part in m.modules()], list(m.parameters())) for m in modules]
+    wanted = [[parameter.requires_grad for parameter in parameters] for _, _, parameters in before]
     for module in modules:
         module.eval().requires_grad_(False)
     try:
         yield
     finally:
-        for module, training, parameters in before:
-            module.train(training)
-            for parameter, wanted in parameters:
-                parameter.requires_grad_(wanted)
+        for (_, parts, parameters), flags in zip(before, wanted, strict=True):
+            for part, training in parts:
+                part.training = training
+            for parameter, flag in zip(parameters, flags, strict=True):
+                parameter.requires_grad_(flag)
 
 
-@torch.no_grad()
-def _embedded(pipeline: Any, prompt: str) -> tuple[Tensor, list[int]]:
-    """Hidden states [1, L, D] and token ids."""
-    tokenizer = pipeline.tokenizer
-    length = tokenizer.model_max_length
-    ids = tokenizer(prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
-    hidden: Tensor = pipeline.text_encoder(ids.to(pipeline.text_encoder.device))[0]
-    return hidden, ids[0].tolist()
+class _Probe:
+    """What is the same for all prompts: the noises, the schedule, the empty text."""
 
+    def __init__(
+        self, pipeline: Any, seeds: int, steps: int, tokens: bool, seed: int, total: int, guidance: float
+    ) -> None:
+        self.pipeline, self.unet = pipeline, pipeline.unet
+        self.seeds, self.steps, self.tokens, self.seed = seeds, steps, tokens, seed
+        self.total, self.guidance = total, guidance
+        side = self.unet.config.sample_size
+        height, width = (side, side) if isinstance(side, int) else side
+        shape = (self.unet.config.in_channels, height, width)
+        noise = [torch.randn(shape, generator=generator("prompt-norm", seed, index)) for index in range(seeds)]
+        self.noise = torch.stack(noise).to(self.unet.device, self.unet.dtype)
+        self.empty = self._embedded("")[0].expand(seeds, -1, -1)
 
-def _score(
-    pipeline: Any,
-    prompt: str,
-    empty: Tensor,
-    seeds: int,
-    steps: int,
-    tokens: bool,
-    seed: int,
-    total: int,
-    guidance: float,
-) -> PromptScore:
-    unet, scheduler = pipeline.unet, type(pipeline.scheduler).from_config(pipeline.scheduler.config)
-    text, ids = _embedded(pipeline, prompt)
-    text.requires_grad_(tokens)
-    side, device = unet.config.sample_size, unet.device
-    height, width = (side, side) if isinstance(side, int) else side
-    shape = (unet.config.in_channels, height, width)
-    noise = [torch.randn(shape, generator=generator("prompt-norm", seed, index)) for index in range(seeds)]
-    scheduler.set_timesteps(total, device=device)
-    x = torch.stack(noise).to(device, unet.dtype) * scheduler.init_noise_sigma
-    norms, attribution = [], None
-    for number, timestep in enumerate(scheduler.timesteps[:steps]):
-        with torch.set_grad_enabled(tokens and number == 0):
+    def score(self, prompt: str) -> PromptScore:
+        """Walk the first steps from each noise and measure."""
+        text, ids, truncated = self._embedded(prompt)
+        scheduler = self._scheduler()
+        noises = [generator("prompt-norm-step", self.seed, index) for index in range(self.seeds)]
+        takes_noises = "generator" in inspect.signature(scheduler.step).parameters
+        x = self.noise * scheduler.init_noise_sigma
+        norms: list[Tensor] = []
+        named: tuple[tuple[str, float], ...] = ()
+        for number, timestep in enumerate(scheduler.timesteps[: self.steps]):
             scaled = scheduler.scale_model_input(x, timestep)
-            conditional = unet(scaled, timestep, encoder_hidden_states=text.expand(seeds, -1, -1)).sample
-            with torch.no_grad():
-                free = unet(scaled, timestep, encoder_hidden_states=empty.expand(seeds, -1, -1)).sample
-            difference = conditional - free
-            norm = difference.float().flatten(1).norm(dim=1)
-        if tokens and number == 0:
-            (gradient,) = torch.autograd.grad(norm.mean(), text)
-            attribution = gradient[0].float().norm(dim=1).tolist()
-        norms.append(norm.detach())
-        if number + 1 < steps:
-            with torch.no_grad():
-                x = scheduler.step(free + guidance * difference.detach(), timestep, x).prev_sample
-    per_seed = torch.stack(norms).mean(0)
-    named = () if attribution is None else _named(pipeline.tokenizer, ids, attribution)
-    return PromptScore(prompt, float(per_seed.mean()), tuple(per_seed.tolist()), named)
+            if self.tokens and number == 0:
+                named = self._named(ids, self._attribution(scaled, timestep, text))
+            free = self._predicted(scaled, timestep, self.empty)
+            difference = self._predicted(scaled, timestep, text.expand(self.seeds, -1, -1)) - free
+            norms.append(_norms(difference))
+            if number + 1 < self.steps:
+                options = {"generator": noises} if takes_noises else {}
+                x = scheduler.step(free + self.guidance * difference, timestep, x, **options).prev_sample
+        per_seed = torch.stack(norms).mean(0)
+        return PromptScore(prompt, float(per_seed.mean()), tuple(per_seed.tolist()), named, truncated)
+
+    def _scheduler(self) -> Any:
+        # Not from_config: that loses what the pipeline has set in the scheduler, such as steps_offset.
+        scheduler = deepcopy(self.pipeline.scheduler)
+        scheduler.set_timesteps(self.total, device=self.unet.device)
+        return scheduler
+
+    def _predicted(self, x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        predicted: Tensor = self.unet(x, timestep, encoder_hidden_states=text).sample
+        return predicted
+
+    def _attribution(self, x: Tensor, timestep: Tensor, text: Tensor) -> list[float]:
+        """Norm of the gradient of the mean norm by each place of the text [1, L, D]."""
+        free = self._predicted(x, timestep, self.empty)
+        with torch.enable_grad():
+            text = text.clone().requires_grad_()
+            difference = self._predicted(x, timestep, text.expand(self.seeds, -1, -1)) - free
+            # Where the text changes nothing the norm has no gradient; autograd says 0 there.
+            (gradient,) = torch.autograd.grad(_norms(difference).mean(), text)
+        norms: list[float] = gradient[0].float().norm(dim=1).tolist()
+        return norms
+
+    def _embedded(self, prompt: str) -> tuple[Tensor, list[int], bool]:
+        """Hidden states [1, L, D], token ids, and whether the end was cut off."""
+        tokenizer, encoder = self.pipeline.tokenizer, self.pipeline.text_encoder
+        length = min(tokenizer.model_max_length, getattr(encoder.config, "max_position_embeddings", 1 << 30))
+        ids = tokenizer(prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        mask = ids.attention_mask.to(encoder.device) if getattr(encoder.config, "use_attention_mask", False) else None
+        hidden: Tensor = encoder(ids.input_ids.to(encoder.device), attention_mask=mask)[0]
+        whole = len(tokenizer(prompt).input_ids)
+        return hidden.to(self.unet.device, self.unet.dtype), ids.input_ids[0].tolist(), whole > length
+
+    def _named(self, ids: list[int], values: list[float]) -> tuple[tuple[str, float], ...]:
+        """The prompt's own tokens; start, end and padding are left out."""
+        special = set(self.pipeline.tokenizer.all_special_ids)
+        words = self.pipeline.tokenizer.convert_ids_to_tokens(ids)
+        pairs = zip(words, values, ids, strict=True)
+        return tuple((word, value) for word, value, token in pairs if token not in special)
 
 
-def _named(tokenizer: Any, ids: list[int], values: list[float]) -> tuple[tuple[str, float], ...]:
-    """The prompt's own tokens; start, end and padding are left out."""
-    special = set(tokenizer.all_special_ids)
-    words = tokenizer.convert_ids_to_tokens(ids)
-    return tuple((word, value) for word, value, token in zip(words, values, ids, strict=True) if token not in special)
+def _norms(difference: Tensor) -> Tensor:
+    """L2 norm of each of [S, C, H, W]. float32 [S]."""
+    norms: Tensor = difference.float().flatten(1).norm(dim=1)
+    return norms
+
+
+def read_prompts(file: Path) -> list[str]:
+    """Prompts of a ``.txt`` file, one a line, or a ``.jsonl`` file of objects with ``text`` or ``prompt``.
+
+    Raises:
+        InputError: unreadable, or without any prompt.
+    """
+    try:
+        lines = file.read_bytes().decode("utf-8-sig").split("\n")
+    except OSError as error:
+        raise InputError(f"--prompts {file}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"--prompts {file}: is not UTF-8 text") from None
+    read = _from_json if file.suffix == ".jsonl" else lambda line, _: line.strip()
+    prompts = [read(line, f"--prompts {file}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
+    if not prompts:
+        raise InputError(f"--prompts {file}: has no prompts; write one a line")
+    return prompts
+
+
+def _from_json(line: str, where: str) -> str:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise InputError(f"{where}: not valid JSON ({error})") from None
+    text = row.get("text", row.get("prompt")) if isinstance(row, dict) else None
+    if not isinstance(text, str):
+        raise InputError(f'{where}: needs a JSON object with a "text"')
+    return text
+
+
+def load_pipeline(source: str, device: torch.device) -> Any:
+    """The diffusers pipeline in a folder or of a Hub id.
+
+    Raises:
+        InputError: there is none, or it cannot be loaded.
+    """
+    from diffusers import DiffusionPipeline
+
+    if Path(source).is_dir() and not (Path(source) / "model_index.json").exists():
+        raise InputError(f"{source}: is no diffusers pipeline (it has no model_index.json)")
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(source, low_cpu_mem_usage=False)
+    except ImportError as error:
+        raise InputError(f"{source}: needs another package ({_first_line(error)}); pip install transformers") from None
+    except Exception as error:
+        raise InputError(f"{source}: cannot be loaded as a diffusers pipeline ({_first_line(error)})") from error
+    return pipeline.to(device)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

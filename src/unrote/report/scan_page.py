@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from unrote.data.namelist import name_lines
 from unrote.files import write_json, write_text
 from unrote.report.exports import cell
 from unrote.report.page import document
@@ -29,7 +30,7 @@ def write_scan(report: "ScanReport", out: Path) -> Path:
     write_json(out / "scan.json", report.summary)
     write_json(out / "clusters.json", {"clusters": groups, "pairs": pairs})
     write_text(out / "risk.csv", risk_csv(report))
-    write_text(out / "keep.txt", "".join(f"{report.images.names[index]}\n" for index in report.keep))
+    write_text(out / "keep.txt", name_lines(str(report.images.names[index]) for index in report.keep))
     page = out / "scan.html"
     write_text(page, scan_page(report))
     return page
