@@ -351,6 +351,18 @@ def test_album_keeps_the_first_lossless_and_stays_within_its_budget():
     assert nothing.css == "" and nothing.number(keys[0]) == -1
 
 
+def test_album_reads_few_large_images_at_a_time():
+    read = []
+
+    def load_some(keys):
+        read.append(len(keys))
+        return np.full((len(keys), 2048, 2048, 3), 7, np.uint8)
+
+    album = Album("a", [("train", index) for index in range(8)], [], load_some, 1_000_000)
+    assert max(read) <= 2 and album.number(("train", 7)) == 7
+    assert pictures(album.css)[0].shape == (96, 96 * COLUMNS, 3)
+
+
 def test_jpeg_tiles_do_not_bleed_into_each_other():
     images = np.zeros((4, 20, 20, 3), dtype=np.uint8)
     images[1::2] = 255

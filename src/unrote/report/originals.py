@@ -15,7 +15,7 @@ from unrote.report.sprites import Album, Key
 if TYPE_CHECKING:
     from unrote.auditing.result import AuditReport
 
-MIN_FIRST, MAX_FIRST = 60, 2000  # near-copies that have all their pictures before the other pairs have any
+MIN_FIRST, MAX_FIRST = 60, 1000  # near-copies that have all their pictures before the other pairs have any
 OPEN_ROWS, ALL_ROWS = 12, 1000
 
 

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from unrote.auditing.result import AuditReport
 
 COLOURS = 5
-PAGE_BYTES = 13_500_000  # of pairs and pictures; with the tables a page stays below 15 MB
+PAGE_BYTES = 14_500_000
+TABLE_BYTES = 450_000  # of a report's tables and charts, generously; the rest is for pairs and pictures
 
 
 def write_page(reports: Sequence["AuditReport"], path: Path, *, headline: str | None = None) -> None:
@@ -133,7 +134,7 @@ def _run_section(report: "AuditReport", number: int, num_reports: int) -> tuple[
     summary = report.summary
     views = pair_views(report)
     shown = worst_pairs(views, MAX_PAIRS // num_reports)
-    album = _album(report, f"p{number}", views, shown, PAGE_BYTES // num_reports)
+    album = _album(report, f"p{number}", views, shown, PAGE_BYTES // num_reports - TABLE_BYTES)
     series = _series(report, number, several=False)
     label = f"Histogram of squared-L2 neighbour ratios, {report.name}"
     histogram = histogram_chart(series, ratio_axis(HEADLINE["squared-l2"]), label=label)

@@ -13,7 +13,8 @@ from PIL import Image
 MAX_SIDE = 96
 COLUMNS = 16
 SHEET_TILES = 1024  # a browser decodes a sheet as a whole, and only when one of its tiles is on the screen
-LOSSLESS_BYTES = 3_000_000  # before compression: what comes first on a page is never made worse by JPEG
+LOSSLESS_BYTES = 1_500_000  # before compression: what comes first on a page is never made worse by JPEG
+READ_BYTES = 1 << 25  # of whole images in memory at a time
 JPEG_BLOCK = 16  # tiles start at multiples of this, so that no tile bleeds into its neighbour
 
 Key = tuple[Any, ...]
@@ -164,9 +165,16 @@ class Album:
             self.words = None if encoding.quality is None else encoding.words
             self._add(wanted[first:] + extra, encoding, room)
 
+    def _small(self, keys: list[Key], side: int) -> np.ndarray:
+        """Thumbnails [n, h, w, 3], from images read a few at a time."""
+        size = int(np.prod(self._load(keys[:1]).shape[1:]))
+        step = max(1, READ_BYTES // size)
+        blocks = (self._load(keys[start : start + step]) for start in range(0, len(keys), step))
+        return np.stack([_thumbnail(image, side) for block in blocks for image in block])
+
     def _best_encoding(self, keys: list[Key], room: int) -> Encoding:
         """The first of the ladder with which a sample of the images, scaled up to all, fits into ``room``."""
-        sample = self._load(keys[:: -(-len(keys) // 256)])
+        sample = self._small(keys[:: -(-len(keys) // 256)], MAX_SIDE)
         largest, seen = max(sample.shape[1:3]), set()
         for encoding in LADDER:
             same = (min(encoding.side, largest), encoding.quality)
@@ -180,7 +188,7 @@ class Album:
     def _add(self, keys: list[Key], encoding: Encoding, room: int) -> int:
         """Store images sheet by sheet while there is room; returns what room is left."""
         for start in range(0, len(keys), SHEET_TILES):
-            images = self._load(keys[start : start + SHEET_TILES])
+            images = self._small(keys[start : start + SHEET_TILES], encoding.side)
             sheet = make_sheet(f"{self._css_class}-{len(self.sheets)}", images, encoding)
             if len(sheet.css) > room:
                 images = images[: int(0.95 * len(images) * room / len(sheet.css))]
@@ -202,5 +210,5 @@ def thumbnail_bytes(shape: Sequence[int]) -> int:
 def _thumbnail(image: np.ndarray, side: int) -> np.ndarray:
     picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).convert("RGB")
     if max(picture.size) > side:
-        picture.thumbnail((side, side), Image.Resampling.LANCZOS)
+        picture.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=2.0)
     return np.asarray(picture)
