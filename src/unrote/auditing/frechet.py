@@ -1,6 +1,7 @@
 """The Fréchet distance of two feature sets, with what each image adds to it."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -14,6 +15,13 @@ class Moments:
 
     mean: np.ndarray
     covariance: np.ndarray
+
+    @cached_property
+    def root(self) -> np.ndarray:
+        """The symmetric root of the covariance, float64 [D, D]."""
+        values, vectors = np.linalg.eigh(self.covariance)
+        root: np.ndarray = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
+        return root
 
     @staticmethod
     def of(rows: Rows) -> "Moments":
@@ -36,7 +44,7 @@ def frechet_distance(first: Rows, second: Rows) -> float:
     eigenvalues of Σ₁Σ₂ and, unlike it, real non-negative ones also when there are fewer images than features.
     """
     generated, reference = Moments.of(first), Moments.of(second)
-    root = _root(reference.covariance)
+    root = reference.root
     return _distance(generated, reference, np.linalg.eigvalsh(root @ generated.covariance @ root))
 
 
@@ -50,7 +58,7 @@ def frechet_with_influence(generated: Rows, reference: Moments) -> tuple[float, 
     like 1/n for few images, and a resample has fewer different ones.
     """
     moments = Moments.of(generated)
-    root = _root(reference.covariance)
+    root = reference.root
     values, vectors = np.linalg.eigh(root @ moments.covariance @ root)
     there = values > values[-1] * len(values) * np.finfo(np.float64).eps
     transport = (root @ vectors[:, there]) * values[there] ** -0.25  # T is this times its transpose
@@ -60,12 +68,6 @@ def frechet_with_influence(generated: Rows, reference: Moments) -> tuple[float, 
         quadratic = (block**2).sum(1) - ((block @ transport) ** 2).sum(1)
         influence[where] = 2 * block @ (moments.mean - reference.mean) + quadratic
     return _distance(moments, reference, values), influence - influence.mean()
-
-
-def _root(covariance: np.ndarray) -> np.ndarray:
-    values, vectors = np.linalg.eigh(covariance)
-    root: np.ndarray = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
-    return root
 
 
 def _distance(first: Moments, second: Moments, eigenvalues: np.ndarray) -> float:
