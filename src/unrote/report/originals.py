@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from unrote.auditing.ledger import most_skipped, times_copied
-from unrote.auditing.verdict import orbit_words
 from unrote.neighbours.orbit import orbit
 from unrote.report.gallery import View, ledger_line, more_keys, pair_keys, shorten
 from unrote.report.sprites import Album, Key
+from unrote.report.tables import up_to
 
 if TYPE_CHECKING:
     from unrote.auditing.result import AuditReport
@@ -63,8 +63,8 @@ def extracted_table(report: "AuditReport", album: Album, most: int = ALL_ROWS) -
     words = "1 distinct training image" if extracted["distinct"] == 1 else f"{extracted['distinct']:,} distinct images"
     listed = f", the first {len(rows):,} of them listed" if len(rows) < extracted["distinct"] else ""
     parts = [
-        f"<p>{words}{listed}, duplicates counted once. A near-copy counts for the training image nearest to it, up to "
-        f"{orbit_words(report.summary)}.</p>",
+        f"<p>{words}{listed}, duplicates counted once. A near-copy counts for the training image nearest to "
+        f"it{up_to(report.summary)}.</p>",
         _table(head, rows[:OPEN_ROWS]),
     ]
     if rows[OPEN_ROWS:]:

@@ -18,7 +18,7 @@ import numpy as np
 
 from unrote.auditing.memorization import HEADLINE, at_threshold
 from unrote.auditing.verdict import headline as headline_row
-from unrote.auditing.verdict import headline_table, interval, percent
+from unrote.auditing.verdict import headline_table, interval, percent, similarity
 from unrote.files import write_text
 from unrote.report.charts import Series, cumulative_chart, histogram_chart, ratio_axis
 from unrote.report.gallery import MAX_PAIRS, View, pair_views, pairs_data, pairs_gallery, safe_json, worst_pairs
@@ -99,12 +99,19 @@ def _unbroken(text: str) -> str:
 
 
 def _beside(report: "AuditReport") -> str:
-    """What real images score, to stand beside the big number."""
-    unseen = headline_table(report.summary)["unseen"]
-    if unseen is None:
-        return ""
-    row = at_threshold(unseen, HEADLINE["squared-l2"])
-    return f"; real images that were not trained on: <b>{_unbroken(percent(row['fraction']))}</b>"
+    """What stands beside the big number: what real images score, and what copy detection finds."""
+    unseen, similar = headline_table(report.summary)["unseen"], similarity(report.summary)
+    text = ""
+    if unseen is not None:
+        row = at_threshold(unseen, HEADLINE["squared-l2"])
+        text = f"; real images that were not trained on: <b>{_unbroken(percent(row['fraction']))}</b>"
+    if similar is not None and similar["calibrated"] is not None:
+        found = similar["calibrated"]
+        text += (
+            f"; by copy detection <b>{_unbroken(percent(found['above']['fraction']))}</b> where real images have "
+            f"{_unbroken(percent(found['false_positive_rate']))}"
+        )
+    return text
 
 
 def _series(report: "AuditReport", number: int, *, several: bool) -> list[Series]:

@@ -100,10 +100,14 @@ def _calibrated_words(summary: Summary, definition: str) -> str:
     below = calibrated["below"]
     return (
         f"<p><b>Calibrated on the held-out images:</b> {percent(calibrated['false_positive_rate'])} of "
-        f"{calibrated['num_holdout']:,} of them have a ratio below {calibrated['threshold']:.3g} (up to "
-        f"{orbit_words(summary)}), and so do {percent(below['fraction'])} ({interval(below)}) of the generated "
-        "images.</p>"
+        f"{calibrated['num_holdout']:,} of them have a ratio below {calibrated['threshold']:.3g}{up_to(summary)}, and "
+        f"so do {percent(below['fraction'])} ({interval(below)}) of the generated images.</p>"
     )
+
+
+def up_to(summary: Summary) -> str:
+    """What the audit allows for, to end a sentence with; empty if images are compared as they are."""
+    return f" (up to {orbit_words(summary)})" if summary["settings"]["num_transforms"] > 1 else ""
 
 
 def table(head: str, body: str, caption: str | None = None) -> str:
