@@ -135,11 +135,11 @@ def _similar_sentence(summary: Summary) -> list[str]:
 
 
 def orbit_words(summary: Summary) -> str:
-    """What the orbit allows for: ``flips, shifts, zoom and brightness``; ``nothing`` without an orbit."""
+    """What the orbit allows for: ``flips, shifts, zoom and brightness``; empty without an orbit."""
     settings = summary["settings"]
     allowed = {"flips": settings["flip"], "shifts": settings["max_shift"], "zoom": settings["scales"]}
     words = [word for word, used in {**allowed, "brightness": settings["brightness"]}.items() if used]
-    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words) or "nothing"
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 def holdout_words(summary: Summary) -> str:
@@ -169,8 +169,9 @@ def certainty(summary: Summary) -> list[str]:
             f"{settings['num_neighbors_asked']}: do not compare it with numbers for n = 50."
         )
     notes += _duplicate_notes(summary)
+    up_to = f", up to {orbit_words(summary)}" if settings["num_transforms"] > 1 else ""
     notes.append(
-        f"Pixel distance sees copies that are pixel-wise close, up to {orbit_words(summary)}. It does not see a copy "
+        f"Pixel distance sees copies that are pixel-wise close{up_to}. It does not see a copy "
         "that is cropped, turned, recoloured or reassembled from parts; the count of copies is a lower bound."
         + ("" if summary["copy_space"] else " Copy detection (--encoder sscd) sees more of them.")
     )
@@ -183,7 +184,7 @@ def _duplicate_notes(summary: Summary) -> list[str]:
         return []
     return [
         f"{exact:,} training images are exact duplicates of another; {near['images']:,} are in {near['clusters']:,} "
-        f"clusters of duplicates{' or near-duplicates' if near['method'] == 'near' else ''}, the largest of "
+        f"{'cluster' if near['clusters'] == 1 else 'clusters'} of duplicates{' or near-duplicates' if near['method'] == 'near' else ''}, the largest of "
         f"{near['largest']:,}. The verdict counts each cluster once; the MQ of the papers does not, and is blind to "
         "inexact copies of an image that is there many times."
     ]
