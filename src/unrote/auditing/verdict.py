@@ -182,9 +182,11 @@ def _duplicate_notes(summary: Summary) -> list[str]:
     exact, near = summary["counts"]["train_duplicates"], summary["duplicates"]
     if not near["images"]:
         return []
+    clusters = "cluster" if near["clusters"] == 1 else "clusters"
+    kinds = "duplicates or near-duplicates" if near["method"] == "near" else "duplicates"
     return [
         f"{exact:,} training images are exact duplicates of another; {near['images']:,} are in {near['clusters']:,} "
-        f"{'cluster' if near['clusters'] == 1 else 'clusters'} of duplicates{' or near-duplicates' if near['method'] == 'near' else ''}, the largest of "
+        f"{clusters} of {kinds}, the largest of "
         f"{near['largest']:,}. The verdict counts each cluster once; the MQ of the papers does not, and is blind to "
         "inexact copies of an image that is there many times."
     ]
