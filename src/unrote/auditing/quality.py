@@ -73,7 +73,6 @@ def measure_quality(
         "num_generated": count,
         "num_reference": len(reference),
         "num_pairwise": [min(count, MAX_PAIRWISE), min(len(reference), MAX_PAIRWISE)],
-        "num_resamples": 0,
         "interval_method": "jackknife over generated images, reference fixed",
         "generated": comparison.metrics(Chosen(generated, chosen), similarity[chosen]),
         "floor": floor,
