@@ -4,15 +4,13 @@ from typing import Any
 
 import numpy as np
 
-from unrote.auditing.frechet import Moments, frechet_distance, frechet_with_influence
+from unrote.auditing.frechet import Moments, frechet_with_influence
 from unrote.auditing.intervals import mean_spread, squared_estimate
 from unrote.auditing.kernel import KernelDistance
-from unrote.auditing.manifold import Manifold, manifold_metrics
+from unrote.auditing.manifold import Manifold
 from unrote.auditing.rows import Chosen
 from unrote.neighbours.streaming import Rows
 from unrote.seeding import derive_seed
-
-__all__ = ["frechet_distance", "manifold_metrics", "measure_quality", "mifid", "subsample"]
 
 MIN_IMAGES = 10  # a side; below it there is no number
 MAX_PAIRWISE = 5000  # images a side for what needs all pairs: KID, precision, recall, density, coverage
