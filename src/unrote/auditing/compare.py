@@ -5,7 +5,7 @@ equally near neighbours, and so a neighbour ratio near 1, as if it were no copy.
 ``plain``, as the papers define it, and ``distinct``, where every cluster counts once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -171,23 +171,21 @@ def _joined(first: Neighbours, second: Neighbours) -> Neighbours:
 
 
 def _beside(first: Neighbours, second: Neighbours) -> Neighbours:
-    pairs = zip(
-        (first.squared, first.indices, first.transforms),
-        (second.squared, second.indices, second.transforms),
-        strict=True,
-    )
-    return Neighbours(*(np.concatenate(pair, axis=1) for pair in pairs))
+    """The columns of both."""
+    return _each(lambda one, other: np.concatenate([one, other], axis=1), first, second)
 
 
 def _picked(found: Neighbours, order: np.ndarray) -> Neighbours:
-    return Neighbours(
-        *(np.take_along_axis(part, order, 1) for part in (found.squared, found.indices, found.transforms))
-    )
+    return _each(lambda part: np.take_along_axis(part, order, 1), found)
 
 
 def _cut(found: Neighbours, num: int) -> Neighbours:
-    return Neighbours(*(part[:, :num] for part in _parts(found)))
+    return _each(lambda part: part[:, :num], found)
 
 
-def _parts(found: Neighbours) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    return found.squared, found.indices, found.transforms
+def _each(change: Callable[..., np.ndarray], *found: Neighbours) -> Neighbours:
+    return Neighbours(
+        change(*(one.squared for one in found)),
+        change(*(one.indices for one in found)),
+        change(*(one.transforms for one in found)),
+    )

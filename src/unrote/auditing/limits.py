@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from unrote.auditing.memorization import Definition, fraction
+from unrote.auditing.intervals import fraction
+from unrote.auditing.memorization import Definition
 from unrote.errors import InputError
 
 if TYPE_CHECKING:

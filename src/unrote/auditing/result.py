@@ -23,7 +23,8 @@ class AuditReport:
         curves: neighbour ratios [·] by ``(view, definition, set)``: view ``plain`` or ``orbit``, or these with
             ``-distinct`` (each cluster of duplicates counted once); definition ``l2`` or ``squared-l2``; set ``train``
             (generated against all training images), ``control-train`` and ``holdout`` (against equally many of both)
-            or ``unseen`` (held-out images against training images).
+            or ``unseen`` (held-out images against training images). And similarities in a space of copy detection, by
+            ``(its key, "similarity", set)``: set ``unseen``, or ``background`` (between training images).
         generated: the generated images.
         train: the training images.
         ledger: the run's ledger columns, aligned with ``train``; None if there was none.

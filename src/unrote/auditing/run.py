@@ -104,8 +104,9 @@ def audit(
         for encoder in encoders
     }
     pairs = _pairs(generated, train, views, transforms, curves)
-    for space in spaces.values():
+    for key, space in spaces.items():
         pairs = _with_space(pairs, space, train)
+        curves |= {(key, "similarity", role): values for role, values in space.controls.items()}
     if clip_model is not None:
         pairs["clip_score"] = _clip_scores(clip_model, generated, device)
     summary: dict[str, Any] = {

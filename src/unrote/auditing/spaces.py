@@ -34,10 +34,12 @@ class Space:
     Attributes:
         summary: JSON-able, described in docs/metrics.md.
         columns: one value per generated image; names start with the encoder's key.
+        controls: similarity of held-out images (``unseen``) and between training images (``background``), if measured.
     """
 
     summary: dict[str, Any]
     columns: dict[str, np.ndarray]
+    controls: dict[str, np.ndarray]
 
 
 def measure_space(
@@ -100,11 +102,12 @@ def measure_space(
             "c_t": measure_c_t(generated, train, unseen, distances, seed=seed),
             "fld": likelihood_gap(generated, train, holdout, seed=seed),
         }
-    similarity = None
+    similarity: dict[str, Any] | None = None
+    controls: dict[str, np.ndarray] = {}
     if encoder.copy_detection:
         columns[f"{encoder.key}_similarity"] = similar.values
         columns[f"{encoder.key}_train_index"] = similar.indices
-        similarity = _similarity(similar, train, unseen, identity, search, fpr, num_resamples, seed)
+        similarity, controls = _similarity(similar, train, unseen, identity, search, fpr, num_resamples, seed)
     absolute = highest_absolute(similar, generated, train, search)
     summary = {
         "encoder": encoder.name,
@@ -117,7 +120,7 @@ def measure_space(
         "authenticity": originality,
         "generalization": generalization,
     }
-    return Space(summary, columns)
+    return Space(summary, columns, controls)
 
 
 def _first(found: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -133,8 +136,9 @@ def _similarity(
     fpr: float,
     num_resamples: int,
     seed: int,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Similarity of generated images, between training images, and of held-out ones; the calibrated threshold."""
+    controls = {}
 
     def table(found: Similar, role: str) -> dict[str, Any]:
         resampling = derive_seed(seed, "audit", f"similarity-{role}")
@@ -143,14 +147,18 @@ def _similarity(
     between = None
     if identity.any():
         chosen = subsample(len(train), MAX_ASKED, seed, "background")
-        between = table(background(train, identity, chosen, search), "background")
+        others = background(train, identity, chosen, search)
+        between, controls["background"] = table(others, "background"), others.values
     held_out = None if unseen is None else most_similar(unseen, train, search, "held-out → train, similarity")
-    return {
+    if held_out is not None:
+        controls["unseen"] = held_out.values
+    tables = {
         "generated": table(similar, "generated"),
         "background": between,
         "unseen": None if held_out is None else table(held_out, "unseen"),
         "calibrated": None if held_out is None else calibrated(similar, held_out, fpr, identity),
     }
+    return tables, controls
 
 
 def _check(encoder: Encoder, generated: Rows, train: Rows, holdout: Rows | None, identity: np.ndarray) -> None:

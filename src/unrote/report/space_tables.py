@@ -105,10 +105,14 @@ def _similarity_chart(report: "AuditReport", key: str, space: Summary) -> str:
         return ""
     calibrated = space["similarity"]["calibrated"]
     threshold = calibrated["threshold"] if calibrated else 0.5
-    words = f"{percent(calibrated['false_positive_rate'])} of held-out above" if calibrated else "0.5"
+    above = f"{percent(calibrated['false_positive_rate'])} of held-out above" if calibrated else "0.5"
     label = f"Histogram of similarities, {report.name}, {space['encoder']}"
     series = [Series("generated → most similar training image", values, "c0")]
-    return histogram_chart(series, similarity_axis(threshold, words), label=label)
+    for role, words in (("unseen", "held-out → most similar"), ("background", "training → most similar other")):
+        control = report.curves.get((key, "similarity", role))
+        if control is not None:
+            series.append(Series(words, control, "control" if role == "unseen" else "c1", dashed=True))
+    return histogram_chart(series, similarity_axis(threshold, above), label=label)
 
 
 def quality_part(summary: Summary) -> str:
