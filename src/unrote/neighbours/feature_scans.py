@@ -156,10 +156,11 @@ class FloatScan:
             bounds = self.half.bounds(rows, block, thresholds)
             found = below(bounds, torch.where(last == torch.inf, torch.inf, 0.0).to(bounds.dtype))
             if found is None:
-                squared = self.half.squared(bounds, thresholds[:, None])
-                self.top.add_all(
-                    rows, self._keys(squared, torch.arange(first, first + len(block), device=bounds.device))
-                )
+                columns = torch.arange(first, first + len(block), device=bounds.device)
+                for part in self.top.parts(rows, bounds):
+                    inside = slice(part.start - start, part.stop - start)
+                    squared = self.half.squared(bounds[inside], thresholds[inside, None])
+                    self.top.add_all(part, self._keys(squared, columns))
                 continue
             places, columns = found
             squared = self.half.squared(bounds[places, columns], thresholds[places])
@@ -214,7 +215,7 @@ class QuantisedScan:
         self.errors, self.greatest = errors[0], torch.zeros(2, dtype=torch.float64, device=device)
 
     def rounded(self, rows: np.ndarray) -> tuple[np.ndarray, Tensor]:
-        """Images uint8 [n, 1, 1, D]; how far rounding, and projecting and rounding, moved each at most: float64 [2, n]."""
+        """Images uint8 [n, 1, 1, D]; how far rounding, and projecting and rounding, moved each at most: float64."""
         result = torch.empty(rows.shape, dtype=torch.uint8)
         errors = torch.empty((2, len(rows)), dtype=torch.float64, device=self.device)
         values = rows.shape[1]

@@ -1,5 +1,7 @@
 """The least keys of each query while blocks of scores stream by."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -17,6 +19,13 @@ class RunningTop:
 
     def __init__(self, rows: int, slots: int, device: torch.device):
         self.keys = torch.full((rows, slots), EMPTY, dtype=torch.int64, device=device)
+
+    @staticmethod
+    def parts(rows: slice, scores: Tensor) -> Iterator[slice]:
+        """``rows`` in parts whose keys take no more memory than the scores [t, b] of all of them."""
+        step = max(1, len(scores) // 8)
+        for start in range(rows.start, rows.stop, step):
+            yield slice(start, min(start + step, rows.stop))
 
     def add_all(self, rows: slice, keys: Tensor) -> None:
         """Merge a whole tile of keys [t, b]; needs no word from the device."""

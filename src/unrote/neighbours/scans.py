@@ -71,6 +71,7 @@ class IntegerScan:
         self.queries = signed(queries).to(device)
         self.norms = integer_norms(self.queries)
         self.top = RunningTop(len(queries), slots, device)
+        self._products = torch.empty((1, 0), dtype=self.dtype, device=device)
         # Every view shows the values of one of these, moved.
         self.bases = list(dict.fromkeys(view.unmoved for view in views))
         self.base_of = [self.bases.index(view.unmoved) for view in views]
@@ -112,9 +113,14 @@ class IntegerScan:
         """‖reference‖² − 2 · dot product, the least over the views, and which view that is."""
         queries = self.queries[rows]
         best = which = None
+        size = len(queries) * norms.shape[1]
+        if self._products.shape[1] < size:
+            # Kept, as fresh memory costs an eighth of the product: one for the least, one for the current view.
+            self._products = torch.empty((min(2, self.num_views), size), dtype=self.dtype, device=queries.device)
         for index, (base, source) in enumerate(zip(self.base_of, self.sources, strict=True)):
             columns = bases[base] if self.num_views == 1 else bases[base][source]
-            dots = integer_product(queries, columns, self.dtype)
+            product = self._products[min(index, 1), :size].view(len(queries), -1)
+            dots = integer_product(queries, columns, self.dtype, product)
             scores = torch.add(norms[index], dots, alpha=-2, out=dots)
             if best is None:
                 best = scores
@@ -140,9 +146,11 @@ class IntegerScan:
     def _keep(self, rows: slice, first: int, scores: Tensor, which: Tensor | None, limits: Tensor) -> None:
         found = below(scores, limits)
         if found is None:
-            keys = scores.long().add_(self.norms[rows, None]).mul_(self.num_references)
-            keys.add_(torch.arange(first, first + keys.shape[1], device=keys.device)).mul_(self.num_views)
-            self.top.add_all(rows, keys if which is None else keys.add_(which))
+            for part in self.top.parts(rows, scores):
+                inside = slice(part.start - rows.start, part.stop - rows.start)
+                keys = scores[inside].long().add_(self.norms[part, None]).mul_(self.num_references)
+                keys.add_(torch.arange(first, first + keys.shape[1], device=keys.device)).mul_(self.num_views)
+                self.top.add_all(part, keys if which is None else keys.add_(which[inside]))
             return
         places, columns = found
         queries = places + rows.start

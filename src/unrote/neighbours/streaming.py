@@ -51,10 +51,14 @@ class Blocks:
         ``query_bytes`` and ``reference_bytes`` are per value, with all copies that exist at one time.
         """
         group = memory_bytes // 2 // (values * query_bytes + 64 * slots)
-        block = min(MAX_BLOCK, memory_bytes // 4 // (values * reference_bytes))
-        block = max(1, block // 64 * 64 or block)
-        tile = min(MAX_BLOCK, memory_bytes // 4 // (48 * block))
-        return Blocks(max(1, group), block, max(1, tile))
+        block = _even(min(MAX_BLOCK, memory_bytes // 4 // (values * reference_bytes)))
+        tile = _even(min(MAX_BLOCK, memory_bytes // 4 // (16 * block)))
+        return Blocks(max(1, group), block, tile)
+
+
+def _even(size: int) -> int:
+    """A multiple of 64 if there is room: matrix products are up to a fifth faster."""
+    return max(1, size // 64 * 64 or size)
 
 
 @dataclass(frozen=True)
