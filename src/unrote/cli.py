@@ -228,10 +228,12 @@ def scan(data: str, out: Path, as_json: bool, **options: Any) -> None:
     """Find duplicates, leaks and images at risk before training."""
     from unrote.api import scan as look
 
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out}: is a file; give a folder")
     report = look(data, **options)
     page = report.save(out)
-    keep = f"next: unrote train --data {data} --set data.include={out / 'keep.txt'} --out runs/first"
-    click.echo(json.dumps(report.summary) if as_json else f"{report}\n{page}\n{keep}")
+    keep = f"\nnext: unrote train --data {data} --set data.include={out / 'keep.txt'} --out runs/first"
+    click.echo(json.dumps(report.summary) if as_json else f"{report}\n{page}{keep if len(report.keep) else ''}")
 
 
 @cli.command()

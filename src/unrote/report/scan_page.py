@@ -24,7 +24,15 @@ MAX_GROUPS, MAX_MEMBERS, MAX_RISKS = 150, 12, 240
 
 def write_scan(report: "ScanReport", out: Path) -> Path:
     """Write scan.json, clusters.json, risk.csv, keep.txt and scan.html into ``out``; returns the path of the page."""
-    groups = [{"size": len(group), "names": [report.name(i) for i in group]} for group in report.groups()]
+    own = len(report.images)
+    groups = [
+        {
+            "size": len(group),
+            "names": [report.name(index) for index in group if index < own],
+            "holdout_names": [report.name(index) for index in group if index >= own],
+        }
+        for group in report.groups()
+    ]
     found = zip(report.pairs.tolist(), report.correlations.tolist(), strict=True)
     pairs = [[report.name(left), report.name(right), round(value, 4)] for (left, right), value in found]
     write_json(out / "scan.json", report.summary)
@@ -65,7 +73,8 @@ def scan_page(report: "ScanReport") -> str:
     top = f'<header class="top"><p class="kicker">unrote scan</p>{words}</header>'
     content = (
         f"<h2>Clusters of duplicates</h2>{groups}<h2>Most likely to be memorized</h2>"
-        "<p>log2(copies) + log2(isolation), and what a run's ledger adds; see docs/scan.md.</p>"
+        "<p>The number is log2(copies) + log2(isolation), and what a run's ledger adds; docs/scan.md says what it is "
+        "worth. One image of each cluster; all are in risk.csv.</p>"
         f"{risks}{_bad(report)}"
     )
     return document(f"Scan of {source}", style, script, top, content)
@@ -95,13 +104,18 @@ def _groups(report: "ScanReport") -> tuple[str, str]:
             f'<li class="pair" data-pair><div class="images">{"".join(tiles)}</div>'
             f'<div class="ratio">{len(whole):,} images</div><span class="name">{" · ".join(names)}</span></li>'
         )
-    note = f"<p class='soft'>{len(shown):,} of {len(groups):,} clusters; all are in clusters.json.</p>"
+    note = (
+        f'<p class="soft">{len(shown):,} of {len(groups):,} clusters, held-out images included; '
+        "all are in clusters.json.</p>"
+    )
     return f'{note}<ul class="pairs">{"".join(items)}</ul>', sheet.css
 
 
 def _risks(report: "ScanReport") -> tuple[str, str]:
     room = max(1, min(MAX_RISKS, RAW_BYTES // thumbnail_bytes(report.images.images.shape[1:])))
-    chosen = by_risk(report)[:room]
+    order = by_risk(report)
+    _, best = np.unique(report.risk["cluster"][order], return_index=True)  # of duplicates, the riskiest
+    chosen = order[np.sort(best)][:room]
     sheet = make_sheet("k", np.stack([report.pixels(index) for index in chosen.tolist()]))
     items = []
     for position, index in enumerate(chosen.tolist()):

@@ -10,7 +10,7 @@ import torch
 
 from unrote.data.store import ImageStore
 from unrote.errors import InputError
-from unrote.scanning.duplicates import clusters, digests_of, duplicate_pairs
+from unrote.scanning.duplicates import clusters, digests_of, duplicate_pairs, largest_shift
 
 MAX_REFERENCES = 20_000
 SCHEMA_VERSION = 1
@@ -94,17 +94,20 @@ def scan(
     Args:
         images: the training images.
         holdout: images that must not be among them.
-        max_shift: duplicates may be shifted by up to so many pixels (and mirrored).
+        max_shift: duplicates may be shifted by up to so many pixels (at most a quarter of the side), and mirrored.
         seed: of the reference images.
         ledger: columns of a run on exactly these images.
 
     Raises:
-        InputError: sets of different shapes, or a ledger of another length.
+        InputError: sets of different shapes, a negative shift, or a ledger of another length.
     """
     if holdout is not None and holdout.images.shape[1:] != images.images.shape[1:]:
         raise InputError(f"{holdout.source} and {images.source} differ in size; give --resolution")
     if ledger is not None and len(ledger["visits"]) != len(images):
         raise InputError(f"the run's ledger has {len(ledger['visits'])} images, {images.source} has {len(images)}")
+    if max_shift < 0:
+        raise InputError(f"max_shift is {max_shift}; it must be 0 (none) or more")
+    max_shift = min(max_shift, largest_shift(images.images.shape))
     own = len(images)
     stores = [images] if holdout is None else [images, holdout]
     digests = np.concatenate([digests_of(store) for store in stores])
