@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 import unrote
+from browser import Browser
 from unrote.api import training_images
 from unrote.cli import cli
 from unrote.config import load_config
@@ -256,3 +257,16 @@ def test_the_list_of_a_scan_trains_resumes_and_is_watched(tmp_path):
     keep.write_text(listed)
     with pytest.raises(InputError, match="not trained on exactly"):
         CliRunner().invoke(cli, [*look, str(tmp_path / "again"), "--run", str(out)], catch_exceptions=False)
+
+
+def test_the_page_in_a_browser(planted, tmp_path):
+    page = planted.save(tmp_path / "found")
+    with Browser(tmp_path) as browser:
+        browser.open(page)
+        assert browser.run("document.title") == f"Scan of {EVIL}"
+        assert browser.run("document.querySelectorAll('li.pair[data-pair]').length") == 5
+        assert EVIL in browser.run("document.querySelector('li.pair .name').textContent")
+        assert browser.run("[...document.querySelectorAll('main script')].length") == 0
+        browser.run("document.querySelector('.pair .images').click()")
+        assert browser.run("document.querySelector('dialog').open")
+        assert all(address.startswith(("file:", "data:")) for address in browser.requests) and not browser.complaints
