@@ -23,12 +23,12 @@ from unrote.neighbours.orbit import orbit
 from unrote.scanning.scan import scan
 from unrote.training.run import Run
 
-SIDE, SINGLE, REPEATED, TIMES = 16, 400, 20, 10
+SIDE, SINGLE, REPEATED, TIMES = 16, 150, 10, 8
 EPOCHS, BATCH = 150, 32
 
 
 def repeating(data: str, seed: int) -> np.ndarray:
-    """400 images that are there once, and 20 that are there ten times, altered: flip, shift, JPEG, brightness."""
+    """150 images that are there once, and 10 that are there eight times, altered: flip, shift, JPEG, brightness."""
     store, random = unrote.open_images(data, resolution=SIDE), np.random.default_rng(seed)
     images = np.asarray(store.images[np.sort(random.choice(len(store), SINGLE + REPEATED, replace=False))])
     alterations = [
@@ -44,7 +44,7 @@ def repeating(data: str, seed: int) -> np.ndarray:
 
 def measure(run: Run, images: np.ndarray | None) -> None:
     """Print the AUC of everything that the risk is made of."""
-    from unrote.api import training_images
+    from unrote.training.images import training_images
 
     train = training_images(run.config) if images is None else in_memory_store(images, source="repeating")
     samples = unrote.open_images(run.path / "samples", resolution=None)
@@ -82,7 +82,12 @@ def main() -> None:
     for path in options.runs:
         run = Run(path)
         if images is not None:
-            settings = {"training.epochs": EPOCHS, "training.batch_size": BATCH, "seed": options.seed}
+            settings = {
+                "training.epochs": EPOCHS,
+                "training.ema_decay": 0.99,
+                "training.batch_size": BATCH,
+                "seed": options.seed,
+            }
             run = unrote.train(images, out=path, method="standard", settings=settings)
             unrote.sample(run, 512, out=path / "samples")
         measure(run, images)
