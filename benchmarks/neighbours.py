@@ -166,7 +166,7 @@ class Clock:
     def read(self) -> dict[str, float]:
         """Since the start."""
         now = time.perf_counter(), time.process_time()
-        return {"seconds": round(now[0] - self.start[0], 4), "cpu_seconds": round(now[1] - self.start[1], 2)}
+        return {"seconds": round(now[0] - self.start[0], 4), "cpu_seconds": round(now[1] - self.start[1], 4)}
 
 
 def peak_rss_mib() -> int:
