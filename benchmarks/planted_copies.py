@@ -1,8 +1,8 @@
 """How many planted copies the audit finds, by kind, and how many real images it takes for copies.
 
 1,000 CIFAR-10 test images and 50 copies of each kind, of training images drawn by a seed, are audited against all
-50,000 training images; the other 9,000 test images are held out. Needs ``unrote data get cifar10``, and for copy detection the
-``sscd`` extra. About an hour on two cores, most of it SSCD's features. Usage:
+50,000 training images; the other 9,000 test images are held out. Needs ``unrote data get cifar10``, and for copy
+detection the ``sscd`` extra. About an hour on two cores, most of it SSCD's features. Usage:
 
     python benchmarks/planted_copies.py [--encoder sscd] [--out benchmarks/results]
 """

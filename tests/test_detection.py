@@ -12,13 +12,13 @@ import torch
 from click.testing import CliRunner
 from diffusers import DDPMScheduler, UNet2DModel
 
-from unrote.api import rank_prompts
 from unrote.cli import cli
 from unrote.data import in_memory_store
 from unrote.detection.membership import attacked_timesteps, labelled_as, pia_scores
 from unrote.detection.prompts import prompt_scores, read_prompts
 from unrote.detection.roc import auc, separation, tpr_at_fpr
 from unrote.errors import InputError
+from unrote.measures import rank_prompts
 from unrote.models.denoiser import DenoisingLoss
 from unrote.seeding import generator
 

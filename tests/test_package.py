@@ -60,6 +60,7 @@ def loaded_by(code):
         ("from unrote.cli import main\ntry: main()\nexcept SystemExit: pass", HEAVY - {"pydantic"}),
         ("import unrote.config", {"torch", "diffusers"}),
         ("import unrote.data", {"torch", "datasets", "diffusers"}),
+        ("import unrote.measures", {"diffusers", "transformers", "scipy"}),
     ],
 )
 def test_importing_loads_nothing_heavy(code, heavy):
@@ -111,6 +112,12 @@ def test_the_method_knows_only_torch_and_indices():
     ("folder", "never"),
     [
         ("auditing", {"training", "method", "models", "cli", "config", "sampling", "demo"}),
+        (
+            "neighbours",
+            {"training", "method", "models", "cli", "config", "sampling", "demo", "auditing", "report", "scanning"},
+        ),
+        ("encoders", {"training", "method", "models", "cli", "sampling", "demo", "auditing", "report", "scanning"}),
+        ("scanning", {"training", "method", "models", "cli", "config", "sampling", "demo"}),
         ("report", {"training", "method", "models", "cli", "config", "sampling", "demo"}),
         ("data", {"training", "method", "models", "cli", "auditing", "report", "sampling", "config", "demo"}),
         ("models", {"training", "method", "cli", "auditing", "report", "sampling", "demo"}),

@@ -12,7 +12,6 @@ from PIL import Image
 
 import unrote
 from browser import Browser
-from unrote.api import training_images
 from unrote.cli import cli
 from unrote.config import load_config
 from unrote.data import in_memory_store
@@ -22,6 +21,7 @@ from unrote.errors import InputError
 from unrote.scanning.duplicates import clusters, duplicate_pairs, joined, near_clusters, pair_correlations
 from unrote.scanning.hashing import MIRRORED, near_pairs, perceptual_hashes
 from unrote.scanning.scan import scan
+from unrote.training.images import training_images
 
 EVIL = "<script>document.title='pwned'</script>"
 

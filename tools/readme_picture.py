@@ -5,9 +5,9 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from unrote.api import audit
 from unrote.auditing import AuditReport
 from unrote.demo import METHODS, copied, run_folder
+from unrote.measures import audit
 
 SIDE, GAP, COLUMNS, LABEL = 80, 6, 11, 118
 INK, PAPER, RED = "#1c1b1a", "#ffffff", "#b3261e"

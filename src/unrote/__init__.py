@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from unrote.api import audit, membership, scan, train
+    from unrote.api import train
     from unrote.auditing import AuditReport
     from unrote.data import ImageStore, open_images
     from unrote.detection.prompts import prompt_scores
     from unrote.errors import InputError
+    from unrote.measures import audit, membership, scan
     from unrote.method.bank import LossBank
     from unrote.method.ensemble import Redistribution, ShardEnsemble
     from unrote.method.gate import LossGate
@@ -28,12 +29,12 @@ _HOMES = {
     "Redistribution": "unrote.method.ensemble",
     "Run": "unrote.training.run",
     "ShardEnsemble": "unrote.method.ensemble",
-    "audit": "unrote.api",
-    "membership": "unrote.api",
+    "audit": "unrote.measures",
+    "membership": "unrote.measures",
     "open_images": "unrote.data",
     "prompt_scores": "unrote.detection.prompts",
     "sample": "unrote.sampling",
-    "scan": "unrote.api",
+    "scan": "unrote.measures",
     "train": "unrote.api",
 }
 

@@ -117,7 +117,8 @@ def _read_config(
 def train(out: Path, dry_run: bool, device: str | None, as_json: bool, **options: Any) -> None:
     """Train a diffusion model. The same command again goes on where it was interrupted."""
     config = _read_config(**options)
-    from unrote.api import plan, train_config, training_images
+    from unrote.api import plan, train_config
+    from unrote.training.images import training_images
 
     images = training_images(config)
     if dry_run:
@@ -152,7 +153,7 @@ def _after_training(out: Path, summary: dict[str, Any]) -> str:
 @_device_option
 def sample(model: str, out: Path | None, device: str | None, **options: Any) -> None:
     """Generate images. What is already there is not made again."""
-    from unrote.api import pick_device
+    from unrote.device import pick_device
     from unrote.sampling import sample as make
 
     target = make(model, out=out, device=pick_device(device), **options)
@@ -198,8 +199,8 @@ def audit(
     generated: str, train: str, out: Path | None, fail_above: tuple[str, ...], as_json: bool, **options: Any
 ) -> None:
     """Measure what generated images copy from the training images."""
-    from unrote.api import audit as measure
     from unrote.auditing.limits import exceeded, parse_limit
+    from unrote.measures import audit as measure
 
     limits = [parse_limit(text) for text in fail_above]
     folder = out or Path(f"{generated.removesuffix('.npz').rstrip('/')}-report")
@@ -226,7 +227,7 @@ def audit(
 @_json_option
 def scan(data: str, out: Path, as_json: bool, **options: Any) -> None:
     """Find duplicates, leaks and images at risk before training."""
-    from unrote.api import scan as look
+    from unrote.measures import scan as look
 
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: is a file; give a folder")
@@ -244,7 +245,7 @@ def scan(data: str, out: Path, as_json: bool, **options: Any) -> None:
 @_json_option
 def membership(run: str, as_json: bool, **options: Any) -> None:
     """Test whether a run's training images can be told from others by the loss (PIA)."""
-    from unrote.api import membership as test
+    from unrote.measures import membership as test
 
     result = test(run, **options)
     low, high = result["auc_interval"]
@@ -269,7 +270,7 @@ def membership(run: str, as_json: bool, **options: Any) -> None:
 @_json_option
 def prompts(pipeline: str, file: Path, device: str | None, as_json: bool, **options: Any) -> None:
     """Rank prompts by how strongly they steer a text-to-image model: memorized ones stand out (Wen et al. 2024)."""
-    from unrote.api import rank_prompts
+    from unrote.measures import rank_prompts
 
     result = rank_prompts(pipeline, file, device=device, **options)
     if as_json:

@@ -5,12 +5,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from unrote.api import audit, train_config, training_images
+from unrote.api import train_config
 from unrote.auditing import AuditReport
 from unrote.auditing.memorization import HEADLINE, at_threshold
 from unrote.config import Config, load_config
+from unrote.measures import audit
 from unrote.report.page import write_page
 from unrote.sampling import sample
+from unrote.training.images import training_images
 
 logger = logging.getLogger("unrote")
 
