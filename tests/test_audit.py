@@ -68,7 +68,7 @@ def test_summary_counts(planted):
     assert summary["exact_copies"]["plain"]["count"] >= 20
     assert [row["threshold"] for row in plain["mq"]] == list(THRESHOLDS)
     assert summary["counts"] == {
-        "generated": 100, "train": 300, "holdout": 280, "control": 280, "train_duplicates": 0,
+        "generated": 100, "train": 300, "holdout": 280, "control": 280, "leaks": 1, "train_duplicates": 0,
     }  # fmt: skip
     assert summary["verdict"]["level"] == "heavy" and summary["settings"]["num_neighbors"] == 50
 
@@ -224,6 +224,23 @@ def test_calibrated_threshold_keeps_its_rate(planted):
         for definition in ("l2", "squared-l2"):
             calibrated = planted.summary["memorization"][view][definition]["calibrated"]
             unseen = planted.curves[view, definition, "unseen"]
-            assert (unseen < calibrated["threshold"]).sum() <= 0.01 * len(unseen) == 0.01 * calibrated["num_holdout"]
+            count = calibrated["num_holdout"]
+            assert count == len(unseen) - planted.summary["counts"]["leaks"]
+            assert (unseen < calibrated["threshold"]).sum() == calibrated["unseen"]["count"]
+            assert calibrated["unseen"]["count"] <= 0.01 * count + planted.summary["counts"]["leaks"]
             below = planted.pairs[("orbit_" if view == "orbit" else "") + "ratio_" + definition.replace("-", "_")]
             assert calibrated["below"]["count"] == (below < calibrated["threshold"]).sum() >= 20
+
+
+def test_held_out_duplicates_of_training_images_are_counted_and_set_no_threshold():
+    train, holdout = emoji()
+    leaky = np.concatenate([holdout[:200], train[:30], np.roll(train[30:40], 1, axis=2)])
+    sets = (holdout[200:230], train, leaky)
+    reports = [
+        audit(*(in_memory_store(part, source="x") for part in sets), near_duplicates=near) for near in (True, False)
+    ]
+    assert [report.summary["counts"]["leaks"] for report in reports] == [41, 30]  # one more by nature
+    for report, least in zip(reports, (0.05, 0.0), strict=True):
+        calibrated = report.summary["memorization"]["orbit"]["squared-l2"]["calibrated"]
+        assert calibrated["threshold"] > least and calibrated["unseen"]["count"] >= 30
+        assert any("held-out images are duplicates" in note for note in report.summary["certainty"])

@@ -213,6 +213,37 @@ def test_factors_out_of_range_are_refused(factors, message):
         orbit(flip=True, max_shift=1, height=8, width=8, **factors)
 
 
-def test_a_shift_larger_than_the_image_is_refused():
-    with pytest.raises(InputError, match="max_shift is 4"):
-        orbit(flip=True, max_shift=4, height=4, width=9)
+def test_a_shift_that_leaves_nothing_to_compare_is_refused():
+    for shift in (2, -1):
+        with pytest.raises(InputError, match=f"max_shift is {shift}.*0 to 1 pixels"):
+            orbit(flip=True, max_shift=shift, height=4, width=9)
+
+
+@pytest.mark.parametrize("transforms", [(IDENTITY,), (Transform(flip=True, right=1),), "orbit"])
+def test_a_margin_leaves_the_border_out(transforms):
+    random = np.random.default_rng(5)
+    queries, references = (random.integers(0, 256, (n, 7, 9, 3), dtype=np.uint8) for n in (6, 40))
+    if transforms == "orbit":
+        transforms = orbit(flip=True, max_shift=2, height=7, width=9)
+    found = nearest_images(queries, references, 10, transforms=transforms, margin=2)
+    inside = (slice(None), slice(2, -2), slice(2, -2))
+    views = np.stack([view.apply(references)[inside] for view in transforms]).astype(np.int64)
+    every = ((queries[inside][:, None, None].astype(np.int64) - views[None]) ** 2).sum((3, 4, 5))
+    least = every.min(1)
+    order = np.argsort(least, axis=1, kind="stable")[:, :10]
+    assert (found.indices == order).all()
+    assert (found.squared == np.take_along_axis(least, order, 1)).all()
+    assert (found.transforms == np.take_along_axis(every.argmin(1), order, 1)).all()
+
+
+@pytest.mark.parametrize("fill", ["black", "edge", "wrap"])
+def test_a_shifted_copy_is_at_distance_zero_whatever_fills_its_border(fill):
+    references = np.random.default_rng(6).integers(0, 256, (30, 12, 12, 3), dtype=np.uint8)
+    copy = np.roll(references[:5], (2, -1), axis=(1, 2))
+    if fill != "wrap":
+        copy[:, :2] = 0 if fill == "black" else copy[:, 2:3]
+        copy[:, :, -1:] = 0 if fill == "black" else copy[:, :, -2:-1]
+    views = orbit(flip=True, max_shift=2, height=12, width=12)
+    found = nearest_images(copy, references, 3, transforms=views, margin=2)
+    assert (found.squared[:, 0] == 0).all() and (found.indices[:, 0] == np.arange(5)).all()
+    assert {views[i].label for i in found.transforms[:, 0]} == {"shift (+2, -1)"}

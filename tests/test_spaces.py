@@ -68,17 +68,26 @@ def test_calibrated_threshold_allows_exactly_its_rate(count, rate, allowed):
     unseen = Similar(random.permutation(count) / count, np.zeros(count, np.int64))
     identity = np.array([0, 0, 2])
     similar = Similar(np.array([1.0, 1.0, 0.0]), np.array([0, 1, 2]))
-    found = calibrated(similar, unseen, rate, identity)
+    found = calibrated(similar, unseen, np.zeros(count, bool), rate, identity)
     assert (unseen.values > found["threshold"]).sum() == allowed and found["num_holdout"] == count
     assert found["above"]["count"] == 2 and found["above"]["distinct"] == 1
 
 
 def test_calibrated_threshold_with_ties_stays_below_its_rate_and_needs_enough_images():
     tied = Similar(np.full(300, 0.4), np.zeros(300, np.int64))
-    found = calibrated(tied, tied, 0.01, np.zeros(1, np.int64))
+    found = calibrated(tied, tied, np.zeros(300, bool), 0.01, np.zeros(1, np.int64))
     assert found["threshold"] == 0.4 and found["above"]["count"] == 0
     few = Similar(np.linspace(0, 1, 99), np.zeros(99, np.int64))
-    assert calibrated(few, few, 0.01, np.zeros(1, np.int64)) is None
+    assert calibrated(few, few, np.zeros(99, bool), 0.01, np.zeros(1, np.int64)) is None
+
+
+def test_duplicates_among_held_out_images_do_not_set_the_threshold_but_are_counted():
+    unseen = Similar(np.concatenate([np.linspace(0, 0.5, 200), np.full(20, 0.99)]), np.zeros(220, np.int64))
+    leaks = np.arange(220) >= 200
+    similar = Similar(np.array([0.6, 0.4, 0.995]), np.zeros(3, np.int64))
+    found = calibrated(similar, unseen, leaks, 0.01, np.zeros(1, np.int64))
+    assert found["threshold"] == np.linspace(0, 0.5, 200)[197] and found["num_holdout"] == 200
+    assert found["above"]["count"] == 2 and found["unseen"]["count"] == 22
 
 
 def test_above_is_strict():

@@ -27,10 +27,12 @@ class References:
     Attributes:
         store: the images.
         clusters: the least index of the duplicates each image belongs to, its own if it has none. int64 [N].
+        leaks: of held-out images, which are duplicates of training images. bool [N].
     """
 
     store: ImageStore
     clusters: np.ndarray
+    leaks: np.ndarray | None = None
 
     def chosen(self, size: int, seed: int, purpose: str) -> "References":
         """``size`` of them by the seed, in their order; all if there are no more."""
@@ -38,7 +40,8 @@ class References:
             return self
         rows = subsample(len(self.store), size, seed, purpose)
         _, first, inverse = np.unique(self.clusters[rows], return_index=True, return_inverse=True)
-        return References(self.store.subset(rows), first[inverse.reshape(-1)])
+        leaks = None if self.leaks is None else self.leaks[rows]
+        return References(self.store.subset(rows), first[inverse.reshape(-1)], leaks)
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class View:
         control_train: generated images among as many training images as there are held-out ones (or the reverse).
         control_holdout: generated images among equally many held-out images.
         unseen: held-out images, in place of generated ones, among all training images.
+        leaks: which of these are duplicates of training images, bool.
         control_size: how many images either side of the control has.
     """
 
@@ -72,6 +76,7 @@ class View:
     control_train: Found | None = None
     control_holdout: Found | None = None
     unseen: Found | None = None
+    leaks: np.ndarray | None = None
     control_size: int = 0
 
     def share(self) -> TrainShare | None:
@@ -105,12 +110,15 @@ def compare(
     num: int,
     seed: int,
     transforms: Sequence[Transform],
+    *,
+    margin: int = 0,
     resume: Path | None = None,
 ) -> View:
     """Neighbours among train, and among equally many training and held-out images."""
 
     def among(queries: ImageStore, references: References, what: str) -> Found:
-        return find(queries, references, num, transforms, label=f"{name}: {what}", resume=resume)
+        label = f"{name}: {what}"
+        return find(queries, references, num, transforms, margin=margin, label=label, resume=resume)
 
     found = among(generated, train, "generated → train")
     if holdout is None:
@@ -120,8 +128,9 @@ def compare(
     if len(train.store) > size:
         control_train = among(generated, train.chosen(size, seed, "control-train"), "generated → train, subset")
     control = among(generated, holdout.chosen(size, seed, "control-holdout"), "generated → held-out")
-    unseen = holdout.chosen(max(len(generated), MIN_UNSEEN), seed, "unseen").store
-    return View(name, found, control_train, control, among(unseen, train, "held-out → train"), size)
+    unseen = holdout.chosen(max(len(generated), MIN_UNSEEN), seed, "unseen")
+    seen = among(unseen.store, train, "held-out → train")
+    return View(name, found, control_train, control, seen, unseen.leaks, size)
 
 
 def find(
@@ -130,6 +139,7 @@ def find(
     num: int,
     transforms: Sequence[Transform],
     *,
+    margin: int = 0,
     label: str | None = None,
     resume: Path | None = None,
 ) -> Found:
@@ -145,7 +155,9 @@ def find(
         images = (
             references.store.images if len(chosen) == len(references.store) else references.store.subset(chosen).images
         )
-        found = nearest_images(queries.images, images, count, transforms=transforms, progress=label, resume=resume)
+        found = nearest_images(
+            queries.images, images, count, transforms=transforms, margin=margin, progress=label, resume=resume
+        )
         return _renumbered(found, chosen)
 
     if firsts.all():

@@ -52,19 +52,36 @@ def memorization_quantity(
     return rows
 
 
-def calibrated(ratios: np.ndarray, unseen: np.ndarray, rate: float, originals: np.ndarray) -> dict[str, Any] | None:
+def calibrated(
+    ratios: np.ndarray, unseen: np.ndarray, leaks: np.ndarray, rate: float, originals: np.ndarray
+) -> dict[str, Any] | None:
     """The threshold that at most the share ``rate`` of real held-out images falls below, and what falls below it.
 
     A threshold found on some data means nothing on other data: 0.33 was chosen for small photographs, and icons or
-    series of variants resemble each other far more. Of ``unseen`` [M], floor(rate · M) lie strictly below; None if M
-    is too small for a single one, as the rate is then not known to be kept.
+    series of variants resemble each other far more. Held-out images that duplicate training images (``leaks``) would
+    drag it down to where only copies as good as these pass, so they do not count; ``unseen`` of the result does count
+    them, as a model that copies nothing makes such images too. Of the M others floor(rate · M) lie strictly below; None
+    if M is too small for a single one, as the rate is then not known to be kept.
+
+    Args:
+        ratios: of the generated images [G].
+        unseen: of the held-out images [M].
+        leaks: which of these are duplicates of training images, bool [M].
+        rate: false-positive rate, in (0, 1).
+        originals: identity of each generated image's nearest training image [G].
     """
-    allowed = int(rate * len(unseen) * (1 + 1e-12))  # 0.29 · 100 must not become 28
+    real = unseen[~leaks]
+    allowed = int(rate * len(real) * (1 + 1e-12))  # 0.29 · 100 must not become 28
     if allowed < 1:
         return None
-    threshold = float(np.partition(unseen, allowed)[allowed])
-    row = memorization_quantity(ratios, originals, (threshold,))[0]
-    return {"false_positive_rate": rate, "threshold": threshold, "num_holdout": len(unseen), "below": row}
+    threshold = float(np.partition(real, allowed)[allowed])
+    return {
+        "false_positive_rate": rate,
+        "threshold": threshold,
+        "num_holdout": len(real),
+        "below": memorization_quantity(ratios, originals, (threshold,))[0],
+        "unseen": memorization_quantity(unseen, None, (threshold,))[0],
+    }
 
 
 def at_threshold(table: Sequence[dict[str, Any]], threshold: float) -> dict[str, Any]:

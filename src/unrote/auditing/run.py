@@ -16,14 +16,14 @@ from unrote.auditing.memorization import DEFINITIONS, HEADLINE, calibrated, imag
 from unrote.auditing.result import AuditReport
 from unrote.auditing.spaces import Space, measure_space
 from unrote.auditing.verdict import certainty, verdict
-from unrote.data.store import ImageStore, image_digests
+from unrote.data.store import ImageStore
 from unrote.encoders import Encoder, features
 from unrote.encoders.cache import pixels_digest
 from unrote.encoders.random_conv import RandomConvEncoder
 from unrote.errors import InputError
 from unrote.neighbours.images import Neighbours
 from unrote.neighbours.orbit import BRIGHTNESS, IDENTITY, SCALES, Transform, orbit
-from unrote.scanning.duplicates import near_clusters
+from unrote.scanning.duplicates import digests_of, near_clusters, shared_clusters
 
 SCHEMA_VERSION = 2
 
@@ -87,11 +87,12 @@ def audit(
     check_ledger(ledger, len(train))
     height, width = train.images.shape[1:3]
     transforms = orbit(flip=flip, max_shift=max_shift, scales=scales, brightness=brightness, height=height, width=width)
-    references = _references(train, near_duplicates)
-    control = None if holdout is None else _references(holdout, near_duplicates)
-    views = [compare("plain", generated, references, control, num_neighbors, seed, (IDENTITY,), resume)]
+    references, control = _references(train, holdout, near_duplicates)
+    views = [compare("plain", generated, references, control, num_neighbors, seed, (IDENTITY,), resume=resume)]
     if len(transforms) > 1:
-        views.append(compare("orbit", generated, references, control, num_neighbors, seed, transforms, resume))
+        # What a shift brings in at the border is unknown, so no view is compared there.
+        asked = (generated, references, control, num_neighbors, seed, transforms)
+        views.append(compare("orbit", *asked, margin=max_shift, resume=resume))
     else:
         views.append(replace(views[0], name="orbit"))
     identity = _identity(train)
@@ -99,7 +100,14 @@ def audit(
     stores = (generated, train, holdout)
     spaces = {
         encoder.key: _space(
-            encoder, stores, references.clusters, rate=false_positive_rate, seed=seed, cache=cache, device=device
+            encoder,
+            stores,
+            references.clusters,
+            None if control is None else control.leaks,
+            rate=false_positive_rate,
+            seed=seed,
+            cache=cache,
+            device=device,
         )
         for encoder in encoders
     }
@@ -119,6 +127,7 @@ def audit(
             "train": len(train),
             "holdout": None if holdout is None else len(holdout),
             "control": None if holdout is None else min(len(train), len(holdout)),
+            "leaks": None if control is None or control.leaks is None else int(control.leaks.sum()),
             "train_duplicates": int((identity != np.arange(len(train))).sum()),
         },
         "settings": {
@@ -179,19 +188,28 @@ def _all_encoders(encoders: Sequence[Encoder]) -> list[Encoder]:
     return every
 
 
-def _references(store: ImageStore, near: bool) -> References:
-    return References(store, near_clusters(store) if near else _identity(store))
+def _references(train: ImageStore, holdout: ImageStore | None, near: bool) -> tuple[References, References | None]:
+    """Both sets with their clusters of duplicates, and which held-out images are duplicates of training images."""
+    if holdout is None:
+        return References(train, near_clusters(train) if near else _identity(train)), None
+    if near:
+        ours, theirs, leaks = shared_clusters(train, holdout)
+        return References(train, ours), References(holdout, theirs, leaks)
+    known = {digest.tobytes() for digest in digests_of(train)}
+    leaks = np.array([digest.tobytes() in known for digest in digests_of(holdout)])
+    return References(train, _identity(train)), References(holdout, _identity(holdout), leaks)
 
 
 def _identity(store: ImageStore) -> np.ndarray:
     """The least index of the images with the same pixels, for each image."""
-    return image_identity(image_digests(store.images) if store.digests is None else store.digests)
+    return image_identity(digests_of(store))
 
 
 def _space(
     encoder: Encoder,
     stores: Sequence[ImageStore | None],
     clusters: np.ndarray,
+    leaks: np.ndarray | None,
     *,
     rate: float,
     seed: int,
@@ -208,7 +226,9 @@ def _space(
         for role, store in zip(("generated", "training", "held-out"), stores, strict=True)
     )
     assert generated is not None and train is not None
-    return measure_space(encoder, generated, train, holdout, identity=clusters, seed=seed, fpr=rate, device=device)
+    return measure_space(
+        encoder, generated, train, holdout, identity=clusters, leaks=leaks, seed=seed, fpr=rate, device=device
+    )
 
 
 def _clip_scores(model: str, generated: ImageStore, device: str) -> np.ndarray:
@@ -243,13 +263,21 @@ def _tables(
         tables[definition] = {
             "headline_threshold": HEADLINE[definition],
             **_table(plain, originals),
-            "calibrated": calibrated(plain["train"], plain["unseen"], rate, originals) if "unseen" in plain else None,
+            "calibrated": _calibrated(view, plain, rate, originals),
             "distinct_aware": _table(distinct, originals) if deduplicated else None,
             "ratio_quantiles": {
                 f"{q:g}": float(np.quantile(plain["train"], q)) for q in (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
             },
         }
     return tables
+
+
+def _calibrated(
+    view: View, ratios: Mapping[str, np.ndarray], rate: float, originals: np.ndarray
+) -> dict[str, Any] | None:
+    if view.leaks is None:
+        return None
+    return calibrated(ratios["train"], ratios["unseen"], view.leaks, rate, originals)
 
 
 def _table(ratios: Mapping[str, np.ndarray], originals: np.ndarray) -> dict[str, Any]:

@@ -80,20 +80,26 @@ def above(similar: Similar, threshold: float, identity: np.ndarray) -> dict[str,
     return {"threshold": threshold, **fraction(int(which.sum()), len(which)), "distinct": distinct}
 
 
-def calibrated(similar: Similar, unseen: Similar, rate: float, identity: np.ndarray) -> dict[str, Any] | None:
+def calibrated(
+    similar: Similar, unseen: Similar, leaks: np.ndarray, rate: float, identity: np.ndarray
+) -> dict[str, Any] | None:
     """The lowest threshold that at most the share ``rate`` of held-out images exceeds, and what exceeds it.
 
-    Of the held-out images at most floor(rate · M) lie strictly above it. None with fewer than 1 / rate of them: then
-    not one may exceed it, and the rate is not known to be kept.
+    Held-out images that duplicate training images (``leaks``, bool [M]) do not count for the threshold, but do in
+    ``unseen``, which says how many of all held-out images exceed it. Of the M others at most floor(rate · M) lie
+    strictly above it. None with fewer than 1 / rate of them: then not one may exceed it, and the rate is not known to
+    be kept.
     """
-    allowed = int(rate * len(unseen.values) * (1 + 1e-12))  # 0.01 · 100 must not become 0
+    real = unseen.values[~leaks]
+    allowed = int(rate * len(real) * (1 + 1e-12))  # 0.29 · 100 must not become 28
     if allowed < 1:
         return None
-    place = len(unseen.values) - 1 - allowed
-    threshold = float(np.partition(unseen.values, place)[place]) if place >= 0 else -1.0
+    place = len(real) - 1 - allowed
+    threshold = float(np.partition(real, place)[place]) if place >= 0 else -1.0
     return {
         "false_positive_rate": rate,
         "threshold": threshold,
-        "num_holdout": len(unseen.values),
+        "num_holdout": len(real),
         "above": above(similar, threshold, identity),
+        "unseen": above(unseen, threshold, identity),
     }

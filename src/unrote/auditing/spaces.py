@@ -49,6 +49,7 @@ def measure_space(
     holdout: Rows | None,
     *,
     identity: np.ndarray,
+    leaks: np.ndarray | None = None,
     seed: int,
     fpr: float = 0.01,
     num_resamples: int = 1000,
@@ -67,6 +68,7 @@ def measure_space(
         train: features float32 [N, D].
         holdout: features float32 [M, D] of images that were not trained on.
         identity: least index of the cluster of duplicates each training image belongs to, int64 [N].
+        leaks: which held-out images are duplicates of training images, bool [M]; none if None.
         seed: of all subsets and resampling.
         fpr: false-positive rate of the calibrated similarity threshold, in (0, 1).
         num_resamples: of the bootstrap of mean similarities.
@@ -79,9 +81,11 @@ def measure_space(
     """
     _check(encoder, generated, train, holdout, identity)
     search = Search(memory_bytes, device, progress)
-    unseen = None
+    unseen, leaked = None, np.zeros(0, dtype=bool)
     if holdout is not None:
-        unseen = Chosen(holdout, subsample(len(holdout), MAX_ASKED, seed, "features-unseen"))
+        asked = subsample(len(holdout), MAX_ASKED, seed, "features-unseen")
+        unseen = Chosen(holdout, asked)
+        leaked = np.zeros(len(asked), dtype=bool) if leaks is None else leaks[asked]
     squared, nearest = _first(search.nearest(generated, train, what="generated → train"))
     unseen_squared, unseen_nearest = None, None
     if unseen is not None:
@@ -107,7 +111,7 @@ def measure_space(
     if encoder.copy_detection:
         columns[f"{encoder.key}_similarity"] = similar.values
         columns[f"{encoder.key}_train_index"] = similar.indices
-        similarity, controls = _similarity(similar, train, unseen, identity, search, fpr, num_resamples, seed)
+        similarity, controls = _similarity(similar, train, unseen, leaked, identity, search, fpr, num_resamples, seed)
     absolute = highest_absolute(similar, generated, train, search)
     summary = {
         "encoder": encoder.name,
@@ -131,6 +135,7 @@ def _similarity(
     similar: Similar,
     train: Rows,
     unseen: Rows | None,
+    leaks: np.ndarray,
     identity: np.ndarray,
     search: Search,
     fpr: float,
@@ -156,7 +161,7 @@ def _similarity(
         "generated": table(similar, "generated"),
         "background": between,
         "unseen": None if held_out is None else table(held_out, "unseen"),
-        "calibrated": None if held_out is None else calibrated(similar, held_out, fpr, identity),
+        "calibrated": None if held_out is None else calibrated(similar, held_out, leaks, fpr, identity),
     }
     return tables, controls
 

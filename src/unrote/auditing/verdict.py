@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from unrote.auditing.intervals import wilson_interval
 from unrote.auditing.memorization import HEADLINE, at_threshold
 
 HEAVY = 0.10
@@ -65,11 +64,10 @@ def similar_excess(summary: Summary) -> float:
     similar = similarity(summary)
     if similar is None or similar["calibrated"] is None:
         return -1.0
-    above, rate = similar["calibrated"]["above"], similar["calibrated"]["false_positive_rate"]
-    # The threshold was found on the held-out images themselves, so they do not tell how far the rate is exceeded
-    # elsewhere: what as many others would show by chance is granted.
-    chance = wilson_interval(rate * similar["calibrated"]["num_holdout"], similar["calibrated"]["num_holdout"])[1]
-    excess: float = above["interval"][0] - chance
+    found = similar["calibrated"]
+    # A model that copies nothing also makes images like those held-out ones that resemble training images, so all of
+    # these count here.
+    excess: float = found["above"]["interval"][0] - found["unseen"]["interval"][1]
     return excess
 
 
@@ -125,12 +123,11 @@ def _similar_sentence(summary: Summary) -> list[str]:
     similar = similarity(summary)
     if similar is None or similar["calibrated"] is None:
         return []
-    calibrated = similar["calibrated"]
+    found = similar["calibrated"]
     return [
-        f"Copy detection ({summary['copy_space']}) finds {percent(calibrated['above']['fraction'])} "
-        f"({interval(calibrated['above'])}) more similar to a training image than "
-        f"{percent(1 - calibrated['false_positive_rate'])} of real held-out images are "
-        f"(similarity above {calibrated['threshold']:.2f})."
+        f"Copy detection ({summary['copy_space']}) finds {percent(found['above']['fraction'])} "
+        f"({interval(found['above'])}) of them more similar to a training image than {found['threshold']:.2f}, as "
+        f"{percent(found['unseen']['fraction'])} of real held-out images are."
     ]
 
 
@@ -200,6 +197,11 @@ def _control_notes(summary: Summary) -> list[str]:
         f"False alarms: of {unseen['total']:,} held-out images, which no model made, {percent(unseen['fraction'])} "
         f"({interval(unseen)}) score as near-copies of a training image at the same threshold."
     ]
+    if counts["leaks"]:
+        notes.append(
+            f"{counts['leaks']:,} of {counts['holdout']:,} held-out images are duplicates or near-duplicates of "
+            "training images (`unrote scan` lists them): they count as false alarms, but not for calibrated thresholds."
+        )
     if counts["control"] < counts["train"]:
         notes.append(
             f"The equal-size control compares with {counts['control']:,} of the {counts['train']:,} training images, "

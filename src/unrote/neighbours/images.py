@@ -53,6 +53,7 @@ def nearest_images(
     num: int,
     *,
     transforms: Sequence[Transform] = (IDENTITY,),
+    margin: int = 0,
     memory_bytes: int = MEMORY_BYTES,
     device: str | torch.device = "cpu",
     distributed: bool = False,
@@ -66,6 +67,8 @@ def nearest_images(
         references: uint8 [N, H, W, C]; read in order, once per group of queries that fits the memory.
         num: how many neighbours; at most N are returned.
         transforms: the orbit of each reference; of equally near transforms the first counts.
+        margin: leave so many pixels at each border of the query out of the comparison: what a shift brings in there is
+            unknown. Less than half a side.
         memory_bytes: bound on the working memory (on top of the result); decides the block sizes, never the result.
         device: where the products are computed.
         distributed: every process of the initialized ``torch.distributed`` group calls this with the same arguments and
@@ -86,7 +89,7 @@ def nearest_images(
     bases = len({view.unmoved for view in transforms})
     sizes = Blocks.within(memory_bytes, values, num, 2, 6 + bases)
     ranks = Ranks.here(distributed=distributed)
-    saved = Saved.keyed(resume, ranks, queries, references, "images/2", num, tuple(transforms), sizes.group)
+    saved = Saved.keyed(resume, ranks, queries, references, "images/3", num, tuple(transforms), margin, sizes.group)
     groups = range(0, len(queries), sizes.group)
     squared = np.zeros((len(queries), num), dtype=np.int64)
     indices, chosen = np.zeros_like(squared), np.zeros(squared.shape, dtype=np.int16)
@@ -96,7 +99,13 @@ def nearest_images(
         for start in groups:
             group = slice(start, start + sizes.group)
             scan = IntegerScan(
-                queries[group], num, count, views=transforms, tile=sizes.tile, device=torch.device(device)
+                queries[group],
+                num,
+                count,
+                views=transforms,
+                margin=margin,
+                tile=sizes.tile,
+                device=torch.device(device),
             )
             release(queries)
             stream.run(f"images-{start}", scan)

@@ -92,12 +92,13 @@ def orbit(
     first is reported.
 
     Raises:
-        InputError: the images are too small to be shifted that far by reflection, or a factor is out of range.
+        InputError: the images are too small to be shifted that far, or a factor is out of range.
     """
-    if max_shift < 0 or (max_shift and max_shift >= min(height, width)):
+    largest = (min(height, width) - 1) // 2
+    if not 0 <= max_shift <= largest:
         raise InputError(
-            f"max_shift is {max_shift}, but images of {width}×{height} pixels can be shifted by reflection by "
-            f"0 to {min(height, width) - 1} pixels: choose a smaller max_shift"
+            f"max_shift is {max_shift}, but of images of {width}×{height} pixels something is left to compare after "
+            f"shifts of 0 to {largest} pixels only: choose a smaller max_shift"
         )
     for factor in scales:
         if not 0.5 <= factor <= 2:

@@ -40,6 +40,7 @@ class IntegerScan:
         slots: how many to keep per query.
         num_references: N.
         views: the orbit; of equally near views the first counts.
+        margin: pixels at each border that are left out.
         num: with ``slack``, the rank whose distance the slack is measured from; ``slots`` if None.
         tile: how many queries at once.
         device: where products are computed.
@@ -55,6 +56,7 @@ class IntegerScan:
         num_references: int,
         *,
         views: Sequence[Transform] = (IDENTITY,),
+        margin: int = 0,
         num: int | None = None,
         tile: int,
         device: torch.device,
@@ -68,7 +70,11 @@ class IntegerScan:
                 "one search can number in 64 bits: audit parts of the training set, or search fewer transforms"
             )
         self.dtype = squared_dtype(values)
-        self.queries = signed(queries).to(device)
+        height, width = queries.shape[1:3]
+        inside = np.arange(values).reshape(queries.shape[1:])[margin : height - margin, margin : width - margin]
+        compared = torch.from_numpy(inside.reshape(-1).copy())
+        self.queries = signed(queries)[:, compared].to(device)
+        self._as_it_is = margin == 0 and views[0] == views[0].unmoved
         self.norms = integer_norms(self.queries)
         self.top = RunningTop(len(queries), slots, device)
         self._products = torch.empty((1, 0), dtype=self.dtype, device=device)
@@ -76,7 +82,7 @@ class IntegerScan:
         self.bases = list(dict.fromkeys(view.unmoved for view in views))
         self.base_of = [self.bases.index(view.unmoved) for view in views]
         sources = [view.source_pixels(*queries.shape[1:]) for view in views]
-        self.sources = [torch.from_numpy(source).to(device) for source in sources]
+        self.sources = [torch.from_numpy(source)[compared].to(device) for source in sources]
         # Reflection repeats some pixels and drops others, so each view has its own norm: a count of uses.
         self.uses = torch.stack([torch.bincount(s, minlength=values).to(torch.int8) for s in self.sources])
 
@@ -97,6 +103,8 @@ class IntegerScan:
         device = self.queries.device
         if self.num_views == 1:
             rows = signed(self.bases[0].apply(references)).to(device)
+            if not self._as_it_is:
+                rows = rows[:, self.sources[0]]
             return [rows.T], integer_norms(rows)[None].to(self.dtype)
         bases = []
         norms = torch.zeros((self.num_views, len(references)), dtype=torch.float64, device=device)

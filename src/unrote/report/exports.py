@@ -71,7 +71,7 @@ def summary_markdown(report: "AuditReport") -> str:
 def _copies_lines(summary: Mapping[str, Any]) -> list[str]:
     """The table of near-copies at the thresholds of the papers and at those calibrated on the held-out images."""
     lines = [
-        "| near-copies (MQ) | ratio below | generated images | distinct | against held-out images, equally many |",
+        "| near-copies (MQ) | ratio below | generated images | distinct | without memorization |",
         "|---|---|---|---|---|",
     ]
     views = {"plain": "as they are", "orbit": f"up to {orbit_words(summary)}"}
@@ -82,7 +82,7 @@ def _copies_lines(summary: Mapping[str, Any]) -> list[str]:
             threshold = table["headline_threshold"]
             row = at_threshold(table["mq"], threshold)
             control = at_threshold(table["control"]["holdout"], threshold) if table["control"] else None
-            beside = percent(control["fraction"]) if control else "not measured"
+            beside = f"{percent(control['fraction'])} against held-out images" if control else "not measured"
             lines.append(_copies_line(f"{definition}, {label}", f"{threshold:g}", row, beside))
             if (view, definition) != (list(views)[-1], "squared-l2"):
                 continue  # the verdict rests on the last
@@ -91,8 +91,9 @@ def _copies_lines(summary: Mapping[str, Any]) -> list[str]:
                 lines.append(_copies_line(f"{definition}, {label}, duplicates once", f"{threshold:g}", once, ""))
             if table["calibrated"]:
                 found = table["calibrated"]
-                words = f"{found['threshold']:.3g} ({percent(found['false_positive_rate'])} of held-out images)"
-                lines.append(_copies_line(f"{definition}, {label}, calibrated", words, found["below"], ""))
+                words = f"{found['threshold']:.3g} (calibrated)"
+                unseen = f"{percent(found['unseen']['fraction'])} of held-out images score so"
+                lines.append(_copies_line(f"{definition}, {label}, calibrated", words, found["below"], unseen))
     return lines
 
 
@@ -123,8 +124,8 @@ def _similarity_sentences(summary: Mapping[str, Any]) -> list[str]:
         if similarity["calibrated"]:
             found = similarity["calibrated"]
             text += (
-                f"; above {found['threshold']:.3f}, as {percent(found['false_positive_rate'])} of held-out images are: "
-                f"{percent(found['above']['fraction'])} ({interval(found['above'])})"
+                f"; above {found['threshold']:.3f} (calibrated): {percent(found['above']['fraction'])} "
+                f"({interval(found['above'])}), held-out images {percent(found['unseen']['fraction'])}"
             )
         sentences.append(f"{text}.")
     return sentences

@@ -109,7 +109,7 @@ def _beside(report: "AuditReport") -> str:
         found = similar["calibrated"]
         text += (
             f"; by copy detection <b>{_unbroken(percent(found['above']['fraction']))}</b> where real images have "
-            f"{_unbroken(percent(found['false_positive_rate']))}"
+            f"{_unbroken(percent(found['unseen']['fraction']))}"
         )
     return text
 

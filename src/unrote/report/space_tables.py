@@ -92,7 +92,8 @@ def _calibrated(space: Summary) -> str:
     above = calibrated["above"]
     return (
         f"<p><b>Calibrated on the held-out images:</b> {percent(calibrated['false_positive_rate'])} of "
-        f"{calibrated['num_holdout']:,} of them are above {calibrated['threshold']:.3f}, and so are "
+        f"{calibrated['num_holdout']:,} of them that duplicate no training image are above "
+        f"{calibrated['threshold']:.3f}, and so are {percent(calibrated['unseen']['fraction'])} of all of them, and "
         f"{percent(above['fraction'])} ({interval(above)}) of the generated images, near {above['distinct']:,} "
         "distinct training images.</p>"
         f'<p class="soft small">{usual}</p>'

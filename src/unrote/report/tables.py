@@ -100,8 +100,9 @@ def _calibrated_words(summary: Summary, definition: str) -> str:
     below = calibrated["below"]
     return (
         f"<p><b>Calibrated on the held-out images:</b> {percent(calibrated['false_positive_rate'])} of "
-        f"{calibrated['num_holdout']:,} of them have a ratio below {calibrated['threshold']:.3g}{up_to(summary)}, and "
-        f"so do {percent(below['fraction'])} ({interval(below)}) of the generated images.</p>"
+        f"{calibrated['num_holdout']:,} of them that duplicate no training image have a ratio below "
+        f"{calibrated['threshold']:.3g}{up_to(summary)}, and so do {percent(calibrated['unseen']['fraction'])} of all "
+        f"of them, and {percent(below['fraction'])} ({interval(below)}) of the generated images.</p>"
     )
 
 

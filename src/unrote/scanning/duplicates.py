@@ -28,6 +28,21 @@ def near_clusters(images: ImageStore, *, max_shift: int = 2) -> np.ndarray:
     return clusters(pairs, len(images))
 
 
+def shared_clusters(
+    images: ImageStore, holdout: ImageStore, *, max_shift: int = 2
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """:func:`near_clusters` of both sets, int64 [N] and [M], and which held-out images are leaks, bool [M].
+
+    A leak is a near-duplicate of a training image, or of another leak.
+    """
+    own, stores = len(images), [images, holdout]
+    digests = np.concatenate([digests_of(store) for store in stores])
+    pairs, _ = duplicate_pairs(Joined(stores), digests, shift=max_shift, own=own)
+    everywhere = clusters(pairs, len(digests))
+    ours, theirs = pairs[(pairs < own).all(1)], pairs[(pairs >= own).all(1)] - own
+    return clusters(ours, own), clusters(theirs, len(holdout)), np.isin(everywhere[own:], everywhere[:own])
+
+
 def digests_of(images: ImageStore) -> np.ndarray:
     """SHA-256 of each image's pixels, uint8 [N, 32]."""
     return image_digests(images.images) if images.digests is None else np.asarray(images.digests)
@@ -69,6 +84,26 @@ def duplicate_pairs(
         pairs.append(originals.chosen[near])
         correlations.append(alike)
     return np.concatenate(pairs), np.concatenate(correlations)
+
+
+class Joined:
+    """Several stores' images as one, read when indexed."""
+
+    def __init__(self, stores: list[ImageStore]) -> None:
+        self._parts = [store.images for store in stores]
+        self.shape: tuple[int, ...] = (sum(map(len, self._parts)), *self._parts[0].shape[1:])
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        result = np.empty((len(rows), *self.shape[1:]), dtype=np.uint8)
+        start = 0
+        for part in self._parts:
+            here = (rows >= start) & (rows < start + len(part))
+            result[here] = part[rows[here] - start]
+            start += len(part)
+        return result
 
 
 class _Chosen:

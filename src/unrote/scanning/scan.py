@@ -10,7 +10,7 @@ import torch
 
 from unrote.data.store import ImageStore
 from unrote.errors import InputError
-from unrote.scanning.duplicates import clusters, digests_of, duplicate_pairs, largest_shift
+from unrote.scanning.duplicates import Joined, clusters, digests_of, duplicate_pairs, largest_shift
 
 MAX_REFERENCES = 20_000
 SCHEMA_VERSION = 1
@@ -111,7 +111,7 @@ def scan(
     own = len(images)
     stores = [images] if holdout is None else [images, holdout]
     digests = np.concatenate([digests_of(store) for store in stores])
-    pairs, correlations = duplicate_pairs(_Joined(stores), digests, shift=max_shift, own=own)
+    pairs, correlations = duplicate_pairs(Joined(stores), digests, shift=max_shift, own=own)
     constant = constant_images(images)
     everywhere = clusters(pairs, len(digests))
     leaks = np.isin(everywhere[:own], everywhere[own:])
@@ -158,26 +158,6 @@ def constant_images(store: ImageStore) -> np.ndarray:
         for start in range(0, len(store), 1024)
     ]
     return np.concatenate(flat).astype(np.int64)
-
-
-class _Joined:
-    """Several stores' images as one, read when indexed."""
-
-    def __init__(self, stores: list[ImageStore]) -> None:
-        self._parts = [store.images for store in stores]
-        self.shape: tuple[int, ...] = (sum(map(len, self._parts)), *self._parts[0].shape[1:])
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
-        result = np.empty((len(rows), *self.shape[1:]), dtype=np.uint8)
-        start = 0
-        for part in self._parts:
-            here = (rows >= start) & (rows < start + len(part))
-            result[here] = part[rows[here] - start]
-            start += len(part)
-        return result
 
 
 def isolation(images: ImageStore, labels: np.ndarray, seed: int) -> np.ndarray:
