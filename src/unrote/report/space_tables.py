@@ -112,7 +112,7 @@ def _similarity_chart(report: "AuditReport", key: str, space: Summary) -> str:
     for role, words in (("unseen", "held-out → most similar"), ("background", "training → most similar other")):
         control = report.curves.get((key, "similarity", role))
         if control is not None:
-            series.append(Series(words, control, "control" if role == "unseen" else "c1", dashed=True))
+            series.append(Series(words, control, "control" if role == "unseen" else "c2", dashed=role == "unseen"))
     return histogram_chart(series, similarity_axis(threshold, above), label=label)
 
 
