@@ -9,6 +9,7 @@ from unrote.neighbours.streaming import Rows, release
 
 Lists = tuple[np.ndarray, np.ndarray, np.ndarray]  # query int64, squared distance float64, reference int64; each [m]
 PAIR_BYTES = 1 << 20  # float64 differences that a thread works on at a time: they stay in the processor's cache
+READS = 32  # pieces read before a memory map is released, which costs as much as several of them
 
 
 def squared_distances(queries: np.ndarray, references: Rows, rows: np.ndarray, indices: np.ndarray) -> np.ndarray:
@@ -19,7 +20,7 @@ def squared_distances(queries: np.ndarray, references: Rows, rows: np.ndarray, i
 
     def compute(part: np.ndarray) -> None:
         for place, start in enumerate(range(0, len(part), step)):
-            if place % 8 == 0:
+            if place % READS == READS - 1:
                 release(references)  # scattered reads map far more of a file than they use
             chunk = part[start : start + step]
             differences = references[indices[chunk]].astype(np.float64)
