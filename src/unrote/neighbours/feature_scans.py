@@ -223,11 +223,15 @@ class QuantisedScan:
         for start in range(0, len(rows), step):
             piece = slice(start, start + step)
             scaled = torch.from_numpy(rows[piece] - self.low).to(self.device)
-            projected = scaled.mul_(self.factor).clamp(0.0, 255.0)
+            scaled.mul_(self.factor)
+            low, high = torch.aminmax(scaled)
+            projected = scaled if low >= 0 and high <= 255 else scaled.clamp(0.0, 255.0)
             levels = projected.round()
-            for error, moved in zip(errors, (projected, scaled), strict=True):
-                error[piece] = moved.sub_(levels).square_().sum(1)
             result[piece] = levels
+            errors[1, piece] = torch.linalg.vecdot(scaled.sub_(levels), scaled)
+            errors[0, piece] = errors[1, piece]
+            if projected is not scaled:
+                errors[0, piece] = torch.linalg.vecdot(projected.sub_(levels), projected)
         # Sums in float32 are off by at most D · 2⁻²³; scaled values of up to 255 by less than 1e-4 each.
         images = result.numpy()[:, None, None]
         return images, errors.sqrt_().mul_(1 + values * 2.0**-23).add_(1e-4 * values**0.5)
