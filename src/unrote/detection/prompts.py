@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from unrote.errors import InputError
 from unrote.seeding import generator
+from unrote.text.mitigations import prediction_norm
 
 PARTS = ("unet", "text_encoder", "tokenizer", "scheduler")
 
@@ -146,11 +147,11 @@ class _Probe:
             if self.tokens and number == 0:
                 named = self._named(ids, self._attribution(scaled, timestep, text))
             free = self._predicted(scaled, timestep, self.empty)
-            difference = self._predicted(scaled, timestep, text.expand(self.seeds, -1, -1)) - free
-            norms.append(_norms(difference))
+            steered = self._predicted(scaled, timestep, text.expand(self.seeds, -1, -1))
+            norms.append(prediction_norm(steered, free))
             if number + 1 < self.steps:
                 options = {"generator": noises} if takes_noises else {}
-                x = scheduler.step(free + self.guidance * difference, timestep, x, **options).prev_sample
+                x = scheduler.step(free + self.guidance * (steered - free), timestep, x, **options).prev_sample
         per_seed = torch.stack(norms).mean(0)
         return PromptScore(prompt, float(per_seed.mean()), tuple(per_seed.tolist()), named, truncated)
 
@@ -169,9 +170,9 @@ class _Probe:
         free = self._predicted(x, timestep, self.empty)
         with torch.enable_grad():
             text = text.clone().requires_grad_()
-            difference = self._predicted(x, timestep, text.expand(self.seeds, -1, -1)) - free
+            steered = self._predicted(x, timestep, text.expand(self.seeds, -1, -1))
             # Where the text changes nothing the norm has no gradient; autograd says 0 there.
-            (gradient,) = torch.autograd.grad(_norms(difference).mean(), text)
+            (gradient,) = torch.autograd.grad(prediction_norm(steered, free).mean(), text)
         norms: list[float] = gradient[0].float().norm(dim=1).tolist()
         return norms
 
@@ -191,12 +192,6 @@ class _Probe:
         words = self.pipeline.tokenizer.convert_ids_to_tokens(ids)
         pairs = zip(words, values, ids, strict=True)
         return tuple((word, value) for word, value, token in pairs if token not in special)
-
-
-def _norms(difference: Tensor) -> Tensor:
-    """L2 norm of each of [S, C, H, W]. float32 [S]."""
-    norms: Tensor = difference.float().flatten(1).norm(dim=1)
-    return norms
 
 
 def read_prompts(file: Path) -> list[str]:
