@@ -152,7 +152,7 @@ class TrainingConfig(Section):
     ema_decay: Fraction = 0.999
     """Decay of the moving average per step; lower in the first steps."""
     min_snr_gamma: PositiveFloat | None = None
-    """γ of min-SNR loss weights (arXiv 2303.09556), such as 5; none weighs all alike. The gate sees unweighted losses."""
+    """γ of min-SNR weights (arXiv 2303.09556), such as 5; none weighs all alike. The gate sees losses unweighted."""
     noise_offset: NonNegativeFloat = 0.0
     """Share of noise that is one number per channel, which lets a model learn overall brightness; such as 0.05."""
     gradient_checkpointing: bool = False
