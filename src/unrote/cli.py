@@ -141,14 +141,20 @@ def _after_training(out: Path, summary: dict[str, Any]) -> str:
 
 @cli.command()
 @click.argument("model", metavar="RUN|PIPELINE")
-@click.option("--num", default=256, show_default=True, help="How many images.")
-@click.option("--seed", default=0, show_default=True, help="Image i depends on model, seed and i only.")
+@click.option("--num", type=int, help="How many images [one per prompt; 256 without prompts].")
+@click.option("--seed", default=0, show_default=True, help="Image i depends on model, seed, i and its prompt only.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder, or a path ending in .npz [RUN/samples].")
 @click.option("--sampler", default="ddim", show_default=True, help="ddim, ddpm or dpm-solver++.")
 @click.option("--steps", default=50, show_default=True, help="Denoising steps.")
 @click.option("--eta", default=0.0, show_default=True, help="DDIM's share of fresh noise.")
 @click.option("--weights", help="ema or raw [what the run has].")
-@click.option("--batch-size", default=32, show_default=True, help="Images denoised at once.")
+@click.option(
+    "--prompts", type=click.Path(path_type=Path), help="For text-to-image models: one a line, or .jsonl: text, seed, …"
+)
+@click.option("--guidance-scale", default=7.5, show_default=True, help="With prompts: how strongly to follow them.")
+@click.option("--negative-prompt", metavar="TEXT", help="With prompts: what to lead away from.")
+@click.option("--resolution", type=int, help="With prompts: height and width [as trained].")
+@click.option("--batch-size", type=int, help="Images denoised at once [32; with prompts 4].")
 @_device_option
 def sample(model: str, out: Path | None, device: str | None, **options: Any) -> None:
     """Generate images. What is already there is not made again."""
@@ -156,7 +162,9 @@ def sample(model: str, out: Path | None, device: str | None, **options: Any) -> 
     from unrote.sampling import sample as make
 
     target = make(model, out=out, device=pick_device(device), **options)
-    click.echo(f"{target}: {options['num']} images\nnext: unrote audit {target} --train {model}")
+    beside = target.with_name(f"{target.stem}.samples.jsonl") if target.suffix == ".npz" else target / "samples.jsonl"
+    count = len(beside.read_text().splitlines())
+    click.echo(f"{target}: {count:,} images\nnext: unrote audit {target} --train {model}")
 
 
 @cli.command()

@@ -1,7 +1,6 @@
 """Which prompts make a text-to-image model recite? The prediction-norm detector, which needs no training images."""
 
 import inspect
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -15,6 +14,7 @@ from tqdm import tqdm
 
 from unrote.errors import InputError
 from unrote.seeding import generator
+from unrote.text import prompts as prompt_files
 from unrote.text.mitigations import prediction_norm
 
 PARTS = ("unet", "text_encoder", "tokenizer", "scheduler")
@@ -195,33 +195,8 @@ class _Probe:
 
 
 def read_prompts(file: Path) -> list[str]:
-    """Prompts of a ``.txt`` file, one a line, or a ``.jsonl`` file of objects with ``text`` or ``prompt``.
-
-    Raises:
-        InputError: unreadable, or without any prompt.
-    """
-    try:
-        lines = file.read_bytes().decode("utf-8-sig").split("\n")
-    except OSError as error:
-        raise InputError(f"--prompts {file}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise InputError(f"--prompts {file}: is not UTF-8 text") from None
-    read = _from_json if file.suffix == ".jsonl" else lambda line, _: line.strip()
-    prompts = [read(line, f"--prompts {file}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
-    if not prompts:
-        raise InputError(f"--prompts {file}: has no prompts; write one a line")
-    return prompts
-
-
-def _from_json(line: str, where: str) -> str:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise InputError(f"{where}: not valid JSON ({error})") from None
-    text = row.get("text", row.get("prompt")) if isinstance(row, dict) else None
-    if not isinstance(text, str):
-        raise InputError(f'{where}: needs a JSON object with a "text"')
-    return text
+    """The texts of a file of prompts; see :func:`unrote.text.prompts.read_prompts`."""
+    return [prompt.text for prompt in prompt_files.read_prompts(file)]
 
 
 def load_pipeline(source: str, device: torch.device) -> Any:
