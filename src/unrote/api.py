@@ -12,6 +12,7 @@ from diffusers import DDPMScheduler, UNet2DModel
 
 from unrote.auditing import AuditReport
 from unrote.auditing import audit as _audit
+from unrote.auditing.prompted import read_origins
 from unrote.config import Config, load_config
 from unrote.data import ImageStore, open_images
 from unrote.data.build import cache_folder
@@ -133,6 +134,7 @@ def audit(
         clip_model=None if clip_model is None else str(clip_model),
         device=where,
         ledger=ledger,
+        origins=read_origins(samples, images.names),
         provenance=_provenance(samples),
         cache=cache_folder() / "features",
         resume=resume,
