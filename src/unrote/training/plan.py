@@ -14,9 +14,8 @@ from unrote.config import Config
 from unrote.data.store import ImageStore
 from unrote.errors import InputError
 from unrote.method.shards import split_shards
-from unrote.models.denoiser import build_unet
+from unrote.models.denoiser import autocast_dtype, build_unet
 from unrote.training.loop import make_budget
-from unrote.training.step import DTYPES
 
 logger = logging.getLogger("unrote")
 
@@ -141,7 +140,7 @@ def _activation_bytes(unet: Any, config: Config, images: ImageStore) -> int:
         timesteps = torch.zeros(batch, dtype=torch.int64, device="meta")
         unet(torch.zeros(batch, channels, height, width, device="meta"), timesteps, class_labels=labels)
     total = sum(size for _, size in saved.values())
-    return total if DTYPES[config.training.mixed_precision] is None else total // 2
+    return total if autocast_dtype(config.training) is None else total // 2
 
 
 def _existing_parent(path: Path) -> Path:

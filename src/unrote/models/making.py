@@ -1,0 +1,13 @@
+"""Which task a configuration asks for."""
+
+import torch
+
+from unrote.config import Config
+from unrote.data.store import ImageStore
+from unrote.models.pixels import Pixels
+from unrote.models.task import Task
+
+
+def make_task(config: Config, images: ImageStore, device: torch.device) -> Task:
+    """The model that ``config`` trains on ``images``; fresh weights come from torch's global generator."""
+    return Pixels(config, images, device)

@@ -1,0 +1,56 @@
+"""What differs between kinds of models in the one training loop."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from unrote.models.denoiser import DenoisingLoss
+
+RAW_VARIANT = "raw"
+"""The diffusers variant under which the weights without averaging are saved beside the averaged ones."""
+
+Condition = Mapping[str, Tensor]
+"""What a denoiser knows of each sample besides the noisy image, as its keyword arguments: tensors [B, …]."""
+
+
+class Task(Protocol):
+    """A model and what a batch of it is made of. The loop, the gate, the ensemble and the checkpoints know no more.
+
+    Attributes:
+        denoiser: the whole network, on the device.
+        trained: the parameters that are trained, averaged over the proxies and saved: the denoiser, or its adapters.
+        loss: the noise process and the loss of each sample.
+    """
+
+    denoiser: nn.Module
+    trained: nn.Module
+    loss: DenoisingLoss
+
+    def clean(self, indices: Tensor, mirrored: Tensor | None, draw: torch.Generator) -> Tensor:
+        """The images ``indices`` (int64 [B], on the CPU) without noise, as the denoiser takes them, [B, C, H, W].
+
+        Args:
+            indices: positions in the training set.
+            mirrored: bool [B] on the device, which are shown mirrored; None for none.
+            draw: where randomness comes from, on the device.
+        """
+
+    def augmented(
+        self, clean: Tensor, indices: Tensor, mirrored: Tensor | None, strength: Tensor, draw: torch.Generator
+    ) -> Tensor:
+        """``clean`` with the images of ``strength`` > 0 (float32 [B]) in an augmented view; see :meth:`clean`."""
+
+    def condition(self, indices: Tensor, proxy: int, step: int) -> Condition:
+        """What the denoiser is told of the images ``indices`` (int64 [B], on the CPU) in this step of this proxy."""
+
+    def unsteered(self, condition: Condition) -> Condition:
+        """The same with the empty text."""
+
+    def save(self, folder: Path) -> None:
+        """Write the model, with the weights that it has now, so that diffusers loads it without this package."""
+
+    def save_raw(self, folder: Path) -> None:
+        """Write the weights that it has now beside those of :meth:`save`, named :data:`RAW_VARIANT`."""
