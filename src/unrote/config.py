@@ -193,6 +193,11 @@ class TextConfig(Section):
     max_prediction_norm: PositiveFloat | None = None
     """Skip samples whose text changes the prediction by more than this L2 norm; none skips none so."""
 
+    @property
+    def varies(self) -> bool:
+        """Whether texts are made at each visit, so that they can't be embedded once."""
+        return bool(self.replace_caption or self.replace_tokens or self.add_tokens or self.repeat_words)
+
 
 class EnsembleConfig(Section):
     """IET, iterative ensemble training (arXiv 2407.15328 §3.1)."""
@@ -327,6 +332,10 @@ class Config(Section):
             raise ValueError(
                 "redistribution.enabled moves samples between shards: enable ensemble, with num_shards > 1"
             )
+        if self.text != TextConfig() and self.model.pretrained is None:
+            raise ValueError("text: only a pretrained model reads captions; set model.pretrained")
+        if self.model.train == "lora" and self.model.pretrained is None:
+            raise ValueError("model.train: lora needs a model to adapt; set model.pretrained")
         if self.redistribution.enabled and not self.gate.enabled:
             raise ValueError("redistribution.enabled goes by skips: enable gate too")
         return self

@@ -10,4 +10,8 @@ from unrote.models.task import Task
 
 def make_task(config: Config, images: ImageStore, device: torch.device) -> Task:
     """The model that ``config`` trains on ``images``; fresh weights come from torch's global generator."""
+    if config.model.pretrained is not None:
+        from unrote.models.text_to_image import TextToImage  # imports transformers
+
+        return TextToImage(config, images, device)
     return Pixels(config, images, device)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,13 @@ from unrote.models.denoiser import DenoisingLoss
 RAW_VARIANT = "raw"
 """The diffusers variant under which the weights without averaging are saved beside the averaged ones."""
 
-Condition = Mapping[str, Tensor]
-"""What a denoiser knows of each sample besides the noisy image, as its keyword arguments: tensors [B, …]."""
+Condition = Mapping[str, Any]
+"""What a denoiser is told of each sample besides the noisy image, as its arguments: (mappings of) tensors [B, …]."""
+
+
+def rows_of(condition: Condition, rows: Tensor) -> Condition:
+    """The condition of the samples at ``rows`` of a batch."""
+    return {name: v[rows] if isinstance(v, Tensor) else rows_of(v, rows) for name, v in condition.items()}
 
 
 class Task(Protocol):

@@ -13,7 +13,7 @@ from unrote.method.augment import augmentation_strength
 from unrote.method.bank import LossBank
 from unrote.method.gate import Decision, LossGate, gated_sum
 from unrote.method.ledger import Ledger
-from unrote.models.task import Condition, Task
+from unrote.models.task import Condition, Task, rows_of
 from unrote.seeding import derive_seed, generator
 from unrote.text.mitigations import prediction_norm
 from unrote.training.ema import EMA
@@ -37,7 +37,7 @@ class Batch:
 
     def at(self, rows: Tensor) -> "Batch":
         """The samples at ``rows``."""
-        condition = {name: values[rows] for name, values in self.condition.items()}
+        condition = rows_of(self.condition, rows)
         return Batch(
             self.indices[rows], self.clean[rows], condition, self.augmented[rows], self.noise[rows],
             self.timesteps[rows],
