@@ -9,11 +9,14 @@ from PIL import Image
 
 pytest.importorskip("transformers")
 
+from click.testing import CliRunner
 from diffusers import DDIMScheduler, DiffusionPipeline
 
 from tiny_pipelines import tiny_stable_diffusion, tiny_stable_diffusion_xl
-from toy import toy_run
-from unrote.data import open_images
+from toy import toy_images, toy_run
+from unrote.api import train
+from unrote.cli import cli
+from unrote.data import in_memory_store, open_images
 from unrote.errors import InputError
 from unrote.sampling import sample
 from unrote.seeding import derive_seed
@@ -130,6 +133,50 @@ def test_guidance_size_and_negative_prompt_change_the_image(folder, seven, tmp_p
     assert plain.shape == (16, 16, 3) and first(resolution=24).shape == (24, 24, 3)
 
 
+# Models of runs.
+
+
+@pytest.fixture(scope="module", params=["full", "lora"])
+def tuned(request, folder, tmp_path_factory):
+    if request.param == "lora":
+        pytest.importorskip("peft")
+    images = in_memory_store(toy_images(8, side=16).images, source="toy", captions=["red cat", "a dog"] * 4)
+    settings = {
+        "model.pretrained": str(folder), "model.train": request.param, "training.epochs": 3,
+        "training.batch_size": 4, "training.learning_rate": 0.01, "training.ema_decay": 0.5,
+        "training.lr_warmup_steps": 0, "training.mixed_precision": "no",
+    }  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("UNROTE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        return train(images, out=tmp_path_factory.mktemp("tuned") / "run", method="standard", settings=settings)
+
+
+def test_a_run_is_sampled_with_its_own_weights_averaged_or_raw_at_its_own_size(tuned, folder, seven, tmp_path):
+    made = {}
+    for weights in ("ema", "raw"):
+        made[weights] = sample(tuned, 2, prompts=PROMPTS, out=tmp_path / weights, weights=weights, **FEW)
+        pipeline = DiffusionPipeline.from_pretrained(folder, safety_checker=None)
+        if tuned.config.model.train == "lora":
+            where = tuned.model_folder / ("raw" if weights == "raw" else "")
+            pipeline.load_lora_weights(where, weight_name="pytorch_lora_weights.safetensors")
+        else:
+            variant = "raw" if weights == "raw" else None
+            pipeline.unet = type(pipeline.unet).from_pretrained(tuned.model_folder, subfolder="unet", variant=variant)
+        pipeline.scheduler = DDIMScheduler.from_config(
+            pipeline.scheduler.config, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False
+        )
+        draws = [torch.Generator().manual_seed(row["generator_seed"]) for row in rows_of(made[weights])]
+        plain = pipeline(PROMPTS[:2], num_inference_steps=4, generator=draws).images
+        for image, expected in zip(pixels_in(made[weights]).values(), plain, strict=True):
+            np.testing.assert_array_equal(np.asarray(expected).astype(int), image)
+    assert (pixels_in(made["ema"])[0] != pixels_in(made["raw"])[0]).any()
+    assert (pixels_in(made["ema"])[0] != pixels_in(seven)[0]).any(), "training changed the model"
+    settings = json.loads((made["ema"] / "sampling.json").read_text())
+    assert settings["weights"] == "ema" and settings["size"] == [16, 16]
+    with pytest.raises(InputError, match="give --prompts"):
+        sample(tuned, 2, out=tmp_path / "without", **FEW)
+
+
 # What is written.
 
 
@@ -180,7 +227,8 @@ def test_what_cannot_be_is_refused(folder, tmp_path):
     for model, options, message in (
         (folder, {}, "text-to-image model; give --prompts"),
         (run, {"prompts": PROMPTS}, "takes no text"),
-        (run.model_folder, {"prompts": PROMPTS}, "no text-to-image pipeline"),
+        (run.model_folder, {"prompts": PROMPTS}, "takes no text"),
+        (tmp_path, {"prompts": PROMPTS}, "neither a run folder nor a diffusers pipeline"),
         (run, {"negative_prompt": "cat"}, "with --prompts"),
         (folder, {"prompts": []}, "at least one text"),
         (folder, {"prompts": PROMPTS, "negative_prompt": "x", "guidance_scale": 1.0}, "needs guidance"),
@@ -207,3 +255,25 @@ def test_bad_rows_are_named_by_file_and_line(tmp_path, row, message):
     file.write_text('{"text": "fine"}\n' + row + "\n")
     with pytest.raises(InputError, match=f"line 2.*{message}"):
         read_prompts(file)
+
+
+def test_the_commands_take_training_captions_to_an_audit_of_what_they_bring_back(folder, tmp_path):
+    photos, samples = tmp_path / "photos", tmp_path / "samples"
+    photos.mkdir()
+    for index, image in enumerate(toy_images(6, side=16).images):
+        Image.fromarray(image).save(photos / f"{index}.png")
+    rows = [{"file_name": f"{index}.png", "text": PROMPTS[index % 3]} for index in range(6)]
+    (photos / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sampling = ["sample", str(folder), "--prompts", str(photos / "metadata.jsonl"), "--out", str(samples)]
+    made = CliRunner().invoke(
+        cli, [*sampling, "--steps", "4", "--guidance-scale", "3", "--device", "cpu"], catch_exceptions=False
+    )
+    assert f"{samples}: 6 images" in made.stdout
+    audited = CliRunner().invoke(
+        cli, ["audit", str(samples), "--train", str(photos), "--max-shift", "0", "--json"], catch_exceptions=False
+    )
+    prompted = json.loads(audited.stdout)["prompted"]
+    assert prompted["paired"] == prompted["images"] == 6
+    assert audited.exit_code == 0 and "prompt_train_name" in (tmp_path / "samples-report" / "pairs.csv").read_text()
+    missing = CliRunner().invoke(cli, ["sample", str(folder), "--out", str(tmp_path / "x")])
+    assert missing.exit_code != 0 and "--prompts FILE" in str(missing.exception)

@@ -23,11 +23,10 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from unrote.detection.prompts import load_pipeline
 from unrote.errors import InputError
 from unrote.files import atomic_path, atomic_write, write_json, write_text
 from unrote.seeding import generator
-from unrote.text.generation import PromptDenoiser
+from unrote.text.generation import PromptDenoiser, load_text_to_image
 from unrote.text.prompts import Prompt, read_prompts
 from unrote.training.output import RAW_VARIANT
 from unrote.training.run import Run
@@ -63,7 +62,7 @@ def sample(
 
     Args:
         model: a run folder, or a folder or Hub id of a diffusers pipeline: with a UNet2DModel, or with ``prompts``
-            Stable Diffusion 1, 2 or XL.
+            Stable Diffusion 1, 2 or XL, also as one ``.safetensors`` file.
         num: how many images; by default one per prompt, or 256.
         seed: of the initial noise and of the samplers' own noise.
         out: a folder for PNG files and ``samples.jsonl``, or a path ending in ``.npz``; by default in the run folder.
@@ -98,16 +97,19 @@ def sample(
     target = Path(out) if out is not None else (run.path if run else Path()) / "samples"
     if target.suffix == ".npz" and target.exists():
         raise InputError(f"--out {target}: exists already; remove it or choose another")
+    takes_text = _takes_text(source, run)
+    if texts is None and takes_text:
+        raise InputError(f"{source}: is a text-to-image model; give --prompts FILE, one prompt a line or .jsonl")
+    if texts is not None and takes_text is False:
+        raise InputError(f"--prompts: {run.path if run else source} is a model that takes no text")
     denoise: Denoiser | PromptDenoiser
     if texts is None:
-        if _takes_text(source, run):
-            raise InputError(f"{source}: is a text-to-image model; give --prompts FILE, one prompt a line or .jsonl")
         if negative_prompt is not None or resolution is not None:
             raise InputError("--negative-prompt and --resolution are for text-to-image models, with --prompts")
         unet, schedule = _load(source, run, weights)
         denoise = Denoiser(unet.to(device).eval(), schedule, sampler, steps, eta, seed)
     else:
-        pipeline = _load_text_to_image(source, run, weights).to(device)
+        pipeline = load_text_to_image(source, run, _variant(run, weights)).to(device)
         pipeline.scheduler = make_scheduler(pipeline.scheduler, sampler, steps, clip_sample=False)
         denoise = PromptDenoiser(
             pipeline,
@@ -263,6 +265,8 @@ def _pipeline_of(model: Run | Path | str) -> tuple[Path | str, Run | None]:
         raise InputError(
             f"{path}: is neither a run folder nor a diffusers pipeline (no config.yaml, no model_index.json)"
         )
+    if path.is_file() and path.suffix == ".safetensors":
+        return path, None
     if not path.is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
         raise InputError(f"{model}: there is no such folder, and it is no Hub id like owner/name")
     return (path if path.is_dir() else str(model)), None
@@ -283,29 +287,30 @@ def _size(resolution: int | None, run: Run | None) -> tuple[int, int] | None:
     return None if run is None else cast(tuple[int, int], tuple(run.data["shape"][:2]))
 
 
-def _takes_text(source: Path | str, run: Run | None) -> bool:
+def _takes_text(source: Path | str, run: Run | None) -> bool | None:
+    """Whether the model is one of text to image; None if it is no model, which loading it says best."""
     if run is not None:
         return run.config.model.pretrained is not None
+    if Path(source).is_file():
+        return True
     try:
-        index = DiffusionPipeline.load_config(source)
+        return "text_encoder" in DiffusionPipeline.load_config(source)
     except (OSError, ValueError):
-        return False  # loading it says what is wrong
-    return "text_encoder" in index
+        return None
 
 
-def _load_text_to_image(source: Path | str, run: Run | None, weights: Weights) -> Any:
-    if run is not None and run.config.model.pretrained is None:
-        raise InputError(f"--prompts: {run.path} is a run of a model that takes no text")
-    return load_pipeline(str(source), torch.device("cpu"))
-
-
-def _load(source: Path | str, run: Run | None, weights: Weights) -> tuple[Any, Any]:
+def _variant(run: Run | None, weights: Weights) -> str | None:
+    """The diffusers variant that has these weights; None for those saved under the plain name."""
     if weights not in ("ema", "raw"):
         raise InputError(f"--weights {weights}: there are ema and raw")
     averaged = run is not None and run.config.training.use_ema
     if run is not None and weights == "ema" and not averaged:
         raise InputError(f"--weights ema: {run.path} was trained without EMA; use --weights raw")
-    variant = RAW_VARIANT if weights == "raw" and averaged else None
+    return RAW_VARIANT if weights == "raw" and averaged else None
+
+
+def _load(source: Path | str, run: Run | None, weights: Weights) -> tuple[Any, Any]:
+    variant = _variant(run, weights)
     try:
         unet = UNet2DModel.from_pretrained(source, subfolder="unet", variant=variant, low_cpu_mem_usage=False)
         return unet, DDPMScheduler.from_pretrained(source, subfolder="scheduler")

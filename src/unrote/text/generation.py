@@ -1,6 +1,7 @@
 """Images from prompts, by diffusers' own text-to-image pipelines."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -11,9 +12,41 @@ from unrote.data.sources import digest_of
 from unrote.errors import InputError
 from unrote.seeding import derive_seed
 from unrote.text.prompts import Prompt
+from unrote.training.run import Run
 
 NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
 """What the images depend on, besides tokenizer and scheduler."""
+
+LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
+"""The name that diffusers gives a file of adapters."""
+
+
+def load_text_to_image(source: Path | str, run: Run | None, variant: str | None) -> Any:
+    """The pipeline to sample from, in float32 on the CPU.
+
+    Args:
+        source: a run's model folder, or a pipeline's folder, file or Hub id.
+        run: the run that ``source`` belongs to. If it trained adapters, the model that it fine-tuned is loaded, and
+            they are put into it.
+        variant: of the run's weights; None for those saved under the plain name.
+
+    Raises:
+        InputError: it can't be loaded.
+    """
+    from unrote.models.pretrained import load_pretrained  # half of diffusers, which other models need not
+
+    if run is None:
+        return load_pretrained(str(source))
+    if run.config.model.train == "lora":
+        pipeline = load_pretrained(str(run.config.model.pretrained))
+        pipeline.load_lora_weights(run.model_folder / (variant or ""), weight_name=LORA_WEIGHTS)
+        return pipeline
+    if variant is None:
+        return load_pretrained(str(source))
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel.from_pretrained(source, subfolder="unet", variant=variant, low_cpu_mem_usage=False)
+    return load_pretrained(str(source), unet=unet)
 
 
 class PromptDenoiser:
