@@ -41,6 +41,16 @@ def xl(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def half(tmp_path_factory):
+    """Velocity prediction, no safety checker, nothing but half-precision files."""
+    root = tmp_path_factory.mktemp("half")
+    pipeline = tiny_stable_diffusion(root / "tokenizer", prediction_type="v_prediction").to(torch.float16)
+    pipeline.save_pretrained(root / "model", variant="fp16")
+    assert not list((root / "model").glob("*/model.safetensors"))
+    return root / "model"
+
+
+@pytest.fixture(scope="module")
 def seven(folder, tmp_path_factory):
     return sample(folder, 7, prompts=PROMPTS, out=tmp_path_factory.mktemp("seven") / "samples", **FEW)
 
@@ -90,12 +100,13 @@ def test_after_images_were_lost_the_same_are_made_again(folder, seven, tmp_path)
     assert rows_of(where) == rows_of(seven)
 
 
-@pytest.mark.parametrize("name", ["folder", "xl"])
+@pytest.mark.parametrize("name", ["folder", "xl", "half"])
 @pytest.mark.parametrize("guidance", [{"guidance_scale": 1.0}, {"guidance_scale": 5.0, "negative_prompt": "a cat"}])
 def test_plain_diffusers_makes_the_same_image_from_the_seed_in_samples_jsonl(request, tmp_path, name, guidance):
     source = request.getfixturevalue(name)
     where = sample(source, prompts=PROMPTS, out=tmp_path / "s", steps=4, batch_size=1, **guidance)
-    pipeline = DiffusionPipeline.from_pretrained(source)
+    variant = {"variant": "fp16", "torch_dtype": torch.float32} if name == "half" else {}
+    pipeline = DiffusionPipeline.from_pretrained(source, **variant)
     if name == "folder":
         pipeline.safety_checker = None
     pipeline.scheduler = DDIMScheduler.from_config(
