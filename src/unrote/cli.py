@@ -103,6 +103,9 @@ def _read_config(
 
 @cli.command()
 @click.option("--data", "data__source", metavar="PATH|NAME", help="Image folder, .npz file, or NAME[:SPLIT] of a set.")
+@click.option(
+    "--pretrained", "model__pretrained", metavar="PATH|HUB_ID", help="Text-to-image pipeline to fine-tune on captions."
+)
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The run folder; the same again goes on.")
 @_config_options
 @click.option("--resolution", "data__resolution", type=int, help="Height and width in pixels.")

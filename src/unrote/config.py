@@ -42,6 +42,9 @@ METHODS: dict[str, tuple[str, ...]] = {
 }
 """Which parts each method turns on."""
 
+TUNING = ("pretrained", "train", "lora.")
+"""Fields of the model that a pretrained one does not bring along."""
+
 
 class Section(BaseModel):
     """A part of the configuration: unknown keys are errors, values are fixed once read."""
@@ -332,8 +335,6 @@ class Config(Section):
             raise ValueError(
                 "redistribution.enabled moves samples between shards: enable ensemble, with num_shards > 1"
             )
-        if self.text != TextConfig() and self.model.pretrained is None:
-            raise ValueError("text: only a pretrained model reads captions; set model.pretrained")
         if self.model.train == "lora" and self.model.pretrained is None:
             raise ValueError("model.train: lora needs a model to adapt; set model.pretrained")
         if self.redistribution.enabled and not self.gate.enabled:
@@ -366,7 +367,7 @@ def load_config(
 
     Args:
         method: one of :data:`METHODS`.
-        preset: one of :func:`preset_names`.
+        preset: one of :func:`preset_names`; by default ``fine-tune`` with a pretrained model, ``tiny`` without.
         file: a YAML file with any of the fields.
         overrides: dotted field → value, e.g. ``{"gate.skip_ratio": 0.8}``.
 
@@ -377,7 +378,8 @@ def load_config(
         if key in (overrides or {}):
             raise InputError(f"{key} can't be set like a single setting, it chooses many; use --{key}")
     written = {} if file is None else read_yaml(file)
-    preset = preset or written.get("preset") or "tiny"
+    tuned = (overrides or {}).get("model.pretrained") or (written.get("model") or {}).get("pretrained")
+    preset = preset or written.get("preset") or ("fine-tune" if tuned else "tiny")
     values = merge(preset_values(preset), written)
     method = method or values.get("method", "iet-agc+")
     values = merge(values, {"method": method, "preset": preset} | _parts_of(method, written))
@@ -388,6 +390,10 @@ def load_config(
         section, _, field = key.partition(".")
         if section in PARTS and field != "enabled" and not getattr(config, section).enabled:
             logger.warning("%s is ignored: method %s does not enable %s", key, config.method, section)
+        if section == "text" and config.model.pretrained is None:
+            logger.warning("%s is ignored: only a pretrained model reads captions", key)
+        if section == "model" and config.model.pretrained is not None and not field.startswith(TUNING):
+            logger.warning("%s is ignored: %s is as it is", key, config.model.pretrained)
     return config
 
 

@@ -1,11 +1,15 @@
 """Low-rank adapters by peft: adding, averaging over proxies, saving."""
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unrote.config import LoraConfig
 from unrote.errors import InputError
+from unrote.tensorfiles import weighted_average
 
 
 class Adapters(nn.Module):
@@ -49,6 +53,42 @@ def add_adapters(denoiser: Any, config: LoraConfig) -> Adapters:
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return Adapters(denoiser)
+
+
+def average_products(states: Iterable[dict[str, Any]], weights: list[float]) -> dict[str, Any]:
+    """The mean ``Σ_k w_k B_k A_k`` of the weight changes, cut back to the rank; what is no adapter is averaged plainly.
+
+    The mean of K products of rank r has rank up to K·r; its r largest singular values are kept, which is the nearest
+    such product (Eckart and Young 1936). Both factors get the square roots of the singular values.
+
+    Args:
+        states: of K proxies: parts by name, in them tensors by name, adapters named as :class:`Adapters` does.
+        weights: K weights that sum to 1.
+    """
+    proxies = list(states)
+    average: dict[str, Any] = weighted_average(proxies, weights)
+    for part in (name for name, tensors in average.items() if isinstance(tensors, dict)):
+        for down in [name for name in average[part] if isinstance(name, str) and "/lora_A/" in name]:
+            up = down.replace("/lora_A/", "/lora_B/")
+            pairs = [(proxy[part][up], proxy[part][down]) for proxy in proxies]
+            found = _nearest_product(pairs, weights)
+            average[part][up], average[part][down] = found
+    return average
+
+
+def _nearest_product(pairs: Sequence[tuple[Tensor, Tensor]], weights: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Factors [out, r, …] and [r, in, …] of the mean of products, computed in float64 by QR, as it has low rank."""
+    up, down = pairs[0]
+    left = torch.cat([w * b.double().flatten(1) for w, (b, _) in zip(weights, pairs, strict=True)], 1)
+    right = torch.cat([a.double().flatten(1) for _, a in pairs], 0)
+    left_basis, left_core = torch.linalg.qr(left)
+    right_basis, right_core = torch.linalg.qr(right.T)
+    u, s, v = torch.linalg.svd(left_core @ right_core.T, full_matrices=False)
+    rank = len(down)
+    # A small layer may have fewer singular values than the rank: the rest are 0.
+    u, s, v = (F.pad(u, (0, rank))[:, :rank], F.pad(s, (0, rank))[:rank].sqrt(), F.pad(v, (0, 0, 0, rank))[:rank])
+    new_up, new_down = left_basis @ u * s, s.unsqueeze(1) * v @ right_basis.T
+    return new_up.reshape(up.shape).to(up.dtype), new_down.reshape(down.shape).to(down.dtype)
 
 
 def adapter_layers(denoiser: nn.Module, config: LoraConfig) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from unrote.data.augmentations import augment, mirror
 from unrote.data.store import ImageStore
 from unrote.models.denoiser import DenoisingLoss, autocast_dtype, build_schedule, build_unet, memory_format
 from unrote.models.task import RAW_VARIANT, Condition
+from unrote.tensorfiles import weighted_average
 
 
 class Pixels:
@@ -58,6 +59,8 @@ class Pixels:
     def unsteered(self, condition: Condition) -> Condition:
         """The same: there is no text."""
         return condition
+
+    average = staticmethod(weighted_average)
 
     def save(self, folder: Path) -> None:
         """Write a DDPMPipeline."""

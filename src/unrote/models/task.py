@@ -1,6 +1,6 @@
 """What differs between kinds of models in the one training loop."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -53,6 +53,9 @@ class Task(Protocol):
 
     def unsteered(self, condition: Condition) -> Condition:
         """The same with the empty text."""
+
+    def average(self, states: Iterable[dict[str, Any]], weights: list[float]) -> dict[str, Any]:
+        """The average of the proxies' states (parts by name, tensors of ``trained`` by name) under ``weights``."""
 
     def save(self, folder: Path) -> None:
         """Write the model, with the weights that it has now, so that diffusers loads it without this package."""

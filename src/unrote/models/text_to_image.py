@@ -1,6 +1,6 @@
 """Fine-tuning of a pretrained text-to-image pipeline: latents of images under the condition of their captions."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,14 @@ from unrote.data.augmentations import augment, mirror
 from unrote.data.build import cache_folder
 from unrote.data.store import ImageStore
 from unrote.errors import InputError
-from unrote.models.adapters import adapter_layers, add_adapters
+from unrote.models.adapters import adapter_layers, add_adapters, average_products
 from unrote.models.denoiser import DenoisingLoss, autocast_dtype, memory_format
 from unrote.models.encoding import LatentEncoder, Moments, TextEncoder
 from unrote.models.pixels import as_floats
 from unrote.models.pretrained import PIPELINES, load_pretrained, noise_schedule, text_side
 from unrote.models.task import RAW_VARIANT, Condition
 from unrote.seeding import generator
+from unrote.tensorfiles import weighted_average
 from unrote.text.mitigations import TextPolicy
 
 Embed = Callable[[Sequence[str]], dict[str, Tensor]]
@@ -130,6 +131,12 @@ class TextToImage:
         sizes = torch.tensor([height, width, 0, 0, height, width], device=self._device).expand(len(hidden), 6)
         added = {"text_embeds": outputs["text_embeds"], "time_ids": sizes}
         return {"encoder_hidden_states": hidden, "added_cond_kwargs": added}
+
+    def average(self, states: Iterable[dict[str, Any]], weights: list[float]) -> dict[str, Any]:
+        """The mean of every number; or of the products of adapters, see :func:`average_products`."""
+        product = self._config.model.train == "lora" and self._config.model.lora.average == "product"
+        average: dict[str, Any] = (average_products if product else weighted_average)(states, weights)
+        return average
 
     def save(self, folder: Path) -> None:
         """Write the whole pipeline, or ``pytorch_lora_weights.safetensors``."""

@@ -163,6 +163,7 @@ def _train(config: Config, images: ImageStore, run: Run, device: torch.device, s
         redistribution=Redistribution(msr.fraction, msr.topology, msr.every) if msr.enabled else None,
         seed=config.seed,
         folder=run.path / "proxies",
+        average=task.average,
     )
     budget = make_budget(config, len(images), tuple(len(shard) for shard in ensemble.shards))
     streams = [SampleStream(config.seed, k) for k in range(config.num_shards)]

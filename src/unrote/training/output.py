@@ -10,6 +10,7 @@ from unrote.files import atomic_path, write_json, write_text
 from unrote.method.ledger import Ledger
 from unrote.models.task import RAW_VARIANT as RAW_VARIANT
 from unrote.models.task import Task
+from unrote.training.card import model_card
 from unrote.training.ema import EMA
 from unrote.training.run import Run
 
@@ -40,40 +41,3 @@ def save_model(folder: Path, task: Task, ema: EMA | None) -> None:
         task.save_raw(temporary)
         with ema.applied():
             task.save(temporary)
-
-
-def model_card(config: Config, images: ImageStore, visits: int, skips: int) -> str:
-    """A model card in the Hub's format."""
-    shards = f"{config.num_shards} shards" if config.num_shards > 1 else "one shard"
-    _, height, width, _ = images.images.shape
-    return f"""---
-library_name: diffusers
-pipeline_tag: unconditional-image-generation
-tags: [unrote, diffusion, memorization]
----
-
-# A denoising diffusion model trained with `{config.method}`
-
-Trained by unrote {__version__} on {len(images):,} images of {width}x{height} pixels
-from `{images.source}` (fingerprint `{images.fingerprint[:16]}`), in {shards}; {visits:,} samples seen, of which
-{skips:,} ({skips / max(visits, 1):.1%}) were skipped because the model already knew them unusually well.
-
-```python
-from diffusers import DDPMPipeline
-
-pipeline = DDPMPipeline.from_pretrained("model")
-```
-
-`model/` holds {
-        "the averaged (EMA) weights; `variant='raw'` loads those without averaging"
-        if config.training.use_ema
-        else "the weights without averaging"
-    }. `config.yaml` has every setting, `ledger.csv` what the method saw of each
-training image.
-
-## Limits
-
-How much of the training set this model reproduces is not known until it is audited:
-`unrote sample` and then `unrote audit` measure it. IET-AGC+ lowers memorization; it is no differential-privacy
-guarantee.
-"""
