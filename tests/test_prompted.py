@@ -150,3 +150,9 @@ def test_origins_are_read_from_what_sampling_wrote(tmp_path, packed):
     names = dict(zip(report.pairs["name"], report.pairs["prompt_train_name"], strict=True))
     assert names["000002" if packed else "000002.png"] == "photos/2.png"
     assert read_origins(tmp_path / "other", ["a"]) is None and read_origins(TRAIN, ["a"]) is None
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", '{"name": "a.png"}', '{"file": 3}'])
+def test_somebody_elses_file_of_that_name_is_passed_over(tmp_path, caplog, content):
+    (tmp_path / "samples.jsonl").write_text(content + "\n")
+    assert read_origins(tmp_path, ["a.png"]) is None and "was not written by unrote" in caplog.text

@@ -40,9 +40,13 @@ def read_origins(samples: Any, names: Sequence[str]) -> list[str | None] | None:
     file = path.with_name(f"{path.stem}.samples.jsonl") if path.suffix == ".npz" else path / "samples.jsonl"
     if not file.exists():
         return None
-    rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
-    # In an archive the images have no suffix.
-    known = {name: row.get("origin") for row in rows for name in (row["file"], Path(row["file"]).stem)}
+    try:
+        rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+        # In an archive the images have no suffix.
+        known = {name: row.get("origin") for row in rows for name in (row["file"], Path(row["file"]).stem)}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        logger.warning("%s was not written by unrote sample: where prompts came from is not known", file)
+        return None
     origins = [known.get(name) for name in names]
     return origins if any(origin is not None for origin in origins) else None
 
