@@ -1,6 +1,9 @@
 """Sampling with prompts: image i is a function of model, prompt, seed and i, and what plain diffusers gives."""
 
 import json
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -288,3 +291,22 @@ def test_the_commands_take_training_captions_to_an_audit_of_what_they_bring_back
     assert audited.exit_code == 0 and "prompt_train_name" in (tmp_path / "samples-report" / "pairs.csv").read_text()
     missing = CliRunner().invoke(cli, ["sample", str(folder), "--out", str(tmp_path / "x")])
     assert missing.exit_code != 0 and "--prompts FILE" in str(missing.exception)
+
+
+def test_killed_and_given_again_the_command_ends_as_undisturbed(folder, tmp_path):
+    out, file = tmp_path / "killed", tmp_path / "p.jsonl"
+    rows = [{"text": text, "file_name": f"{number}.png"} for number, text in enumerate(PROMPTS)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = ["--steps", "20", "--batch-size", "1", "--num", "16", "--device", "cpu"]
+    command = [sys.executable, "-m", "unrote", "sample", str(folder), "--prompts", str(file), "--out", str(out)]
+    process = subprocess.Popen([*command, *settings], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while len(list(out.glob("[0-9]*.png"))) < 2 and process.poll() is None:
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    made = len(list(out.glob("[0-9]*.png")))
+    assert 2 <= made < 16 and not (out / "samples.jsonl").exists()
+    subprocess.run([*command, *settings], check=True, capture_output=True)
+    whole = sample(folder, 16, prompts=file, out=tmp_path / "whole", steps=20, batch_size=1)
+    assert_levels_apart(pixels_in(out), pixels_in(whole), 0)
+    assert (out / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
