@@ -67,7 +67,8 @@ def tiny_stable_diffusion(folder: Path, *, vae_levels=1, prediction_type="epsilo
         parts = _safety_parts()
     return StableDiffusionPipeline(
         vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet,
-        scheduler=DDIMScheduler(prediction_type=prediction_type, steps_offset=1, clip_sample=False), requires_safety_checker=safety_checker, **parts,
+        scheduler=DDIMScheduler(prediction_type=prediction_type, steps_offset=1, clip_sample=False),
+        requires_safety_checker=safety_checker, **parts,
     )  # fmt: skip
 
 

@@ -274,8 +274,8 @@ def _provenance(samples: Any) -> dict[str, Any]:
 
 
 def plan(config: Config, data: Any, out: Path) -> Plan:
-    """Validate a run without starting it; see :func:`unrote.training.plan.make_plan`."""
-    return make_plan(config, training_images(config, data), out)
+    """Validate a run without starting it; see :func:`unrote.training.plan.make_plan`. A small disk is a warning."""
+    return make_plan(config, training_images(config, data), out, only_plan=True)
 
 
 def training_images(config: Config, data: Any = None) -> ImageStore:

@@ -99,7 +99,9 @@ def adapter_layers(denoiser: nn.Module, config: LoraConfig) -> dict[str, Tensor]
     from diffusers.utils import convert_state_dict_to_diffusers
     from peft.utils import get_peft_model_state_dict
 
-    layers: dict[str, Tensor] = convert_state_dict_to_diffusers(get_peft_model_state_dict(denoiser))
+    layers: dict[str, Tensor] = convert_state_dict_to_diffusers(
+        get_peft_model_state_dict(denoiser, save_embedding_layers=False)
+    )
     scale = 1.0 if config.alpha is None else config.alpha / config.rank
     return {
         name: value * scale if ".lora_B." in name or ".lora.up." in name else value for name, value in layers.items()

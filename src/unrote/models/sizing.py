@@ -66,7 +66,7 @@ def _pixels_size(config: Config, images: ImageStore) -> Size:
 def _pretrained_size(config: Config, images: ImageStore) -> Size:
     from unrote.models.adapters import add_adapters
     from unrote.models.pretrained import part_config
-    from unrote.models.text_to_image import captions_of, check_images
+    from unrote.models.text_to_image import check_images
 
     source, lora = str(config.model.pretrained), config.model.train == "lora"
     denoiser, autoencoder = part_config(source, "unet"), part_config(source, "vae")
@@ -87,7 +87,7 @@ def _pretrained_size(config: Config, images: ImageStore) -> Size:
     cache = 0
     if config.data.cache_latents:
         cache = 8 * unet.config.in_channels * height * width * len(images) * (1 + config.data.random_flip)
-        texts = len({text for texts in captions_of(images) for text in texts}) + 1
+        texts = len({text for texts in images.every_caption() for text in texts}) + 1
         cache += 0 if config.text.varies else 4 * texts * TEXT_LENGTH * _width_of(unet.config)
     copies = 1 + config.training.use_ema
     model = 4 * trained * copies if lora else 4 * whole * copies + 2 * _folder_bytes(source)

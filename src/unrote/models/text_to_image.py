@@ -49,7 +49,7 @@ class TextToImage:
         self.trained: nn.Module = self.denoiser
         if config.model.train == "lora":
             # The frozen weights are only read under autocast, which would round them anyway.
-            self.denoiser.to(dtype or torch.float32)
+            nn.Module.to(self.denoiser, dtype or torch.float32)
             self.trained = add_adapters(self.denoiser, config.model.lora)
         self.denoiser.to(device, memory_format=self._layout)
         self.loss = DenoisingLoss(noise_schedule(pipeline), device, dtype)
@@ -71,7 +71,7 @@ class TextToImage:
         tokenizers, encoders = text_side(pipeline)
         zeros = bool(pipeline.config.get("force_zeros_for_empty_prompt"))
         encoder = TextEncoder(tokenizers, encoders, self._device, zeros_for_empty=zeros)
-        self._policy = TextPolicy(self._config.text, tokenizers[0], captions_of(self._images))
+        self._policy = TextPolicy(self._config.text, tokenizers[0], self._images.every_caption())
         self._empty = encoder([""])
         texts = self._policy.texts()
         cached = texts is not None and self._config.data.cache_latents
@@ -155,11 +155,6 @@ class TextToImage:
     def _save_adapters(self, folder: Path) -> None:
         layers = adapter_layers(self.denoiser, self._config.model.lora)
         PIPELINES[self._pipeline_name].save_lora_weights(folder, unet_lora_layers=layers)
-
-
-def captions_of(images: ImageStore) -> list[list[str]]:
-    """The captions of each image, the first first; none where it has none."""
-    return [[caption] if caption else [] for caption in images.captions or [""] * len(images)]
 
 
 def check_images(config: Config, images: ImageStore, factor: int) -> None:

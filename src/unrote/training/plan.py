@@ -68,8 +68,14 @@ class Plan:
         )
 
 
-def make_plan(config: Config, images: ImageStore, out: Path) -> Plan:
+def make_plan(config: Config, images: ImageStore, out: Path, *, only_plan: bool = False) -> Plan:
     """Validate a run without starting it.
+
+    Args:
+        config: of the run.
+        images: the training set.
+        out: the run folder.
+        only_plan: the run may take place on another machine: too small a disk here is a warning.
 
     Raises:
         InputError: if data and configuration do not fit together, or the disk is too small.
@@ -102,10 +108,13 @@ def make_plan(config: Config, images: ImageStore, out: Path) -> Plan:
         free_disk_bytes=shutil.disk_usage(_existing_parent(out)).free,
     )
     if plan.disk_bytes > plan.free_disk_bytes:
-        raise InputError(
+        problem = (
             f"--out {out}: the run needs up to {_size(plan.disk_bytes)} and the disk has {_size(plan.free_disk_bytes)} "
             "free. Free some space, choose another disk, or lower training.checkpoints_total_limit"
         )
+        if not only_plan:
+            raise InputError(problem)
+        logger.warning(problem)
     return plan
 
 
