@@ -150,13 +150,14 @@ def test_guidance_size_and_negative_prompt_change_the_image(folder, seven, tmp_p
 # Models of runs.
 
 
-@pytest.fixture(scope="module", params=["full", "lora"])
-def tuned(request, folder, tmp_path_factory):
-    if request.param == "lora":
+@pytest.fixture(scope="module", params=[("folder", "full"), ("folder", "lora"), ("xl", "lora")])
+def tuned(request, tmp_path_factory):
+    base, kind = request.getfixturevalue(request.param[0]), request.param[1]
+    if kind == "lora":
         pytest.importorskip("peft")
     images = in_memory_store(toy_images(8, side=16).images, source="toy", captions=["red cat", "a dog"] * 4)
     settings = {
-        "model.pretrained": str(folder), "model.train": request.param, "training.epochs": 3,
+        "model.pretrained": str(base), "model.train": kind, "training.epochs": 3,
         "training.batch_size": 4, "training.learning_rate": 0.01, "training.ema_decay": 0.5,
         "training.lr_warmup_steps": 0, "training.mixed_precision": "no",
     }  # fmt: skip
@@ -165,11 +166,13 @@ def tuned(request, folder, tmp_path_factory):
         return train(images, out=tmp_path_factory.mktemp("tuned") / "run", method="standard", settings=settings)
 
 
-def test_a_run_is_sampled_with_its_own_weights_averaged_or_raw_at_its_own_size(tuned, folder, seven, tmp_path):
-    made = {}
+def test_a_run_is_sampled_with_its_own_weights_averaged_or_raw_at_its_own_size(tuned, tmp_path):
+    base, made = tuned.config.model.pretrained, {}
+    untrained = sample(base, 1, prompts=PROMPTS, out=tmp_path / "base", **FEW)
     for weights in ("ema", "raw"):
         made[weights] = sample(tuned, 2, prompts=PROMPTS, out=tmp_path / weights, weights=weights, **FEW)
-        pipeline = DiffusionPipeline.from_pretrained(folder, safety_checker=None)
+        pipeline = DiffusionPipeline.from_pretrained(base)
+        pipeline.safety_checker = None
         if tuned.config.model.train == "lora":
             where = tuned.model_folder / ("raw" if weights == "raw" else "")
             pipeline.load_lora_weights(where, weight_name="pytorch_lora_weights.safetensors")
@@ -180,11 +183,11 @@ def test_a_run_is_sampled_with_its_own_weights_averaged_or_raw_at_its_own_size(t
             pipeline.scheduler.config, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False
         )
         draws = [torch.Generator().manual_seed(row["generator_seed"]) for row in rows_of(made[weights])]
-        plain = pipeline(PROMPTS[:2], num_inference_steps=4, generator=draws).images
+        plain = pipeline(PROMPTS[:2], num_inference_steps=4, guidance_scale=7.5, generator=draws).images
         for image, expected in zip(pixels_in(made[weights]).values(), plain, strict=True):
             np.testing.assert_array_equal(np.asarray(expected).astype(int), image)
     assert (pixels_in(made["ema"])[0] != pixels_in(made["raw"])[0]).any()
-    assert (pixels_in(made["ema"])[0] != pixels_in(seven)[0]).any(), "training changed the model"
+    assert (pixels_in(made["ema"])[0] != pixels_in(untrained)[0]).any(), "training changed the model"
     settings = json.loads((made["ema"] / "sampling.json").read_text())
     assert settings["weights"] == "ema" and settings["size"] == [16, 16]
     with pytest.raises(InputError, match="give --prompts"):

@@ -39,7 +39,8 @@ def load_text_to_image(source: Path | str, run: Run | None, variant: str | None)
         return load_pretrained(str(source))
     if run.config.model.train == "lora":
         pipeline = load_pretrained(str(run.config.model.pretrained))
-        pipeline.load_lora_weights(run.model_folder / (variant or ""), weight_name=LORA_WEIGHTS)
+        # Not load_lora_weights, which warns that the text encoders get none.
+        pipeline.unet.load_lora_adapter(run.model_folder / (variant or ""), weight_name=LORA_WEIGHTS, prefix="unet")
         return pipeline
     if variant is None:
         return load_pretrained(str(source))
