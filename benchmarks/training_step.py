@@ -41,6 +41,7 @@ from unrote.data.store import ImageRows, in_memory_store
 from unrote.files import write_json
 from unrote.method.shards import SampleStream
 from unrote.models.denoiser import build_unet
+from unrote.models.making import make_task
 from unrote.training.loop import Meter
 from unrote.training.step import TrainingStep
 
@@ -71,7 +72,9 @@ class OurStep:
         # Repeated by index: a million images cost no memory here.
         repeated = ImageRows(pixels, np.arange(rows) % NUM_IMAGES)
         store = replace(in_memory_store(pixels, source="noise"), images=repeated)
-        self.step = TrainingStep(self.config, store, unet(self.config, side), CPU, proxy_steps=10_000)
+        torch.manual_seed(0)
+        task = make_task(self.config, store, CPU)
+        self.step = TrainingStep(self.config, task, rows, CPU, proxy_steps=10_000)
         self.stream, self.shard, self.meter = SampleStream(0, 0), torch.arange(rows), Meter(CPU)
 
     def __call__(self) -> None:

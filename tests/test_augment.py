@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unrote.data.augmentations import augment, random_flip
+from unrote.data.augmentations import augment, coin, mirror
 from unrote.method.augment import augmentation_strength
 
 EVERYTHING = {
@@ -129,7 +129,7 @@ def test_half_the_strength_shifts_half_as_far_and_flips_half_as_often():
 
 def test_random_flip_mirrors_half():
     images = pictures(400)
-    views = random_flip(images, draw_of())
+    views = mirror(images, coin(len(images), draw_of()))
     mirrored = [torch.equal(view, image.flip(-1)) for view, image in zip(views, images, strict=True)]
     same = [torch.equal(view, image) for view, image in zip(views, images, strict=True)]
     assert all(a != b for a, b in zip(mirrored, same, strict=True))

@@ -159,7 +159,8 @@ def test_every_preset_is_planned_on_images_of_its_size(here, tmp_path, preset, m
     side = load_config(preset=preset).data.resolution or 32
     data = tmp_path / "data.npz"
     random = np.random.default_rng(0)
-    np.savez(data, images=random.integers(0, 256, (20, side, side, 3), dtype=np.uint8), labels=np.arange(20) % 10)
+    images, captions = random.integers(0, 256, (20, side, side, 3), dtype=np.uint8), [f"a {i}" for i in range(20)]
+    np.savez(data, images=images, labels=np.arange(20) % 10, captions=captions)
     words = ["train", "--preset", preset, "--method", method, "--data", data, "--out", tmp_path / "run", "--dry-run"]
     code, out, errors = here(*words, "--json")
     assert code == 0, errors

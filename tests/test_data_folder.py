@@ -89,6 +89,26 @@ def test_metadata_captions(photos: Path) -> None:
     }
 
 
+def test_several_captions(photos: Path) -> None:
+    for seed, name in enumerate(["a.png", "b.png", "c.png", "d.png"]):
+        picture(photos / name, seed)
+    texts = {"a.png": ["a cat", "red", "a cat"], "b.png": "dog", "c.png": []}
+    rows = [json.dumps({"file_name": name, "text": text}) + "\n" for name, text in texts.items()]
+    (photos / "metadata.jsonl").write_text("".join(rows))
+    store = open_images(photos, resolution=8)
+    assert store.captions == ["a cat", "dog", "", ""] and store.more_captions == [["red", "a cat"], [], [], []]
+    assert store.every_caption() == [["a cat", "red", "a cat"], ["dog"], [""], [""]]
+    assert open_images(photos, resolution=8).every_caption() == store.every_caption(), "from the cache"
+    assert open_images(store, resolution=4).every_caption() == store.every_caption()
+    few = store.subset([1, 0])
+    assert few.every_caption() == [["dog"], ["a cat", "red", "a cat"]]
+    (photos / "metadata.jsonl").write_text("".join(rows).replace("red", "blue"))
+    assert open_images(photos, resolution=8).fingerprint != store.fingerprint
+    (photos / "metadata.jsonl").write_text('{"file_name": "b.png", "text": "dog"}\n')
+    single = open_images(photos, resolution=8)
+    assert single.more_captions is None and single.subset([1]).fingerprint == store.subset([1]).fingerprint
+
+
 def test_nested_metadata_is_relative_to_its_folder(photos: Path) -> None:
     picture(photos / "sub" / "b.png")
     picture(photos / "a.png", 1)
@@ -109,7 +129,8 @@ def test_nested_metadata_is_relative_to_its_folder(photos: Path) -> None:
         ('{"text": "x"}', 'line 1: needs a JSON object with a "file_name"'),
         ('{"file_name": "../../etc/x.png", "text": "x"}', "line 1: file_name '../../etc/x.png' leads out"),
         ('{"file_name": "/etc/x.png", "text": "x"}', "line 1: file_name '/etc/x.png' leads out"),
-        ('{"file_name": "a.png", "text": ["x"]}', 'line 1: "text" must be a string, not list'),
+        ('{"file_name": "a.png", "text": 3}', 'line 1: "text" must be a string or a list of strings, not int'),
+        ('{"file_name": "a.png", "text": ["x", 3]}', 'line 1: "text" must be a string or a list of strings, not int'),
     ],
 )
 def test_unusable_metadata_names_file_and_line(photos: Path, lines: str, message: str) -> None:

@@ -240,6 +240,7 @@ def test_laion_10k_is_said_to_be_unverified(tmp_path: Path, data: Path, caplog: 
     assert "no checksum is known" in caplog.text and "unverified" in caplog.text
     store = open_images("laion-10k", resolution=32)
     assert store.captions == ["caption 0", "", "caption 2"] and store.labels is None
+    assert store.every_caption() == [["caption 0", "other"], [""], ["caption 2", "other"]]
 
 
 def test_wrong_and_damaged_archives_leave_nothing(tmp_path: Path, data: Path) -> None:

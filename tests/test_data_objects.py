@@ -130,6 +130,14 @@ def test_hugging_face_columns_are_found_by_type(images: np.ndarray) -> None:
     assert open_images(hugging_face(images, label=[0, 1, -1, 0, 1, 0]), resolution=8).labels is None
 
 
+def test_hugging_face_lists_of_captions(images: np.ndarray) -> None:
+    dataset = hugging_face(images, path=list("uvwxyz"))
+    lists = [["a", "b"], ["c"], [], None, ["d", "e", "f"], [""]]
+    feature = datasets.Sequence(datasets.Value("string"))
+    store = open_images(dataset.add_column("captions", lists, feature=feature), resolution=8)
+    assert store.every_caption() == [["a", "b"], ["c"], [""], [""], ["d", "e", "f"], [""]]
+
+
 def test_hugging_face_files_may_be_bad_and_may_change(images: np.ndarray, tmp_path: Path) -> None:
     paths = [tmp_path / f"{index}.png" for index in range(3)]
     for path, image in zip(paths, images, strict=False):
@@ -191,7 +199,8 @@ def test_torch_datasets(images: np.ndarray) -> None:
     store = open_images(Pairs(items), resolution=8)
     assert store.captions == [f"n{index}" for index in range(6)]
     assert store.labels is not None and store.labels.tolist() == list(range(6))
-    assert open_images(Pairs([(image, ["c", "d"]) for image in pil]), resolution=8).captions == ["c"] * 6
+    several = open_images(Pairs([(image, ["c", "d"]) for image in pil]), resolution=8)
+    assert several.captions == ["c"] * 6 and several.every_caption() == [["c", "d"]] * 6
     assert np.array_equal(open_images(torch.stack(chw_bytes), resolution=8).images, images)
     assert np.array_equal(open_images(torch.utils.data.Subset(Pairs(pil), [2, 0]), resolution=8).images, images[[2, 0]])
 

@@ -128,36 +128,10 @@ def test_classes_of_held_out_images_are_matched_by_name():
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory):
-    transformers = pytest.importorskip("transformers")
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    pytest.importorskip("transformers")
+    from tiny_pipelines import tiny_stable_diffusion
 
-    folder = tmp_path_factory.mktemp("tokenizer")
-    words = ["red", "cat", "dog", "a"]
-    letters = sorted(set("".join(words)))
-    entries = [*letters, *(letter + "</w>" for letter in letters)]
-    merges = ["r e", "re d</w>", "c a", "ca t</w>", "d o", "do g</w>"]
-    entries += [merge.replace(" ", "") for merge in merges] + ["<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({word: index for index, word in enumerate(entries)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
-    tokenizer = transformers.CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=12)
-    torch.manual_seed(0)
-    text = transformers.CLIPTextModel(
-        transformers.CLIPTextConfig(
-            vocab_size=len(entries), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-            max_position_embeddings=12, projection_dim=16, eos_token_id=len(entries) - 1,
-            bos_token_id=len(entries) - 2, pad_token_id=len(entries) - 1,
-        )
-    ).eval()  # fmt: skip
-    unet = UNet2DConditionModel(
-        sample_size=8, block_out_channels=(16, 32), layers_per_block=1, cross_attention_dim=16, norm_num_groups=8,
-        attention_head_dim=4, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-    )  # fmt: skip
-    vae = AutoencoderKL(block_out_channels=(16,), norm_num_groups=8, latent_channels=4)
-    return StableDiffusionPipeline(
-        vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=DDIMScheduler(), safety_checker=None,
-        feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
+    return tiny_stable_diffusion(tmp_path_factory.mktemp("tokenizer"))
 
 
 def noises(count):

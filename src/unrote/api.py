@@ -60,5 +60,5 @@ def train_config(config: Config, images: ImageStore, out: Path | str, device: st
 
 
 def plan(config: Config, data: Any, out: Path) -> Plan:
-    """Validate a run without starting it; see :func:`unrote.training.plan.make_plan`."""
-    return make_plan(config, training_images(config, data), out)
+    """Validate a run without starting it; see :func:`unrote.training.plan.make_plan`. A small disk is a warning."""
+    return make_plan(config, training_images(config, data), out, only_plan=True)

@@ -103,6 +103,9 @@ def _read_config(
 
 @cli.command()
 @click.option("--data", "data__source", metavar="PATH|NAME", help="Image folder, .npz file, or NAME[:SPLIT] of a set.")
+@click.option(
+    "--pretrained", "model__pretrained", metavar="PATH|HUB_ID", help="Text-to-image pipeline to fine-tune on captions."
+)
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The run folder; the same again goes on.")
 @_config_options
 @click.option("--resolution", "data__resolution", type=int, help="Height and width in pixels.")
@@ -129,27 +132,34 @@ def train(out: Path, dry_run: bool, device: str | None, as_json: bool, **options
         return
     run = train_config(config, images, out, device)
     summary = json.loads((run.path / "run.json").read_text())
-    click.echo(json.dumps(summary | {"run": str(out)}) if as_json else _after_training(out, summary))
+    click.echo(json.dumps(summary | {"run": str(out)}) if as_json else _after_training(out, config, summary))
 
 
-def _after_training(out: Path, summary: dict[str, Any]) -> str:
+def _after_training(out: Path, config: Config, summary: dict[str, Any]) -> str:
     share = summary["skipped"] / max(summary["samples_seen"], 1)
+    what = "--num 256" if config.model.pretrained is None else "--prompts FILE"
     return (
         f"{out}: {summary['samples_seen']:,} samples seen, {share:.1%} skipped; "
-        f"the model is in {out / 'model'}\nnext: unrote sample {out} --num 256"
+        f"the model is in {out / 'model'}\nnext: unrote sample {out} {what}"
     )
 
 
 @cli.command()
 @click.argument("model", metavar="RUN|PIPELINE")
-@click.option("--num", default=256, show_default=True, help="How many images.")
-@click.option("--seed", default=0, show_default=True, help="Image i depends on model, seed and i only.")
+@click.option("--num", type=int, help="How many images [one per prompt; 256 without prompts].")
+@click.option("--seed", default=0, show_default=True, help="Image i depends on model, seed, i and its prompt only.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder, or a path ending in .npz [RUN/samples].")
 @click.option("--sampler", default="ddim", show_default=True, help="ddim, ddpm or dpm-solver++.")
 @click.option("--steps", default=50, show_default=True, help="Denoising steps.")
 @click.option("--eta", default=0.0, show_default=True, help="DDIM's share of fresh noise.")
 @click.option("--weights", help="ema or raw [what the run has].")
-@click.option("--batch-size", default=32, show_default=True, help="Images denoised at once.")
+@click.option(
+    "--prompts", type=click.Path(path_type=Path), help="For text-to-image models: one a line, or .jsonl: text, seed, …"
+)
+@click.option("--guidance-scale", default=7.5, show_default=True, help="With prompts: how strongly to follow them.")
+@click.option("--negative-prompt", metavar="TEXT", help="With prompts: what to lead away from.")
+@click.option("--resolution", type=int, help="With prompts: height and width [as trained].")
+@click.option("--batch-size", type=int, help="Images denoised at once [32; with prompts 4].")
 @_device_option
 def sample(model: str, out: Path | None, device: str | None, **options: Any) -> None:
     """Generate images. What is already there is not made again."""
@@ -157,7 +167,9 @@ def sample(model: str, out: Path | None, device: str | None, **options: Any) -> 
     from unrote.sampling import sample as make
 
     target = make(model, out=out, device=pick_device(device), **options)
-    click.echo(f"{target}: {options['num']} images\nnext: unrote audit {target} --train {model}")
+    beside = target.with_name(f"{target.stem}.samples.jsonl") if target.suffix == ".npz" else target / "samples.jsonl"
+    count = len(beside.read_text().splitlines())
+    click.echo(f"{target}: {count:,} images\nnext: unrote audit {target} --train {model}")
 
 
 @cli.command()
@@ -199,10 +211,12 @@ def audit(
     generated: str, train: str, out: Path | None, fail_above: tuple[str, ...], as_json: bool, **options: Any
 ) -> None:
     """Measure what generated images copy from the training images."""
-    from unrote.auditing.limits import exceeded, parse_limit
+    from unrote.auditing.limits import SIMILARITY, exceeded, parse_limit
     from unrote.measures import audit as measure
 
     limits = [parse_limit(text) for text in fail_above]
+    if not options["encoders"] and any(limit.measure == SIMILARITY for limit in limits):
+        raise InputError("--fail-above similarity needs copy detection: add --encoder sscd")
     folder = out or Path(f"{generated.removesuffix('.npz').rstrip('/')}-report")
     unfinished = folder / ".search"
     report = measure(generated, train, resume=unfinished, **options)

@@ -42,6 +42,9 @@ METHODS: dict[str, tuple[str, ...]] = {
 }
 """Which parts each method turns on."""
 
+TUNING = ("pretrained", "train", "lora.")
+"""Fields of the model that a pretrained one does not bring along."""
+
 
 class Section(BaseModel):
     """A part of the configuration: unknown keys are errors, values are fixed once read."""
@@ -71,10 +74,34 @@ class DataConfig(Section):
     """File with the names of the images to train on, one a line, such as the keep.txt of a scan; none takes all."""
     random_flip: bool = False
     """Show each image mirrored half of the time."""
+    cache_latents: bool = True
+    """Encode images once and keep the latents on disk; false encodes them at every step. For a pretrained model."""
+
+
+class LoraConfig(Section):
+    """Low-rank adapters (arXiv 2106.09685), by peft."""
+
+    rank: PositiveInt = 16
+    """Rank of each adapter."""
+    alpha: PositiveFloat | None = None
+    """Adapters are scaled by alpha / rank; none is the rank, which scales by 1."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout before an adapter."""
+    target_modules: Annotated[tuple[str, ...], Field(min_length=1)] = ("to_q", "to_k", "to_v", "to_out.0")
+    """Modules that get an adapter, by the ends of their names."""
+    average: Literal["factors", "product"] = "factors"
+    """How proxies are averaged: both factors on their own, or their product, cut back to the rank."""
 
 
 class ModelConfig(Section):
-    """The denoiser, a diffusers UNet2DModel, and its noise schedule."""
+    """The denoiser and its noise schedule: a new diffusers UNet2DModel, or a pretrained text-to-image pipeline."""
+
+    pretrained: str | None = None
+    """Folder, single file or Hub id of a text-to-image pipeline to fine-tune; its architecture and schedule apply."""
+    train: Literal["full", "lora"] = "full"
+    """Of a pretrained pipeline: all weights of the denoiser, or low-rank adapters beside them."""
+    lora: LoraConfig = LoraConfig()
+    """The adapters."""
 
     block_out_channels: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (32, 64, 64)
     """Channels at each resolution; each level but the last halves it."""
@@ -127,6 +154,12 @@ class TrainingConfig(Section):
     """Keep an exponential moving average of the weights, which is what is sampled from."""
     ema_decay: Fraction = 0.999
     """Decay of the moving average per step; lower in the first steps."""
+    min_snr_gamma: PositiveFloat | None = None
+    """γ of min-SNR weights (arXiv 2303.09556), such as 5; none weighs all alike. The gate sees losses unweighted."""
+    noise_offset: NonNegativeFloat = 0.0
+    """Share of noise that is one number per channel, which lets a model learn overall brightness; such as 0.05."""
+    gradient_checkpointing: bool = False
+    """Compute activations twice instead of keeping them: less memory, slower."""
     mixed_precision: Precision = "no"
     """Precision of the forward and backward pass; weights and losses stay fp32."""
     channels_last: bool = False
@@ -141,6 +174,32 @@ class TrainingConfig(Section):
     """Checkpoints kept; at least 2, so that one can be lost."""
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
     """Also send the log there."""
+
+
+class TextConfig(Section):
+    """Which text a pretrained model sees with an image; mitigations of Somepalli et al. 2023 and Wen et al. 2024."""
+
+    caption: Literal["first", "random"] = "first"
+    """Of several captions of an image: the first, or one drawn anew at each visit."""
+    dropout: Fraction = 0.0
+    """Chance of the empty text, which guidance needs."""
+    replace_caption: Fraction = 0.0
+    """Chance that the caption is replaced by random words."""
+    replace_tokens: Fraction = 0.0
+    """Chance of each token to be replaced by a random one."""
+    add_tokens: NonNegativeInt = 0
+    """How many random tokens are put in at random places."""
+    repeat_words: Fraction = 0.0
+    """Chance that a word of the caption is repeated at a random place."""
+    embedding_noise: NonNegativeFloat = 0.0
+    """Standard deviation of Gaussian noise that is added to the text embeddings."""
+    max_prediction_norm: PositiveFloat | None = None
+    """Skip samples whose text changes the prediction by more than this L2 norm; none skips none so."""
+
+    @property
+    def varies(self) -> bool:
+        """Whether texts are made at each visit, so that they can't be embedded once."""
+        return bool(self.replace_caption or self.replace_tokens or self.add_tokens or self.repeat_words)
 
 
 class EnsembleConfig(Section):
@@ -246,6 +305,8 @@ class Config(Section):
     """The denoiser."""
     training: TrainingConfig = TrainingConfig()
     """The loop."""
+    text: TextConfig = TextConfig()
+    """What the model reads."""
     ensemble: EnsembleConfig = EnsembleConfig()
     """IET."""
     gate: GateConfig = GateConfig()
@@ -274,6 +335,8 @@ class Config(Section):
             raise ValueError(
                 "redistribution.enabled moves samples between shards: enable ensemble, with num_shards > 1"
             )
+        if self.model.train == "lora" and self.model.pretrained is None:
+            raise ValueError("model.train: lora needs a model to adapt; set model.pretrained")
         if self.redistribution.enabled and not self.gate.enabled:
             raise ValueError("redistribution.enabled goes by skips: enable gate too")
         return self
@@ -304,7 +367,7 @@ def load_config(
 
     Args:
         method: one of :data:`METHODS`.
-        preset: one of :func:`preset_names`.
+        preset: one of :func:`preset_names`; by default ``fine-tune`` with a pretrained model, ``tiny`` without.
         file: a YAML file with any of the fields.
         overrides: dotted field → value, e.g. ``{"gate.skip_ratio": 0.8}``.
 
@@ -315,7 +378,8 @@ def load_config(
         if key in (overrides or {}):
             raise InputError(f"{key} can't be set like a single setting, it chooses many; use --{key}")
     written = {} if file is None else read_yaml(file)
-    preset = preset or written.get("preset") or "tiny"
+    tuned = (overrides or {}).get("model.pretrained") or (written.get("model") or {}).get("pretrained")
+    preset = preset or written.get("preset") or ("fine-tune" if tuned else "tiny")
     values = merge(preset_values(preset), written)
     method = method or values.get("method", "iet-agc+")
     values = merge(values, {"method": method, "preset": preset} | _parts_of(method, written))
@@ -326,6 +390,10 @@ def load_config(
         section, _, field = key.partition(".")
         if section in PARTS and field != "enabled" and not getattr(config, section).enabled:
             logger.warning("%s is ignored: method %s does not enable %s", key, config.method, section)
+        if section == "text" and config.model.pretrained is None:
+            logger.warning("%s is ignored: only a pretrained model reads captions", key)
+        if section == "model" and config.model.pretrained is not None and not field.startswith(TUNING):
+            logger.warning("%s is ignored: %s is as it is", key, config.model.pretrained)
     return config
 
 

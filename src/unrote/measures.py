@@ -9,6 +9,7 @@ from typing import Any
 
 from unrote.auditing import AuditReport
 from unrote.auditing import audit as _audit
+from unrote.auditing.prompted import read_origins
 from unrote.data import ImageStore, open_images
 from unrote.data.build import cache_folder
 from unrote.detection.membership import attacked_timesteps, labelled_as, pia_scores
@@ -82,6 +83,7 @@ def audit(
         clip_model=None if clip_model is None else str(clip_model),
         device=where,
         ledger=ledger,
+        origins=read_origins(samples, images.names),
         provenance=_provenance(samples),
         cache=cache_folder() / "features",
         resume=resume,

@@ -14,6 +14,7 @@ import torch
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
+    DiffusionPipeline,
     DPMSolverMultistepScheduler,
     UNet2DModel,
 )
@@ -25,6 +26,8 @@ from tqdm import tqdm
 from unrote.errors import InputError
 from unrote.files import atomic_path, atomic_write, write_json, write_text
 from unrote.seeding import generator
+from unrote.text.generation import PromptDenoiser, load_text_to_image
+from unrote.text.prompts import Prompt, read_prompts
 from unrote.training.output import RAW_VARIANT
 from unrote.training.run import Run
 
@@ -36,7 +39,7 @@ Weights = Literal["ema", "raw"]
 
 def sample(
     model: Run | Path | str,
-    num: int,
+    num: int | None = None,
     *,
     seed: int = 0,
     out: Path | str | None = None,
@@ -44,25 +47,34 @@ def sample(
     steps: int = 50,
     eta: float = 0.0,
     weights: Weights | None = None,
-    batch_size: int = 32,
+    prompts: Path | str | Sequence[str | Prompt] | None = None,
+    guidance_scale: float = 7.5,
+    negative_prompt: str | None = None,
+    resolution: int | None = None,
+    batch_size: int | None = None,
     device: torch.device | str = "cpu",
 ) -> Path:
     """Generate images 0..num-1; what is already in ``out`` is not made again.
 
-    Image i depends on the model, the seed and i: not on ``num``, nor on what was made before. Floating-point kernels
-    round differently for different batch shapes, so batches are always computed whole, and another ``batch_size`` may
-    change a pixel by one level of 255.
+    Image i depends on the model, the seed, i and its prompt if there is one: not on ``num``, nor on what was made
+    before. Floating-point kernels round differently for different batch shapes, so batches are always computed whole,
+    and another ``batch_size`` may change a pixel by one level of 255.
 
     Args:
-        model: a run folder, or a folder or Hub id of a diffusers pipeline with a UNet2DModel.
-        num: how many images.
+        model: a run folder, or a folder or Hub id of a diffusers pipeline: with a UNet2DModel, or with ``prompts``
+            Stable Diffusion 1, 2 or XL, also as one ``.safetensors`` file.
+        num: how many images; by default one per prompt, or 256.
         seed: of the initial noise and of the samplers' own noise.
         out: a folder for PNG files and ``samples.jsonl``, or a path ending in ``.npz``; by default in the run folder.
         sampler: ``ddim``, ``ddpm`` (ancestral) or ``dpm-solver++``.
         steps: denoising steps.
         eta: DDIM's share of fresh noise, in [0, 1].
         weights: the averaged (``ema``) or the ``raw`` weights; by default what the run has, averaged if it has both.
-        batch_size: images denoised at once.
+        prompts: texts, or a file of them (:func:`unrote.text.prompts.read_prompts`), each for one image in turn.
+        guidance_scale: with prompts: of classifier-free guidance; 1 and less is none.
+        negative_prompt: with prompts: what guidance leads away from; by default the empty text.
+        resolution: with prompts: height and width in pixels; by default what a run was trained at, or the pipeline's.
+        batch_size: images denoised at once; by default 32, with prompts 4.
         device: where to compute.
 
     Returns:
@@ -71,6 +83,9 @@ def sample(
     Raises:
         InputError: if there is no such model or weights, or ``out`` holds samples made with other settings.
     """
+    texts = None if prompts is None else _texts(prompts)
+    num = (256 if texts is None else len(texts)) if num is None else num
+    batch_size = (32 if texts is None else 4) if batch_size is None else batch_size
     if num < 1 or steps < 1 or batch_size < 1:
         raise InputError(f"num, steps and batch_size must be at least 1, not {num}, {steps} and {batch_size}")
     if not 0 <= eta <= 1:
@@ -79,22 +94,53 @@ def sample(
     if run is None and weights is not None:
         raise InputError(f"--weights {weights}: {source} is no run folder, so its weights are taken as they are saved")
     weights = weights or ("ema" if run is None or run.config.training.use_ema else "raw")
-    unet, schedule = _load(source, run, weights)
+    target = Path(out) if out is not None else (run.path if run else Path()) / "samples"
+    if target.suffix == ".npz" and target.exists():
+        raise InputError(f"--out {target}: exists already; remove it or choose another")
+    takes_text = _takes_text(source, run)
+    if texts is None and takes_text:
+        raise InputError(f"{source}: is a text-to-image model; give --prompts FILE, one prompt a line or .jsonl")
+    if texts is not None and takes_text is False:
+        raise InputError(f"--prompts: {run.path if run else source} is a model that takes no text")
+    denoise: Denoiser | PromptDenoiser
+    if texts is None:
+        if negative_prompt is not None or resolution is not None:
+            raise InputError("--negative-prompt and --resolution are for text-to-image models, with --prompts")
+        unet, schedule = _load(source, run, weights)
+        denoise = Denoiser(unet.to(device).eval(), schedule, sampler, steps, eta, seed)
+    else:
+        pipeline = load_text_to_image(source, run, _variant(run, weights)).to(device)
+        pipeline.scheduler = make_scheduler(pipeline.scheduler, sampler, steps, clip_sample=False)
+        denoise = PromptDenoiser(
+            pipeline,
+            texts,
+            seed=seed,
+            steps=steps,
+            eta=eta,
+            guidance_scale=guidance_scale,
+            negative_prompt=negative_prompt,
+            size=_size(resolution, run),
+        )
     settings = {
         "model": str(source),
-        "model_sha256": weights_hash(unet),
+        "model_sha256": weights_hash(*denoise.networks),
         "weights": weights if run is not None else "as saved",
         "sampler": sampler,
         "steps": steps,
         "eta": eta,
         "seed": seed,
         "batch_size": batch_size,
+        **denoise.settings,
     }
-    target = Path(out) if out is not None else (run.path if run else Path()) / "samples"
+    _generate(denoise, num, batch_size, settings, target)
+    return target
+
+
+def _generate(
+    denoise: "Denoiser | PromptDenoiser", num: int, batch_size: int, settings: dict[str, Any], target: Path
+) -> None:
+    """Make the images that are not there yet, and what is written beside them."""
     folder = target.with_name(target.name + ".parts") if target.suffix == ".npz" else target
-    if target.suffix == ".npz" and target.exists():
-        raise InputError(f"--out {target}: exists already; remove it or choose another")
-    denoise = Denoiser(unet.to(device).eval(), schedule, sampler, steps, eta, seed)
     _start(folder, settings)
     with tqdm(total=num, unit="img", desc="sampling", leave=False, disable=None) as bar:
         for first in range(0, num, batch_size):
@@ -105,11 +151,49 @@ def sample(
             bar.update(len(wanted))
     # A folder may hold more than were asked for now; every image in it has its line.
     made = range(num) if folder != target else sorted(int(path.stem) for path in folder.glob("[0-9]*.png"))
-    rows = [{"index": i, "seed": seed, "file": _file_name(i)} | denoise.label_of(i) for i in made]
-    write_text(folder / "samples.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    rows = [{"index": i, "seed": settings["seed"], "file": _file_name(i)} | denoise.label_of(i) for i in made]
+    _write_lines(folder / "samples.jsonl", rows)
+    captions = [{"file_name": row["file"], "text": row["prompt"]} for row in rows if "prompt" in row]
+    if captions:
+        # As in any folder of images with captions, so that they are found again.
+        _write_lines(folder / "metadata.jsonl", captions)
     if target.suffix == ".npz":
-        _pack(folder, num, target)
-    return target
+        _pack(folder, num, target, [row["text"] for row in captions])
+
+
+def make_scheduler(schedule: Any, sampler: Sampler, steps: int, **changes: Any) -> Any:
+    """The sampler on a noise schedule, set to ``steps``.
+
+    Args:
+        schedule: a diffusers scheduler.
+        sampler: see :func:`sample`.
+        steps: see :func:`sample`.
+        changes: to the schedule's configuration.
+
+    Raises:
+        InputError: there is no such sampler, or it can't spread the steps evenly.
+    """
+    # From the last timestep, where the image is noise alone, to the clean image: no start at 981, no end at ᾱ_0.
+    common = {"timestep_spacing": "trailing", **changes}
+    match sampler:
+        case "ddim":
+            scheduler: Any = DDIMScheduler.from_config(schedule.config, set_alpha_to_one=True, **common)
+        case "ddpm":
+            scheduler = DDPMScheduler.from_config(schedule.config, **common)
+        case "dpm-solver++":
+            scheduler = DPMSolverMultistepScheduler.from_config(
+                schedule.config, algorithm_type="dpmsolver++", final_sigmas_type="zero", **common
+            )
+        case _:
+            raise InputError(f"--sampler {sampler}: there are ddim, ddpm and dpm-solver++")
+    count = scheduler.config.num_train_timesteps
+    scheduler.set_timesteps(min(steps, count))
+    # Rounded timesteps make diffusers' DDIM end at the first noise level instead of the clean image, and for some
+    # counts give every sampler a step too many.
+    if len(scheduler.timesteps) != steps or (sampler == "ddim" and count % steps):
+        fitting = max(divisor for divisor in range(1, min(steps, count) + 1) if count % divisor == 0)
+        raise InputError(f"--steps {steps}: {sampler} can't spread them evenly over {count}; use {fitting}")
+    return scheduler
 
 
 class Denoiser:
@@ -126,32 +210,11 @@ class Denoiser:
 
     def __init__(self, unet: Any, schedule: Any, sampler: Sampler, steps: int, eta: float, seed: int) -> None:
         self._unet, self._seed = unet, seed
-        # From the last timestep, where the image is noise alone, to the clean image: no start at 981, no end at ᾱ_0.
-        common = {"timestep_spacing": "trailing"}
-        match sampler:
-            case "ddim":
-                self._scheduler = DDIMScheduler.from_config(schedule.config, set_alpha_to_one=True, **common)
-            case "ddpm":
-                self._scheduler = DDPMScheduler.from_config(schedule.config, **common)
-            case "dpm-solver++":
-                self._scheduler = DPMSolverMultistepScheduler.from_config(
-                    schedule.config, algorithm_type="dpmsolver++", final_sigmas_type="zero", **common
-                )
-            case _:
-                raise InputError(f"--sampler {sampler}: there are ddim, ddpm and dpm-solver++")
-        self._spread(steps, sampler)
+        self._scheduler = make_scheduler(schedule, sampler, steps)
         self._eta = {"eta": eta} if sampler == "ddim" else {}
+        self.networks, self.settings = (unet,), dict[str, Any]()
 
-    def _spread(self, steps: int, sampler: Sampler) -> None:
-        count = self._scheduler.config.num_train_timesteps
-        self._scheduler.set_timesteps(min(steps, count))
-        # Rounded timesteps make diffusers' DDIM end at the first noise level instead of the clean image, and for some
-        # counts give every sampler a step too many.
-        if len(self._scheduler.timesteps) != steps or (sampler == "ddim" and count % steps):
-            fitting = max(divisor for divisor in range(1, min(steps, count) + 1) if count % divisor == 0)
-            raise InputError(f"--steps {steps}: {sampler} can't spread them evenly over {count}; use {fitting}")
-
-    def label_of(self, index: int) -> dict[str, int]:
+    def label_of(self, index: int) -> dict[str, Any]:
         """``{"label": …}`` of image ``index``, classes in turn; empty for an unconditional model."""
         classes = self._unet.config.num_class_embeds
         return {"label": index % classes} if classes else {}
@@ -181,10 +244,10 @@ def to_uint8(images: Tensor) -> NDArray[np.uint8]:
     return cast(NDArray[np.uint8], levels.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
 
 
-def weights_hash(model: Any) -> str:
-    """Hex SHA-256 over a model's tensors in the order of their names."""
+def weights_hash(*models: Any) -> str:
+    """Hex SHA-256 over the models' tensors, of each in the order of their names."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in (row for model in models for row in sorted(model.state_dict().items())):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
@@ -202,18 +265,52 @@ def _pipeline_of(model: Run | Path | str) -> tuple[Path | str, Run | None]:
         raise InputError(
             f"{path}: is neither a run folder nor a diffusers pipeline (no config.yaml, no model_index.json)"
         )
+    if path.is_file() and path.suffix == ".safetensors":
+        return path, None
     if not path.is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
         raise InputError(f"{model}: there is no such folder, and it is no Hub id like owner/name")
     return (path if path.is_dir() else str(model)), None
 
 
-def _load(source: Path | str, run: Run | None, weights: Weights) -> tuple[Any, Any]:
+def _texts(prompts: Path | str | Sequence[str | Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str | Path):
+        return read_prompts(Path(prompts))
+    if not prompts:
+        raise InputError("prompts: there are none; give at least one text")
+    return [Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+
+
+def _size(resolution: int | None, run: Run | None) -> tuple[int, int] | None:
+    """Height and width that were asked for or trained at."""
+    if resolution is not None:
+        return resolution, resolution
+    return None if run is None else cast(tuple[int, int], tuple(run.data["shape"][:2]))
+
+
+def _takes_text(source: Path | str, run: Run | None) -> bool | None:
+    """Whether the model is one of text to image; None if it is no model, which loading it says best."""
+    if run is not None:
+        return run.config.model.pretrained is not None
+    if Path(source).is_file():
+        return True
+    try:
+        return "text_encoder" in DiffusionPipeline.load_config(source)
+    except (OSError, ValueError):
+        return None
+
+
+def _variant(run: Run | None, weights: Weights) -> str | None:
+    """The diffusers variant that has these weights; None for those saved under the plain name."""
     if weights not in ("ema", "raw"):
         raise InputError(f"--weights {weights}: there are ema and raw")
     averaged = run is not None and run.config.training.use_ema
     if run is not None and weights == "ema" and not averaged:
         raise InputError(f"--weights ema: {run.path} was trained without EMA; use --weights raw")
-    variant = RAW_VARIANT if weights == "raw" and averaged else None
+    return RAW_VARIANT if weights == "raw" and averaged else None
+
+
+def _load(source: Path | str, run: Run | None, weights: Weights) -> tuple[Any, Any]:
+    variant = _variant(run, weights)
     try:
         unet = UNet2DModel.from_pretrained(source, subfolder="unet", variant=variant, low_cpu_mem_usage=False)
         return unet, DDPMScheduler.from_pretrained(source, subfolder="scheduler")
@@ -250,11 +347,16 @@ def _write_images(folder: Path, wanted: range, pixels: NDArray[np.uint8]) -> Non
             Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(temporary, "PNG")
 
 
-def _pack(folder: Path, num: int, target: Path) -> None:
-    """One ``.npz`` of all images, with the settings beside it."""
+def _write_lines(file: Path, rows: Sequence[dict[str, Any]]) -> None:
+    write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _pack(folder: Path, num: int, target: Path, captions: Sequence[str]) -> None:
+    """One ``.npz`` of all images and captions, with the settings beside it."""
     images = np.stack([np.atleast_3d(np.asarray(Image.open(folder / _file_name(i)))) for i in range(num)])
+    arrays: dict[str, Any] = {"images": images} | ({"captions": np.array(captions)} if captions else {})
     with atomic_write(target) as file:
-        np.savez_compressed(file, images=images)
+        np.savez_compressed(file, **arrays)
     for name in ("sampling.json", "samples.jsonl"):
         (folder / name).replace(target.with_name(f"{target.stem}.{name}"))
     shutil.rmtree(folder)

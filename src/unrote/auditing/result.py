@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from unrote.auditing.prompted import prompted_sentence
 from unrote.auditing.verdict import headline, interval, percent
 from unrote.data.store import ImageStore
 from unrote.errors import InputError
@@ -68,6 +69,8 @@ class AuditReport:
         lines.append(
             f"Compared as they are: {plain['count']:,} near-copies ({percent(plain['fraction'])}, {interval(plain)})."
         )
+        if self.summary["prompted"] is not None:
+            lines.append(prompted_sentence(self.summary["prompted"]))
         return "\n".join([*lines, *self._quality_lines()])
 
     def _quality_lines(self) -> list[str]:

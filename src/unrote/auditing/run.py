@@ -13,6 +13,7 @@ from unrote.auditing.extracted import duplicate_facts, extracted_images
 from unrote.auditing.intervals import bootstrap_mean, fraction
 from unrote.auditing.ledger import check_ledger, join_ledger
 from unrote.auditing.memorization import DEFINITIONS, HEADLINE, calibrated, image_identity, memorization_quantity
+from unrote.auditing.prompted import feature_similarity, paired, pixel_columns, prompted_summary
 from unrote.auditing.result import AuditReport
 from unrote.auditing.spaces import Space, measure_space
 from unrote.auditing.verdict import certainty, verdict
@@ -44,6 +45,7 @@ def audit(
     seed: int = 0,
     ledger: Mapping[str, np.ndarray] | None = None,
     clip_model: str | None = None,
+    origins: Sequence[str | None] | None = None,
     device: str = "cpu",
     provenance: Mapping[str, Any] | None = None,
     cache: Path | None = None,
@@ -68,6 +70,7 @@ def audit(
         seed: of the subsets that make train and held-out equally large, and of resampling.
         ledger: columns of a run's ledger, each of length N, joined to the images that were copied.
         clip_model: folder or Hub id of a CLIP model, to score how well generated images fit their captions.
+        origins: name of the training image whose caption each generated image was made from; None where not known.
         device: where encoders' features are searched, and CLIP runs.
         provenance: what made the images (sampler, steps, EMA or raw weights, ...); JSON-able, kept in the summary.
         cache: folder that keeps features; None computes them again each time.
@@ -76,7 +79,7 @@ def audit(
 
     Raises:
         InputError: a set is empty, image sizes or channels differ, two encoders have one key, a number is out of
-            range, or the ledger does not fit the training set.
+            range, or the ledger or the origins do not fit the images.
     """
     _check_images(generated, train, holdout)
     if num_neighbors < 1:
@@ -85,6 +88,9 @@ def audit(
         raise InputError(f"false_positive_rate is {false_positive_rate}; it must lie between 0 and 1, such as 0.01")
     encoders = _all_encoders(encoders)
     check_ledger(ledger, len(train))
+    if clip_model is not None and generated.captions is None:
+        raise InputError(f"a CLIP score needs the prompts: {generated.source} has no captions (metadata.jsonl, .txt)")
+    prompted = paired(origins, generated, train)
     height, width = train.images.shape[1:3]
     transforms = orbit(flip=flip, max_shift=max_shift, scales=scales, brightness=brightness, height=height, width=width)
     references, control = _references(train, holdout, near_duplicates)
@@ -104,6 +110,7 @@ def audit(
             stores,
             references.clusters,
             None if control is None else control.leaks,
+            prompted,
             rate=false_positive_rate,
             seed=seed,
             cache=cache,
@@ -112,6 +119,8 @@ def audit(
         for encoder in encoders
     }
     pairs = _pairs(generated, train, views, transforms, curves)
+    if prompted is not None:
+        pairs |= pixel_columns(prompted, generated, train, views[0].train.plain)
     for key, space in spaces.items():
         pairs = _with_space(pairs, space, train)
         curves |= {(key, "similarity", role): values for role, values in space.controls.items()}
@@ -154,6 +163,7 @@ def audit(
         "quality_space": next((e.key for e in encoders if e.is_fid_inception), encoders[0].key),
         "copy_space": next((e.key for e in encoders if e.copy_detection), None),
         "clip_score": None if clip_model is None else _clip_score(clip_model, pairs["clip_score"], seed),
+        "prompted": None if prompted is None else prompted_summary(pairs, references.clusters, seed),
         "ledger": join_ledger(ledger, pairs, references.clusters),
         "data": {"generated": _origin(generated), "train": _origin(train), "holdout": _origin(holdout)},
         "provenance": dict(provenance or {}),
@@ -210,6 +220,7 @@ def _space(
     stores: Sequence[ImageStore | None],
     clusters: np.ndarray,
     leaks: np.ndarray | None,
+    prompted: np.ndarray | None,
     *,
     rate: float,
     seed: int,
@@ -226,14 +237,17 @@ def _space(
         for role, store in zip(("generated", "training", "held-out"), stores, strict=True)
     )
     assert generated is not None and train is not None
-    return measure_space(
+    space = measure_space(
         encoder, generated, train, holdout, identity=clusters, leaks=leaks, seed=seed, fpr=rate, device=device
     )
+    if prompted is None or not encoder.copy_detection:
+        return space
+    own = {f"{encoder.key}_prompt_similarity": feature_similarity(prompted, generated, train)}
+    return replace(space, columns=space.columns | own)
 
 
 def _clip_scores(model: str, generated: ImageStore, device: str) -> np.ndarray:
-    if generated.captions is None:
-        raise InputError(f"a CLIP score needs the prompts: {generated.source} has no captions (metadata.jsonl, .txt)")
+    assert generated.captions is not None
     from unrote.encoders.clip_score import clip_scores
 
     return clip_scores(model, generated.images, generated.captions, device=device)

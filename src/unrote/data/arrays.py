@@ -37,6 +37,7 @@ class ArraySource:
         labels: Indices | None = None,
         class_names: tuple[str, ...] | None = None,
         captions: Sequence[str] | None = None,
+        more_captions: Sequence[Sequence[str]] | None = None,
     ) -> None:
         self.description = description
         self.class_names = class_names
@@ -45,6 +46,7 @@ class ArraySource:
         self._names = numbered(len(images)) if names is None else names
         self._labels = labels
         self._captions = captions
+        self._more_captions = more_captions
 
     def __len__(self) -> int:
         return len(self._images)
@@ -57,7 +59,8 @@ class ArraySource:
         """Convert one row."""
         label = None if self._labels is None else int(self._labels[index])
         caption = None if self._captions is None else self._captions[index]
-        return Sample(to_pixels(self._images[index], settings), label, caption)
+        more = () if self._more_captions is None else tuple(self._more_captions[index])
+        return Sample(to_pixels(self._images[index], settings), label, caption, more_captions=more)
 
     def key(self) -> None:
         """Memory has no cheap key."""

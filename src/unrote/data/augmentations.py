@@ -63,10 +63,14 @@ def augment(
     return torch.where(strength.view(-1, 1, 1, 1) > 0, out.clamp(-1, 1), images)
 
 
-def random_flip(images: Tensor, draw: torch.Generator) -> Tensor:
-    """Mirror each of ``images`` [B, C, H, W] with probability one half."""
-    mirrored = torch.rand(len(images), generator=draw, device=images.device) < 0.5
-    return torch.where(mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
+def mirror(images: Tensor, which: Tensor) -> Tensor:
+    """``images`` [B, C, H, W] with those of ``which`` (bool [B]) mirrored horizontally."""
+    return torch.where(which.view(-1, 1, 1, 1), images.flip(-1), images)
+
+
+def coin(count: int, draw: torch.Generator) -> Tensor:
+    """A fair coin for each of ``count`` samples, bool [count] on the device of ``draw``."""
+    return torch.rand(count, generator=draw, device=draw.device) < 0.5
 
 
 def _flip_and_shift(images: Tensor, flip_strength: Tensor, reach: Tensor, draw: torch.Generator) -> Tensor:

@@ -29,7 +29,7 @@ from unrote.files import atomic_write, fsync, write_bytes, write_json
 
 log = logging.getLogger("unrote")
 
-FORMAT = 1
+FORMAT = 2
 """Counts up whenever a store of the same source and settings would come out differently."""
 
 _NAMELESS = "new-"  # builds of sources without a key
@@ -115,6 +115,7 @@ class _RowWriter:
         self._names: list[str] = []
         self._labels: list[int | str | None] = []
         self._captions: list[str | None] = []
+        self._more_captions: list[tuple[str, ...]] = []
         self._digests: list[bytes] = []
         self._quarantined = [Quarantined(name, reason) for name, reason in source.rejected]
         self._animated = 0
@@ -136,16 +137,16 @@ class _RowWriter:
         assert self._shape is not None
         labels, class_names = _label_column(self._labels, self._source.class_names)
         captions = [text or "" for text in self._captions] if any(self._captions) else None
+        more = self._more_captions if any(self._more_captions) else None
         digests = np.frombuffer(b"".join(self._digests), dtype=np.uint8).reshape(-1, 32)
         shape = (len(self._names), *self._shape)
-        fingerprint = content_fingerprint(shape, digests, self._names, labels, class_names, captions)
+        fingerprint = content_fingerprint(shape, digests, self._names, labels, class_names, captions, more)
         columns = {"digests": digests} if labels is None else {"digests": digests, "labels": labels}
         for column, values in columns.items():
             with atomic_write(self._partial / f"{column}.npy") as file:
                 np.save(file, values)
-        write_json(
-            self._partial / "items.json", {"names": self._names, "captions": captions, "class_names": class_names}
-        )
+        items = {"names": self._names, "captions": captions, "more_captions": more, "class_names": class_names}
+        write_json(self._partial / "items.json", items)
         lines = [json.dumps({"name": item.name, "reason": item.reason}) + "\n" for item in self._quarantined]
         write_bytes(self._partial / "quarantine.jsonl", "".join(lines).encode())
         meta = {
@@ -171,6 +172,7 @@ class _RowWriter:
         self._names.append(name)
         self._labels.append(sample.label)
         self._captions.append(sample.caption)
+        self._more_captions.append(sample.more_captions)
         self._digests.append(digest)
         self._animated += sample.first_frame
 
@@ -255,6 +257,7 @@ def _open_store(folder: Path, description: str) -> ImageStore | None:
         source=description,
         quarantined=tuple(Quarantined(row["name"], row["reason"]) for row in rejected),
         digests=digests,
+        more_captions=items.get("more_captions"),
     )
 
 

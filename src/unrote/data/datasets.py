@@ -22,8 +22,8 @@ class HuggingFaceSource:
     """The images of a ``datasets.Dataset``, with its ``ClassLabel`` and text column.
 
     The image column is the first with an ``Image`` feature. The text column is the one named text, caption or prompt,
-    or else the only string column. Files are decoded by this package, so that a damaged one is quarantined like any
-    other; transforms set on the dataset are not applied.
+    of strings or lists of strings, or else the only string column. Files are decoded by this package, so that a damaged
+    one is quarantined like any other; transforms set on the dataset are not applied.
 
     Raises:
         InputError: Not a single map-style dataset, or no image column.
@@ -44,7 +44,8 @@ class HuggingFaceSource:
         self._label = next((column for column, kind in kinds.items() if kind == "ClassLabel"), None)
         self.class_names = None if self._label is None else tuple(features[self._label].names)
         texts = [column for column, feature in features.items() if getattr(feature, "dtype", None) == "string"]
-        named = [column for column in TEXT_KEYS if column in texts]
+        lists = [column for column, feature in features.items() if _lists_strings(feature)]
+        named = [column for column in TEXT_KEYS if column in texts or column in lists]
         self._text = next(iter(named), texts[0] if len(texts) == 1 else None)
         self._original = dataset
         undecoded = type(features[image])(decode=False)
@@ -70,8 +71,8 @@ class HuggingFaceSource:
         else:
             pixels, first_frame = decode_file(stored["path"], settings)
         label = None if self._label is None else row[self._label]
-        text = None if self._text is None else row[self._text] or ""
-        return Sample(pixels, None if label is None or label < 0 else label, text, first_frame)
+        text, *more = (None,) if self._text is None else _captions(row[self._text]) or ("",)
+        return Sample(pixels, None if label is None or label < 0 else label, text, first_frame, tuple(more))
 
     def key(self) -> str | None:
         """The dataset's own fingerprint; None if it only points to files, which may change behind it."""
@@ -114,8 +115,8 @@ class MapDatasetSource:
             item = self._dataset[index]
         except Exception as error:  # whatever a dataset raises for one item means that this item is not usable
             raise BadImage(f"the dataset raised {type(error).__name__}: {error}") from error
-        image, label, caption = _take_apart(item)
-        return Sample(to_pixels(image, settings), label, caption)
+        image, label, captions = _take_apart(item)
+        return Sample(to_pixels(image, settings), label, next(iter(captions), None), more_captions=captions[1:])
 
     def key(self) -> None:
         """Nothing but reading every item shows what it holds."""
@@ -168,20 +169,20 @@ def _single_dataset(dataset: Any, description: str) -> Any:
     return dataset
 
 
-def _take_apart(item: Any) -> tuple[Any, int | None, str | None]:
+def _take_apart(item: Any) -> tuple[Any, int | None, tuple[str, ...]]:
     if isinstance(item, Mapping):
         image = next((item[key] for key in IMAGE_KEYS if key in item), None)
         label = next((item[key] for key in LABEL_KEYS if key in item), None)
         caption = next((item[key] for key in TEXT_KEYS if key in item), None)
         if image is None:
             raise BadImage(f"no image under {', '.join(IMAGE_KEYS)}, only {', '.join(map(str, item))}")
-        return image, _label(label), _caption(caption)
+        return image, _label(label), _captions(caption)
     if isinstance(item, tuple | list) and item:
         rest = item[1:]
         labels = [label for label in map(_label, rest) if label is not None]
-        captions = [caption for caption in map(_caption, rest) if caption is not None]
-        return item[0], next(iter(labels), None), next(iter(captions), None)
-    return item, None, None
+        captions = [found for found in map(_captions, rest) if found]
+        return item[0], next(iter(labels), None), next(iter(captions), ())
+    return item, None, ()
 
 
 def _label(value: Any) -> int | None:
@@ -194,7 +195,14 @@ def _label(value: Any) -> int | None:
     return number if number >= 0 else None
 
 
-def _caption(value: Any) -> str | None:
-    if isinstance(value, Sequence) and not isinstance(value, str | bytes) and value and isinstance(value[0], str):
-        return value[0]
-    return value if isinstance(value, str) else None
+def _captions(value: Any) -> tuple[str, ...]:
+    """Of a text, or of a list of texts."""
+    if isinstance(value, str):
+        return (value,)
+    if not isinstance(value, Sequence) or isinstance(value, bytes):
+        return ()
+    return tuple(text for text in value if isinstance(text, str))
+
+
+def _lists_strings(feature: Any) -> bool:
+    return getattr(getattr(feature, "feature", None), "dtype", None) == "string"

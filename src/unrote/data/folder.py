@@ -37,8 +37,8 @@ class FolderSource:
     """Every image under ``root``, in the order of the bytes of its relative path.
 
     Labels are the first path component if every usable image lies in a subfolder and there are at least two of them.
-    Captions come from ``metadata.jsonl`` (``file_name`` relative to it, ``text``) and else from the first line of the
-    ``.txt`` file beside an image.
+    Captions come from ``metadata.jsonl`` (``file_name`` relative to it, ``text``: one, or a list of several) and else
+    from the first line of the ``.txt`` file beside an image.
 
     Raises:
         InputError: Unreadable root, unusable metadata, or a root that holds splits (``train/`` beside ``test/``).
@@ -75,7 +75,8 @@ class FolderSource:
         pixels, first_frame = decode_file(os.path.join(self.root, relative), settings)  # noqa: PTH118 - surrogates
         parts = relative.split("/")
         label = printable(parts[0]) if len(parts) > 1 else None
-        return Sample(pixels, label, self._caption(relative), first_frame)
+        caption, *more = self._texts.get(relative) or (self._sidecar(relative),)
+        return Sample(pixels, label, caption, first_frame, tuple(more))
 
     def key(self) -> str:
         """From place, names, sizes and times of everything that is read (archives may unpack with equal times)."""
@@ -122,8 +123,8 @@ class FolderSource:
             names = ", ".join(sorted(first))
             raise InputError(f"{self.description} holds the splits {names}; name one, such as {self.root / min(first)}")
 
-    def _read_metadata(self, images: set[str]) -> dict[str, str]:
-        texts: dict[str, str] = {}
+    def _read_metadata(self, images: set[str]) -> dict[str, list[str]]:
+        texts: dict[str, list[str]] = {}
         for file in self._metadata:
             path = self.root / file.relative
             folder = file.relative.removesuffix(METADATA)
@@ -138,16 +139,14 @@ class FolderSource:
                     self._add_text(texts, images, folder + name, text, where)
         return texts
 
-    def _add_text(self, texts: dict[str, str], images: set[str], name: str, text: str, where: str) -> None:
+    def _add_text(self, texts: dict[str, list[str]], images: set[str], name: str, text: list[str], where: str) -> None:
         if name in texts:
             raise InputError(f"{where}: second row for {printable(name)}")
         if name not in images and not any(printable(name) == rejected for rejected, _ in self.rejected):
             raise InputError(f"{where}: no image file {printable(name)} in {self.root}")
         texts[name] = text
 
-    def _caption(self, relative: str) -> str | None:
-        if relative in self._texts:
-            return self._texts[relative]
+    def _sidecar(self, relative: str) -> str | None:
         sidecar = str(PurePosixPath(relative).with_suffix(".txt"))
         if sidecar not in self._sidecars:
             return None
@@ -184,7 +183,8 @@ def _broken_link(error: OSError) -> str:
     return "dangling symlink" if error.errno == errno.ENOENT else f"cannot be read: {error.strerror}"
 
 
-def _metadata_row(line: bytes, where: str) -> tuple[str, str]:
+def _metadata_row(line: bytes, where: str) -> tuple[str, list[str]]:
+    """The name and the texts, at least one."""
     try:
         row: Any = json.loads(line)
     except ValueError as error:
@@ -195,6 +195,8 @@ def _metadata_row(line: bytes, where: str) -> tuple[str, str]:
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\0" in name:
         raise InputError(f"{where}: file_name {name!r} leads out of the folder")
-    if not isinstance(text, str | None):
-        raise InputError(f'{where}: "text" must be a string, not {type(text).__name__}')
-    return str(path), text or ""
+    texts = text or [""] if isinstance(text, list) else [text or ""]
+    wrong = next((one for one in texts if not isinstance(one, str)), None)
+    if wrong is not None:
+        raise InputError(f'{where}: "text" must be a string or a list of strings, not {type(wrong).__name__}')
+    return str(path), texts

@@ -123,4 +123,5 @@ def _again(store: ImageStore) -> ImageSource:
         labels=store.labels,
         class_names=store.class_names,
         captions=store.captions,
+        more_captions=store.more_captions,
     )

@@ -20,6 +20,7 @@ class Sample:
         pixels: ``uint8 [H, W, C]``.
         label: Class index, or class name where the source has no list of classes beforehand.
         caption: Text, or None.
+        more_captions: Further texts for the same image.
         first_frame: The image is the first of several frames.
     """
 
@@ -27,6 +28,7 @@ class Sample:
     label: int | str | None = None
     caption: str | None = None
     first_frame: bool = False
+    more_captions: tuple[str, ...] = ()
 
 
 class ImageSource(Protocol):

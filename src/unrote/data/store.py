@@ -88,6 +88,7 @@ class ImageStore:
         labels: Class of each image, ``int64 [N]``, or None.
         class_names: What the labels mean, or None.
         captions: One text per image ("" where there is none), or None.
+        more_captions: Further texts of each image, where there are any; None if no image has several.
         fingerprint: Hex SHA-256 over pixels, names, labels and captions: equal exactly when they all are.
         source: How the user named it, such as ``emoji:holdout`` or ``photos/``.
         quarantined: Entries of the source that were left out, with reasons.
@@ -103,9 +104,16 @@ class ImageStore:
     source: str
     quarantined: tuple[Quarantined, ...] = ()
     digests: Pixels | None = field(default=None, repr=False)
+    more_captions: Sequence[Sequence[str]] | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def every_caption(self) -> list[list[str]]:
+        """All texts of each image, the first first; one empty text where there is none."""
+        first = [""] * len(self) if self.captions is None else self.captions
+        more = [()] * len(self) if self.more_captions is None else self.more_captions
+        return [[text, *others] for text, others in zip(first, more, strict=True)]
 
     def subset(self, indices: Sequence[int] | NDArray[np.integer[Any]]) -> "ImageStore":
         """The images at ``indices``, in that order and without copying pixels, with its own fingerprint."""
@@ -116,7 +124,8 @@ class ImageStore:
         names = [self.names[i] for i in chosen]
         labels = None if self.labels is None else self.labels[chosen]
         captions = None if self.captions is None else [self.captions[i] for i in chosen]
-        fingerprint = content_fingerprint(images.shape, digests, names, labels, self.class_names, captions)
+        more = None if self.more_captions is None else _any_of([self.more_captions[i] for i in chosen])
+        fingerprint = content_fingerprint(images.shape, digests, names, labels, self.class_names, captions, more)
         return replace(
             self,
             images=images,
@@ -125,6 +134,7 @@ class ImageStore:
             captions=captions,
             fingerprint=fingerprint,
             digests=digests,
+            more_captions=more,
         )
 
     def limit(self, n: int) -> "ImageStore":
@@ -150,12 +160,14 @@ def in_memory_store(
     labels: Indices | None = None,
     class_names: tuple[str, ...] | None = None,
     captions: Sequence[str] | None = None,
+    more_captions: Sequence[Sequence[str]] | None = None,
 ) -> ImageStore:
     """A store around ``uint8 [N, H, W, C]`` as it is; names default to ``000000``, ``000001``, ..."""
     names = numbered(len(images)) if names is None else names
     digests = image_digests(images)
-    fingerprint = content_fingerprint(images.shape, digests, names, labels, class_names, captions)
-    return ImageStore(images, names, labels, class_names, captions, fingerprint, source, (), digests)
+    more = None if more_captions is None else _any_of(more_captions)
+    fingerprint = content_fingerprint(images.shape, digests, names, labels, class_names, captions, more)
+    return ImageStore(images, names, labels, class_names, captions, fingerprint, source, (), digests, more)
 
 
 def numbered(count: int) -> list[str]:
@@ -182,15 +194,23 @@ def content_fingerprint(
     labels: Indices | None,
     class_names: tuple[str, ...] | None,
     captions: Sequence[str] | None,
+    more_captions: Sequence[Sequence[str]] | None = None,
 ) -> str:
     """Hex SHA-256 of everything that makes two stores the same data."""
     whole = hashlib.sha256()
     texts = [list(shape), list(names), class_names, None if captions is None else list(captions)]
     for part in (np.ascontiguousarray(digests).tobytes(), *(json.dumps(text).encode() for text in texts)):
         whole.update(hashlib.sha256(part).digest())
+    if more_captions is not None:
+        whole.update(json.dumps([list(texts) for texts in more_captions]).encode())
     if labels is not None:
         whole.update(hashlib.sha256(labels.astype("<i8").tobytes()).digest())
     return whole.hexdigest()
+
+
+def _any_of(more: Sequence[Sequence[str]]) -> Sequence[Sequence[str]] | None:
+    """None if no image has further texts, so that how a store came about does not count for its fingerprint."""
+    return more if any(more) else None
 
 
 def _mixed(count: int) -> NDArray[np.uint64]:

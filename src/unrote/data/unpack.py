@@ -78,9 +78,9 @@ def afhq_dog(archive: Path, out: Path) -> dict[str, int]:
 
 
 def laion_10k(archive: Path, out: Path) -> dict[str, int]:
-    """Images anywhere in a zip or tar, and one JSON object {image path: [captions]}; the first caption is used."""
+    """Images anywhere in a zip or tar, and one JSON object {image path: [captions]}."""
     count = 0
-    captions: dict[str, str] = {}
+    captions: dict[str, list[str]] = {}
     for name, file in _archive_files(archive):
         if _is_image(name):
             _write_new(out / "train" / PurePosixPath(name).name, file)
@@ -94,17 +94,15 @@ def laion_10k(archive: Path, out: Path) -> dict[str, int]:
     return {"train": count}
 
 
-def _captions_by_file(content: bytes) -> dict[str, str]:
+def _captions_by_file(content: bytes) -> dict[str, list[str]]:
     try:
         table = json.loads(content)
     except ValueError:
         return {}
     if not isinstance(table, dict):
         return {}
-    first = {
-        PurePosixPath(path).name: text[0] if isinstance(text, list) and text else text for path, text in table.items()
-    }
-    return {name: text for name, text in first.items() if isinstance(text, str)}
+    listed = {PurePosixPath(path).name: text if isinstance(text, list) else [text] for path, text in table.items()}
+    return {name: texts for name, texts in listed.items() if texts and all(isinstance(text, str) for text in texts)}
 
 
 def _tar_files(archive: Path, wanted: Callable[[str], bool]) -> dict[str, bytes]:

@@ -1,7 +1,6 @@
 """Which prompts make a text-to-image model recite? The prediction-norm detector, which needs no training images."""
 
 import inspect
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -15,6 +14,8 @@ from tqdm import tqdm
 
 from unrote.errors import InputError
 from unrote.seeding import generator
+from unrote.text import prompts as prompt_files
+from unrote.text.mitigations import prediction_norm
 
 PARTS = ("unet", "text_encoder", "tokenizer", "scheduler")
 
@@ -146,11 +147,11 @@ class _Probe:
             if self.tokens and number == 0:
                 named = self._named(ids, self._attribution(scaled, timestep, text))
             free = self._predicted(scaled, timestep, self.empty)
-            difference = self._predicted(scaled, timestep, text.expand(self.seeds, -1, -1)) - free
-            norms.append(_norms(difference))
+            steered = self._predicted(scaled, timestep, text.expand(self.seeds, -1, -1))
+            norms.append(prediction_norm(steered, free))
             if number + 1 < self.steps:
                 options = {"generator": noises} if takes_noises else {}
-                x = scheduler.step(free + self.guidance * difference, timestep, x, **options).prev_sample
+                x = scheduler.step(free + self.guidance * (steered - free), timestep, x, **options).prev_sample
         per_seed = torch.stack(norms).mean(0)
         return PromptScore(prompt, float(per_seed.mean()), tuple(per_seed.tolist()), named, truncated)
 
@@ -169,9 +170,9 @@ class _Probe:
         free = self._predicted(x, timestep, self.empty)
         with torch.enable_grad():
             text = text.clone().requires_grad_()
-            difference = self._predicted(x, timestep, text.expand(self.seeds, -1, -1)) - free
+            steered = self._predicted(x, timestep, text.expand(self.seeds, -1, -1))
             # Where the text changes nothing the norm has no gradient; autograd says 0 there.
-            (gradient,) = torch.autograd.grad(_norms(difference).mean(), text)
+            (gradient,) = torch.autograd.grad(prediction_norm(steered, free).mean(), text)
         norms: list[float] = gradient[0].float().norm(dim=1).tolist()
         return norms
 
@@ -193,40 +194,9 @@ class _Probe:
         return tuple((word, value) for word, value, token in pairs if token not in special)
 
 
-def _norms(difference: Tensor) -> Tensor:
-    """L2 norm of each of [S, C, H, W]. float32 [S]."""
-    norms: Tensor = difference.float().flatten(1).norm(dim=1)
-    return norms
-
-
 def read_prompts(file: Path) -> list[str]:
-    """Prompts of a ``.txt`` file, one a line, or a ``.jsonl`` file of objects with ``text`` or ``prompt``.
-
-    Raises:
-        InputError: unreadable, or without any prompt.
-    """
-    try:
-        lines = file.read_bytes().decode("utf-8-sig").split("\n")
-    except OSError as error:
-        raise InputError(f"--prompts {file}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise InputError(f"--prompts {file}: is not UTF-8 text") from None
-    read = _from_json if file.suffix == ".jsonl" else lambda line, _: line.strip()
-    prompts = [read(line, f"--prompts {file}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
-    if not prompts:
-        raise InputError(f"--prompts {file}: has no prompts; write one a line")
-    return prompts
-
-
-def _from_json(line: str, where: str) -> str:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise InputError(f"{where}: not valid JSON ({error})") from None
-    text = row.get("text", row.get("prompt")) if isinstance(row, dict) else None
-    if not isinstance(text, str):
-        raise InputError(f'{where}: needs a JSON object with a "text"')
-    return text
+    """The texts of a file of prompts; see :func:`unrote.text.prompts.read_prompts`."""
+    return [prompt.text for prompt in prompt_files.read_prompts(file)]
 
 
 def load_pipeline(source: str, device: torch.device) -> Any:

@@ -1,6 +1,6 @@
 """IET, iterative ensemble training, with MSR between half-rounds (arXiv 2407.15328 §3.1; arXiv 2502.09434)."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -14,6 +14,7 @@ from unrote.method.shards import Split, Topology, redistribute, split_shards
 from unrote.method.slots import FolderSlots, MemorySlots
 from unrote.tensorfiles import weighted_average
 
+Average = Callable[[Iterable[dict[str, Any]], list[float]], dict[str, Any]]
 OptimizerState = Literal["per-proxy", "reset", "average"]
 
 
@@ -119,6 +120,7 @@ class ShardEnsemble:
         redistribution: MSR; needs a gate with a ledger.
         seed: of the split and of the redistribution.
         folder: keep proxies that are not live in files there, not in memory.
+        average: of the proxies' states under weights that sum to 1, instead of the mean of every number.
 
     Raises:
         ValueError: if the optimizer holds no parameter of the model, redistribution has no ledger to go by, or the
@@ -141,6 +143,7 @@ class ShardEnsemble:
         redistribution: Redistribution | None = None,
         seed: int = 0,
         folder: Path | None = None,
+        average: Average = weighted_average,
     ) -> None:
         trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if not trained & {id(p) for p in model.parameters()}:
@@ -161,6 +164,7 @@ class ShardEnsemble:
         self._redistribution = redistribution
         self._optimizer_state = optimizer_state
         self._seed = seed
+        self._average = average
         self._averaged: dict[str, Stateful] = {"model": model} | ({} if ema is None else {"ema": ema})
         self._kept: dict[str, Stateful] = dict(kept or {}) | ({} if gate is None else {"bank": gate.bank})
         self._moments = _Moments(optimizer)
@@ -245,7 +249,7 @@ class ShardEnsemble:
             parts = list(self._averaged)
             proxies = (self._slots.get(f"proxy-{k}", parts) for k in range(self.num_shards))
             weights = [len(shard) / len(self.dataset) for shard in self.shards]
-            average = weighted_average(proxies, weights)
+            average = self._average(proxies, weights)
             self._slots.put("global", average)
             _put(self._averaged, average)
         self.round_index, self.phase, self.proxy = self.round_index + 1, 0, 0

@@ -1,12 +1,13 @@
 """The denoiser and its per-sample loss."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from torch import Tensor
 
-from unrote.config import ModelConfig
+from unrote.config import ModelConfig, TrainingConfig
 
 
 def build_unet(config: ModelConfig, *, resolution: int, channels: int, num_classes: int | None) -> UNet2DModel:
@@ -59,6 +60,16 @@ def build_schedule(config: ModelConfig) -> DDPMScheduler:
     )
 
 
+def autocast_dtype(config: TrainingConfig) -> torch.dtype | None:
+    """What the forward pass computes in under autocast; None for the weights' own type."""
+    return {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.mixed_precision]
+
+
+def memory_format(config: TrainingConfig) -> torch.memory_format:
+    """How weights and images lie in memory."""
+    return torch.channels_last if config.channels_last else torch.contiguous_format
+
+
 class DenoisingLoss:
     """The loss of each sample: the mean over C, H, W of (prediction − target)², in fp32 (Ho et al. 2020, Eq. 14).
 
@@ -70,29 +81,56 @@ class DenoisingLoss:
 
     def __init__(self, schedule: DDPMScheduler, device: torch.device, dtype: torch.dtype | None = None) -> None:
         alphas = schedule.alphas_cumprod.to(device, torch.float32)
+        self.num_timesteps = len(alphas)
         self._signal, self._noise = alphas.sqrt(), (1 - alphas).sqrt()
         self._prediction_type: str = schedule.config.prediction_type
         self._device, self._dtype = device, dtype
 
     def __call__(self, denoiser: Any, clean: Tensor, noise: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:
-        """Noise the images and judge the prediction.
+        """Noise the images and judge the prediction: :meth:`predict`, then :meth:`errors`."""
+        condition = {} if labels is None else {"class_labels": labels}
+        prediction = self.predict(denoiser, clean, noise, timesteps, condition)
+        return self.errors(prediction, clean, noise, timesteps)
+
+    def predict(
+        self, denoiser: Any, clean: Tensor, noise: Tensor, timesteps: Tensor, condition: Mapping[str, Any]
+    ) -> Tensor:
+        """What the model predicts of the noised images.
 
         Args:
-            denoiser: a UNet2DModel, or what torch.compile made of it.
-            clean: float32 [B, C, H, W] in [-1, 1].
+            denoiser: a diffusers UNet, or what torch.compile made of it.
+            clean: float32 [B, C, H, W], pixels in [-1, 1] or scaled latents.
             noise: float32 [B, C, H, W], standard normal.
             timesteps: int64 [B].
-            labels: int64 [B], for a class-conditional model.
+            condition: further arguments of the denoiser.
 
         Returns:
-            float32 [B].
+            [B, C, H, W], in the precision of the forward pass.
         """
-        signal, sigma = self._signal[timesteps].view(-1, 1, 1, 1), self._noise[timesteps].view(-1, 1, 1, 1)
+        signal, sigma = self._levels(timesteps)
         noisy = signal * clean + sigma * noise
         with torch.autocast(self._device.type, self._dtype, enabled=self._dtype is not None):
-            prediction: Tensor = denoiser(noisy, timesteps, class_labels=labels).sample
-        error = prediction.float() - self._target(clean, noise, signal, sigma)
+            prediction: Tensor = denoiser(noisy, timesteps, **condition).sample
+        return prediction
+
+    def errors(self, prediction: Tensor, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """The loss of each sample, float32 [B]."""
+        error = prediction.float() - self._target(clean, noise, *self._levels(timesteps))
         return error.square().mean((1, 2, 3))
+
+    def min_snr_weights(self, timesteps: Tensor, gamma: float) -> Tensor:
+        """Weights that make the loss on the clean image count min(SNR, γ) (Hang et al. 2023, Eq. 9), float32 [B]."""
+        snr: Tensor = (self._signal[timesteps] / self._noise[timesteps]).square()
+        match self._prediction_type:
+            case "epsilon":
+                return (gamma / snr).clamp(max=1)
+            case "sample":
+                return snr.clamp(max=gamma)
+            case _:
+                return snr.clamp(max=gamma) / (snr + 1)
+
+    def _levels(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        return self._signal[timesteps].view(-1, 1, 1, 1), self._noise[timesteps].view(-1, 1, 1, 1)
 
     def _target(self, clean: Tensor, noise: Tensor, signal: Tensor, sigma: Tensor) -> Tensor:
         match self._prediction_type:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from unrote.auditing.memorization import at_threshold
+from unrote.auditing.prompted import prompted_sentence
 from unrote.auditing.verdict import interval, orbit_words, percent
 from unrote.files import write_json, write_text
 
@@ -60,6 +61,7 @@ def summary_markdown(report: "AuditReport") -> str:
         [f"**{summary['verdict']['title']}.** {summary['verdict']['text']}"],
         _copies_lines(summary),
         [_extracted_sentence(summary)],
+        [] if summary["prompted"] is None else [prompted_sentence(summary["prompted"])],
         *([line] for line in _similarity_sentences(summary)),
         _space_lines(summary),
         _clip_sentence(summary["clip_score"]),

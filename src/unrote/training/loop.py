@@ -18,7 +18,7 @@ from unrote.data.store import ImageStore
 from unrote.errors import InputError
 from unrote.method.ensemble import Redistribution, ShardEnsemble
 from unrote.method.shards import SampleStream
-from unrote.models.denoiser import build_unet
+from unrote.models.making import make_task
 from unrote.seeding import derive_seed
 from unrote.training.checkpoints import Checkpoints
 from unrote.training.output import write_outputs
@@ -141,15 +141,13 @@ def train(config: Config, images: ImageStore, run: Run, device: torch.device) ->
 def _train(config: Config, images: ImageStore, run: Run, device: torch.device, stop: list[int]) -> None:
     training = config.training
     torch.manual_seed(derive_seed(config.seed, "init"))
-    _, height, _, channels = images.images.shape
-    num_classes = len(images.class_names or ()) if config.model.class_conditional else None
-    model = build_unet(config.model, resolution=height, channels=channels, num_classes=num_classes)
-    model = model.to(device, memory_format=torch.channels_last if training.channels_last else torch.contiguous_format)
+    task = make_task(config, images, device)
+    model = task.trained
 
     proxy, whole, meter = Counter(), Counter(), Meter(device)
     largest_shard = math.ceil(len(images) / config.num_shards)
     proxy_steps = math.ceil(training.epochs * largest_shard / training.batch_size)
-    step = TrainingStep(config, images, model, device, proxy_steps)
+    step = TrainingStep(config, task, len(images), device, proxy_steps)
     msr = config.redistribution
     ensemble = ShardEnsemble(
         model,
@@ -165,6 +163,7 @@ def _train(config: Config, images: ImageStore, run: Run, device: torch.device, s
         redistribution=Redistribution(msr.fraction, msr.topology, msr.every) if msr.enabled else None,
         seed=config.seed,
         folder=run.path / "proxies",
+        average=task.average,
     )
     budget = make_budget(config, len(images), tuple(len(shard) for shard in ensemble.shards))
     streams = [SampleStream(config.seed, k) for k in range(config.num_shards)]
@@ -223,7 +222,7 @@ def _train(config: Config, images: ImageStore, run: Run, device: torch.device, s
 
         checkpoint()
     assert step.gate.ledger is not None
-    write_outputs(run, config, images, model, step.ema, step.gate.ledger, whole.steps)
+    write_outputs(run, config, images, task, step.ema, step.gate.ledger, whole.steps)
 
 
 def _check_finite(record: dict[str, Any], run: Run) -> None:

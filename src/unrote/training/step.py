@@ -8,18 +8,16 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
 from unrote.config import Config
-from unrote.data.augmentations import augment, random_flip
-from unrote.data.store import ImageStore
+from unrote.data.augmentations import coin
 from unrote.method.augment import augmentation_strength
 from unrote.method.bank import LossBank
 from unrote.method.gate import Decision, LossGate, gated_sum
 from unrote.method.ledger import Ledger
-from unrote.models.denoiser import DenoisingLoss, build_schedule
+from unrote.models.task import Condition, Task, rows_of
 from unrote.seeding import derive_seed, generator
+from unrote.text.mitigations import prediction_norm
 from unrote.training.ema import EMA
 from unrote.training.heap import keep_freed_memory
-
-DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
@@ -29,9 +27,9 @@ class Batch:
     indices: Tensor
     """int64 [B], positions in the data set."""
     clean: Tensor
-    """float32 [B, C, H, W] in [-1, 1]."""
-    labels: Tensor | None
-    """int64 [B]."""
+    """float32 [B, C, H, W], without noise, as the denoiser takes it."""
+    condition: Condition
+    """What else the denoiser is told."""
     augmented: Tensor
     """bool [B], whether ``clean`` is an augmented view."""
     noise: Tensor
@@ -39,10 +37,11 @@ class Batch:
 
     def at(self, rows: Tensor) -> "Batch":
         """The samples at ``rows``."""
-        labels = None if self.labels is None else self.labels[rows]
+        condition = rows_of(self.condition, rows)
         return Batch(
-            self.indices[rows], self.clean[rows], labels, self.augmented[rows], self.noise[rows], self.timesteps[rows]
-        )
+            self.indices[rows], self.clean[rows], condition, self.augmented[rows], self.noise[rows],
+            self.timesteps[rows],
+        )  # fmt: skip
 
     def parts(self, count: int) -> "list[Batch]":
         """The batch in ``count`` parts, or fewer if it has fewer samples."""
@@ -57,29 +56,26 @@ class TrainingStep:
 
     Args:
         config: of the run.
-        images: the training set.
-        model: the denoiser, on ``device``.
+        task: the model and what a batch of it is made of.
+        num_samples: N.
         device: where to compute.
         proxy_steps: how many steps the longest-running proxy takes, for the learning-rate schedule.
     """
 
-    def __init__(
-        self, config: Config, images: ImageStore, model: nn.Module, device: torch.device, proxy_steps: int
-    ) -> None:
+    def __init__(self, config: Config, task: Task, num_samples: int, device: torch.device, proxy_steps: int) -> None:
         training, bank = config.training, config.gate.bank
-        self.config, self.images, self.model, self.device = config, images, model, device
-        self.labels = torch.from_numpy(images.labels.copy()) if config.model.class_conditional else None  # type: ignore[union-attr]
-        self.loss = DenoisingLoss(build_schedule(config.model), device, DTYPES[training.mixed_precision])
+        self.config, self.task, self.device = config, task, device
+        self.model, self.loss = task.trained, task.loss
         self.gate = LossGate(
-            config.model.num_train_timesteps,
+            self.loss.num_timesteps,
             config.skip_ratio,
-            bank=LossBank(config.model.num_train_timesteps, **bank.model_dump(), device=device),
-            ledger=Ledger(len(images), device),
+            bank=LossBank(self.loss.num_timesteps, **bank.model_dump(), device=device),
+            ledger=Ledger(num_samples, device),
         )
-        self.ema = EMA(model, training.ema_decay) if training.use_ema else None
+        self.ema = EMA(self.model, training.ema_decay) if training.use_ema else None
         kind = torch.optim.Adam if training.optimizer == "adam" else torch.optim.AdamW
         self.optimizer = kind(
-            model.parameters(),
+            self.model.parameters(),
             lr=training.learning_rate,
             betas=(training.adam_beta1, training.adam_beta2),
             weight_decay=training.adam_weight_decay,
@@ -93,8 +89,9 @@ class TrainingStep:
             num_training_steps=proxy_steps,
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=training.mixed_precision == "fp16")
-        self._forward: Any = torch.compile(model) if training.compile else model
-        self._memory_format = torch.channels_last if training.channels_last else torch.contiguous_format
+        if training.gradient_checkpointing:
+            task.denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
+        self._forward: Any = torch.compile(task.denoiser) if training.compile else task.denoiser
         # To seed everything is to ask every kind of accelerator, which takes longer than the gate does.
         self._seed: Any = torch.default_generator.manual_seed if device.type == "cpu" else torch.manual_seed
         if device.type == "cpu":
@@ -109,53 +106,62 @@ class TrainingStep:
             The per-sample losses, float32 [B], and which were skipped, bool [B].
         """
         # It walks through all modules, so not at every step.
-        if not self.model.training:
-            self.model.train()
+        if not self.task.denoiser.training:
+            self.task.denoiser.train()
         draw = generator(self.config.seed, "batch", proxy, step, device=self.device)
         self._seed(derive_seed(self.config.seed, "dropout", proxy, step))
-        batch = self._draw(indices, draw)
+        mirrored = coin(len(indices), draw) if self.config.data.random_flip else None
+        batch = self._draw(indices, mirrored, self.task.condition(indices, proxy, step), draw)
         lookahead = self.config.augmentation.enabled and self.config.augmentation.ratio_source == "lookahead"
-        losses, decision = self._train_on_kept(batch, draw) if lookahead else self._train_gated(batch)
+        losses, decision = self._train_on_kept(batch, mirrored, draw) if lookahead else self._train_gated(batch)
         if self.gate.any_kept():
             self._update(step)
         self.optimizer.zero_grad(set_to_none=True)
         self.lr_scheduler.step()
         return losses, ~decision.keep
 
-    def _draw(self, indices: Tensor, draw: torch.Generator) -> Batch:
-        config = self.config
-        pixels = torch.from_numpy(self.images.images[indices.numpy()])
-        if self.device.type == "cuda":
-            pixels = pixels.pin_memory()
-        clean = pixels.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
-        clean = clean.to(torch.float32, memory_format=self._memory_format) / 127.5 - 1
-        labels = None if self.labels is None else self.labels[indices].to(self.device, non_blocking=True)
-        indices = indices.to(self.device, non_blocking=True)
-        if config.data.random_flip:
-            clean = random_flip(clean, draw)
-        augmented = torch.zeros(len(indices), dtype=torch.bool, device=self.device)
-        if config.augmentation.enabled and config.augmentation.ratio_source == "ledger":
+    def _draw(self, indices: Tensor, mirrored: Tensor | None, condition: Condition, draw: torch.Generator) -> Batch:
+        taa = self.config.augmentation
+        clean = self.task.clean(indices, mirrored, draw)
+        moved = indices.to(self.device, non_blocking=True)
+        augmented = torch.zeros(len(moved), dtype=torch.bool, device=self.device)
+        if taa.enabled and taa.ratio_source == "ledger":
             assert self.gate.ledger is not None
-            clean, augmented = self._augment(clean, self.gate.ledger.running_ratio_of(indices), draw)
-        return Batch(indices, clean, labels, augmented, *self._noise_for(clean, draw))
+            strength = self._strength(self.gate.ledger.running_ratio_of(moved))
+            clean, augmented = self.task.augmented(clean, indices, mirrored, strength, draw), strength > 0
+        return Batch(moved, clean, condition, augmented, *self._noise_for(clean, draw))
 
     def _noise_for(self, clean: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor]:
         noise = torch.randn(clean.shape, generator=draw, device=self.device)
-        steps = self.config.model.num_train_timesteps
-        return noise, torch.randint(steps, (len(clean),), generator=draw, device=self.device)
+        timesteps = torch.randint(self.loss.num_timesteps, (len(clean),), generator=draw, device=self.device)
+        if offset := self.config.training.noise_offset:
+            noise += offset * torch.randn((*clean.shape[:2], 1, 1), generator=draw, device=self.device)
+        return noise, timesteps
 
-    def _augment(self, clean: Tensor, ratio: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor]:
-        """TAA: an augmented view of the samples whose ratio is near the threshold, and which they are."""
+    def _strength(self, ratio: Tensor) -> Tensor:
+        """TAA: how strongly each sample is augmented, by how near its ratio is to the threshold."""
         taa = self.config.augmentation
-        strength = augmentation_strength(
-            ratio, policy=taa.policy, skip_ratio=self.config.gate.skip_ratio, beta=taa.beta
-        )
-        # Picking pixels changes how they lie in memory, and convolutions are slower in another layout than the weights.
-        view = augment(clean, strength, draw, **taa.ops.model_dump()).contiguous(memory_format=self._memory_format)
-        return view, strength > 0
+        return augmentation_strength(ratio, policy=taa.policy, skip_ratio=self.config.gate.skip_ratio, beta=taa.beta)
 
-    def _losses(self, batch: Batch) -> Tensor:
-        return self.loss(self._forward, batch.clean, batch.noise, batch.timesteps, batch.labels)
+    def _predict(self, batch: Batch, condition: Condition) -> Tensor:
+        return self.loss.predict(self._forward, batch.clean, batch.noise, batch.timesteps, condition)
+
+    def _judge(self, batch: Batch) -> tuple[Tensor, Decision]:
+        """The loss of each sample, and whether it is kept: by the gate, and by what the text changes."""
+        prediction = self._predict(batch, batch.condition)
+        loss = self.loss.errors(prediction, batch.clean, batch.noise, batch.timesteps)
+        decision = self.gate.decide(loss, batch.timesteps)
+        if (limit := self.config.text.max_prediction_norm) is not None:
+            with torch.no_grad():
+                free = self._predict(batch, self.task.unsteered(batch.condition))
+            # What is not a number is kept, so that a diverging model is seen.
+            decision = Decision(decision.keep & ~(prediction_norm(prediction, free) >= limit), decision.ratio)
+        return loss, decision
+
+    def _weighted(self, loss: Tensor, timesteps: Tensor) -> Tensor:
+        """What is minimized; the gate has seen the loss without weights."""
+        gamma = self.config.training.min_snr_gamma
+        return loss if gamma is None else loss * self.loss.min_snr_weights(timesteps, gamma)
 
     def _train_gated(self, batch: Batch) -> tuple[Tensor, Decision]:
         """AGC: judge and train in one forward pass; skipped samples get no gradient."""
@@ -163,8 +169,7 @@ class TrainingStep:
         losses: list[Tensor] = []
         decisions: list[Decision] = []
         for part in parts:
-            loss = self._losses(part)
-            decision = self.gate.decide(loss, part.timesteps)
+            loss, decision = self._judge(part)
             losses.append(loss.detach())
             decisions.append(decision)
             if part is parts[-1]:
@@ -174,29 +179,32 @@ class TrainingStep:
                 self.gate.record(whole, torch.cat(losses), batch.timesteps, batch.indices, augmented)
             # The batch's number of kept samples is known only after its last part: then gradients are rescaled below.
             divisor = self.gate.num_kept.clamp(min=1) if len(parts) == 1 else len(batch.indices)
-            self.scaler.scale(gated_sum(loss, decision.keep) / divisor).backward()  # type: ignore[no-untyped-call]
+            total = gated_sum(self._weighted(loss, part.timesteps), decision.keep) / divisor
+            self.scaler.scale(total).backward()  # type: ignore[no-untyped-call]
         if len(parts) > 1:
             gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
             torch._foreach_mul_(gradients, len(batch.indices) / self.gate.num_kept.clamp(min=1))
         return torch.cat(losses), whole
 
-    def _train_on_kept(self, batch: Batch, draw: torch.Generator) -> tuple[Tensor, Decision]:
+    def _train_on_kept(self, batch: Batch, mirrored: Tensor | None, draw: torch.Generator) -> tuple[Tensor, Decision]:
         """TAA by look-ahead: judge the clean views without gradient, then train on what is kept.
 
         Samples near the threshold are trained on an augmented view with fresh timestep and noise.
         """
         accumulation = self.config.training.gradient_accumulation_steps
         with torch.no_grad():
-            loss = torch.cat([self._losses(part) for part in batch.parts(accumulation)])
-        decision = self.gate.decide(loss, batch.timesteps)
-        clean, augmented = self._augment(batch.clean, decision.ratio, draw)
-        augmented &= decision.keep
+            judged = [self._judge(part) for part in batch.parts(accumulation)]
+        loss = torch.cat([losses for losses, _ in judged])
+        decision = Decision(*(torch.cat(column) for column in zip(*(one for _, one in judged), strict=True)))
+        strength = self._strength(decision.ratio)
+        clean = self.task.augmented(batch.clean, batch.indices.cpu(), mirrored, strength, draw)
+        augmented = (strength > 0) & decision.keep
         noise, timesteps = self._noise_for(clean, draw)
         fresh = augmented.view(-1, 1, 1, 1)
         view = Batch(
             batch.indices,
             torch.where(fresh, clean, batch.clean),
-            batch.labels,
+            batch.condition,
             augmented,
             torch.where(fresh, noise, batch.noise),
             torch.where(augmented, timesteps, batch.timesteps),
@@ -206,7 +214,11 @@ class TrainingStep:
         kept = decision.keep.nonzero().flatten()
         if len(kept):
             for part in view.at(kept).parts(accumulation):
-                self.scaler.scale(self._losses(part).sum() / len(kept)).backward()  # type: ignore[no-untyped-call]
+                loss_of_view = self.loss.errors(
+                    self._predict(part, part.condition), part.clean, part.noise, part.timesteps
+                )
+                total = self._weighted(loss_of_view, part.timesteps).sum() / len(kept)
+                self.scaler.scale(total).backward()  # type: ignore[no-untyped-call]
         return loss, decision
 
     def _update(self, step: int) -> None:

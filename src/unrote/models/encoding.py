@@ -1,0 +1,210 @@
+"""Latents and text embeddings: computed once and memory-mapped, or at each step; both ways give the same."""
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from unrote.data.store import ImageStore
+from unrote.encoders.cache import features, pixels_digest
+from unrote.models.pixels import as_floats
+
+Moments = tuple[Tensor, Tensor]
+"""Mean and standard deviation of the latents, each float32 [B, C, h, w]."""
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Hex SHA-256 of a model's weights, by their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+class _Whole:
+    """What :func:`unrote.encoders.cache.features` asks of an encoder, for the outputs of a whole network."""
+
+    copy_detection = False
+    is_fid_inception = False
+
+    def __init__(self, key: str, name: str, weights: str, preprocessing: str, encode: Any) -> None:
+        self.key, self.name, self.weights_sha256, self.preprocessing = key, name, weights, preprocessing
+        self._encode = encode
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        outputs: Tensor = self._encode(images)
+        return outputs.flatten(1).cpu().numpy()
+
+
+class Mirrored:
+    """Images [N, H, W, C] mirrored when they are read."""
+
+    def __init__(self, images: Any) -> None:
+        self._images, self.shape = images, images.shape
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, rows: Any) -> np.ndarray:
+        return np.ascontiguousarray(np.asarray(self._images[rows])[:, :, ::-1])
+
+
+class LatentEncoder:
+    """An image encoder (AutoencoderKL) in float32.
+
+    Args:
+        vae: the autoencoder.
+        device: where to compute.
+    """
+
+    batch_size = 8
+    """Images encoded at once when all of them are."""
+
+    def __init__(self, vae: Any, device: torch.device) -> None:
+        self.vae, self._device = vae.to(device).eval().requires_grad_(False), device
+        config = vae.config
+        self._scale: float = config.scaling_factor
+        self._shift: float = getattr(config, "shift_factor", None) or 0.0
+
+    def release(self) -> None:
+        """Let go of the autoencoder, when everything is cached."""
+        self.vae = None
+
+    @torch.no_grad()
+    def moments(self, pixels: Tensor) -> Moments:
+        """Of images float32 [B, 3, H, W] in [-1, 1]."""
+        with torch.autocast(self._device.type, enabled=False):
+            posterior = self.vae.encode(pixels.float()).latent_dist
+        return posterior.mean, posterior.std
+
+    def drawn(self, moments: Moments, draw: torch.Generator) -> Tensor:
+        """Latents as the denoiser takes them, float32 [B, C, h, w]: one draw from each posterior, scaled."""
+        mean, std = moments
+        latents = mean + std * torch.randn(mean.shape, generator=draw, device=self._device)
+        return (latents - self._shift) * self._scale
+
+    def cached(self, images: ImageStore, folder: Path, *, mirrored: bool) -> np.ndarray:
+        """Mean and standard deviation of all images, a memory map float32 [N, 2, C, h, w]."""
+        rows = Mirrored(images.images) if mirrored else images.images
+        digest = pixels_digest(images) + (" mirrored" if mirrored else "")
+        encoder = _Whole("vae", type(self.vae).__name__, weights_digest(self.vae), "to [-1, 1]", self._all_moments)
+        kept = features(encoder, rows, digest=digest, cache=folder, progress="latents")
+        with torch.no_grad():
+            shape = self.moments(as_floats(images, torch.tensor([0]), self._device))[0].shape[1:]
+        return kept.reshape(len(kept), 2, *shape)
+
+    def _all_moments(self, rows: np.ndarray) -> Tensor:
+        parts = []
+        for start in range(0, len(rows), self.batch_size):
+            pixels = torch.from_numpy(rows[start : start + self.batch_size]).to(self._device).permute(0, 3, 1, 2)
+            parts.append(torch.stack(self.moments(pixels.float() / 127.5 - 1), 1))
+        return torch.cat(parts)
+
+
+class TextEncoder:
+    """The text side of a pipeline, in float32: one encoder, or the two of SDXL.
+
+    Args:
+        tokenizers: one or two.
+        encoders: one or two.
+        device: where to compute.
+        zeros_for_empty: the empty text is embedded as zeros, as SDXL does it when sampling.
+    """
+
+    batch_size = 32
+    """Texts encoded at once when all of them are."""
+
+    def __init__(
+        self, tokenizers: Sequence[Any], encoders: Sequence[Any], device: torch.device, *, zeros_for_empty: bool
+    ) -> None:
+        self.tokenizers, self.encoders = list(tokenizers), [e.eval().requires_grad_(False) for e in encoders]
+        self._device, self._zeros_for_empty = device, zeros_for_empty
+        self.to(device)
+
+    def to(self, device: torch.device) -> None:
+        """Move the encoders."""
+        self.encoders = [encoder.to(device) for encoder in self.encoders]
+
+    def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """``encoder_hidden_states`` float32 [B, L, D], and of two encoders ``text_embeds`` [B, P] (pooled)."""
+        outputs = self._encoded(self.tokens(texts))
+        return _without_empty(outputs, texts) if self._zeros_for_empty else outputs
+
+    def tokens(self, texts: Sequence[str]) -> np.ndarray:
+        """Token ids and whether they are text, int64 [B, encoders, 2, L]."""
+        columns = []
+        for tokenizer, encoder in zip(self.tokenizers, self.encoders, strict=True):
+            length = min(tokenizer.model_max_length, getattr(encoder.config, "max_position_embeddings", 1 << 30))
+            found = tokenizer(
+                list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="np"
+            )
+            columns.append(np.stack([found.input_ids, found.attention_mask], 1))
+        return np.stack(columns, 1).astype(np.int64)
+
+    @torch.no_grad()
+    def _encoded(self, ids: np.ndarray) -> dict[str, Tensor]:
+        tokens = torch.from_numpy(ids).to(self._device)
+        hidden, pooled = [], None
+        for number, encoder in enumerate(self.encoders):
+            mask = tokens[:, number, 1] if getattr(encoder.config, "use_attention_mask", False) else None
+            with torch.autocast(self._device.type, enabled=False):
+                if len(self.encoders) == 1:
+                    return {"encoder_hidden_states": encoder(tokens[:, number, 0], attention_mask=mask)[0].float()}
+                # SDXL reads the last layer but one of both, and the second one's projection of the whole text.
+                output = encoder(tokens[:, number, 0], attention_mask=mask, output_hidden_states=True)
+            hidden.append(output.hidden_states[-2])
+            pooled = output[0]
+        assert pooled is not None
+        return {"encoder_hidden_states": torch.cat(hidden, -1).float(), "text_embeds": pooled.float()}
+
+    def cached(self, texts: Sequence[str], folder: Path) -> "CachedTexts":
+        """The embeddings of ``texts``, all different, memory-mapped."""
+        ids = self.tokens(texts)
+        shapes = {name: values.shape[1:] for name, values in self(texts[:1]).items()}
+        weights = " ".join(weights_digest(encoder) for encoder in self.encoders)
+        names = ", ".join(type(encoder).__name__ for encoder in self.encoders)
+        encoder = _Whole("text", names, weights, "token ids", self._all_flat)
+        digest = hashlib.sha256(repr(ids.shape).encode() + ids.tobytes()).hexdigest()
+        kept = features(encoder, ids, digest=digest, cache=folder, progress="texts")
+        rows = {text: row for row, text in enumerate(texts)}
+        return CachedTexts(kept, rows, shapes, self._device, zeros_for_empty=self._zeros_for_empty)
+
+    def _all_flat(self, ids: np.ndarray) -> Tensor:
+        parts = [self._encoded(ids[start : start + self.batch_size]) for start in range(0, len(ids), self.batch_size)]
+        return torch.cat([torch.cat([values.flatten(1) for values in part.values()], 1) for part in parts])
+
+
+class CachedTexts:
+    """Embeddings by text, as :class:`TextEncoder` gives them."""
+
+    def __init__(
+        self,
+        kept: np.ndarray,
+        rows: Mapping[str, int],
+        shapes: Mapping[str, tuple[int, ...]],
+        device: torch.device,
+        *,
+        zeros_for_empty: bool,
+    ) -> None:
+        self._kept, self._rows, self._shapes = kept, rows, shapes
+        self._device, self._zeros_for_empty = device, zeros_for_empty
+
+    def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Embeddings of ``texts``."""
+        flat = torch.from_numpy(np.asarray(self._kept[[self._rows[text] for text in texts]])).to(self._device)
+        parts = torch.split(flat, [math.prod(shape) for shape in self._shapes.values()], 1)
+        named = zip(self._shapes.items(), parts, strict=True)
+        outputs = {name: part.reshape(-1, *shape) for (name, shape), part in named}
+        return _without_empty(outputs, texts) if self._zeros_for_empty else outputs
+
+
+def _without_empty(outputs: dict[str, Tensor], texts: Sequence[str]) -> dict[str, Tensor]:
+    """Zeros for the empty texts."""
+    full = torch.tensor([bool(text) for text in texts], device=next(iter(outputs.values())).device)
+    return {name: values * full.view(-1, *[1] * (values.ndim - 1)) for name, values in outputs.items()}

@@ -1,0 +1,82 @@
+"""An unconditional or class-conditional denoiser of pixels, trained from fresh weights."""
+
+from pathlib import Path
+
+import torch
+from diffusers import DDPMPipeline
+from torch import Tensor
+
+from unrote.config import Config
+from unrote.data.augmentations import augment, mirror
+from unrote.data.store import ImageStore
+from unrote.models.denoiser import DenoisingLoss, autocast_dtype, build_schedule, build_unet, memory_format
+from unrote.models.task import RAW_VARIANT, Condition
+from unrote.tensorfiles import weighted_average
+
+
+class Pixels:
+    """A UNet2DModel on pixels in [-1, 1]; see :class:`unrote.models.task.Task`. Weights come from torch's generator.
+
+    Args:
+        config: of the run.
+        images: the training set.
+        device: where to compute.
+    """
+
+    def __init__(self, config: Config, images: ImageStore, device: torch.device) -> None:
+        self._config, self._images, self._device = config, images, device
+        self._memory_format = memory_format(config.training)
+        _, height, _, channels = images.images.shape
+        num_classes = len(images.class_names or ()) if config.model.class_conditional else None
+        self.denoiser = build_unet(config.model, resolution=height, channels=channels, num_classes=num_classes)
+        self.denoiser.to(device, memory_format=self._memory_format)
+        self.trained = self.denoiser
+        self.loss = DenoisingLoss(build_schedule(config.model), device, autocast_dtype(config.training))
+        self._labels: Tensor | None = None
+        if config.model.class_conditional:
+            assert images.labels is not None
+            self._labels = torch.from_numpy(images.labels.copy())
+
+    def clean(self, indices: Tensor, mirrored: Tensor | None, draw: torch.Generator) -> Tensor:
+        """Pixels in [-1, 1]."""
+        clean = as_floats(self._images, indices, self._device, self._memory_format)
+        return clean if mirrored is None else mirror(clean, mirrored)
+
+    def augmented(
+        self, clean: Tensor, indices: Tensor, mirrored: Tensor | None, strength: Tensor, draw: torch.Generator
+    ) -> Tensor:
+        """Augmented pixels."""
+        view = augment(clean, strength, draw, **self._config.augmentation.ops.model_dump())
+        # Picking pixels changes how they lie in memory, and convolutions are slower in another layout than the weights.
+        return view.contiguous(memory_format=self._memory_format)
+
+    def condition(self, indices: Tensor, proxy: int, step: int) -> Condition:
+        """The labels, for a class-conditional model."""
+        if self._labels is None:
+            return {}
+        return {"class_labels": self._labels[indices].to(self._device, non_blocking=True)}
+
+    def unsteered(self, condition: Condition) -> Condition:
+        """The same: there is no text."""
+        return condition
+
+    average = staticmethod(weighted_average)
+
+    def save(self, folder: Path) -> None:
+        """Write a DDPMPipeline."""
+        DDPMPipeline(self.denoiser, build_schedule(self._config.model)).save_pretrained(folder)
+
+    def save_raw(self, folder: Path) -> None:
+        """Write the UNet's weights as a variant."""
+        self.denoiser.save_pretrained(folder / "unet", variant=RAW_VARIANT)
+
+
+def as_floats(
+    images: ImageStore, indices: Tensor, device: torch.device, layout: torch.memory_format = torch.contiguous_format
+) -> Tensor:
+    """The images ``indices`` (int64 [B], on the CPU), float32 [B, C, H, W] in [-1, 1] on ``device``."""
+    pixels = torch.from_numpy(images.images[indices.numpy()])
+    if device.type == "cuda":
+        pixels = pixels.pin_memory()
+    moved = pixels.to(device, non_blocking=True).permute(0, 3, 1, 2)
+    return moved.to(torch.float32, memory_format=layout) / 127.5 - 1

@@ -1,0 +1,156 @@
+"""What a model will need, counted on the meta device: no weights, no memory, no arithmetic."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor, nn
+
+from unrote.config import Config
+from unrote.data.store import ImageStore
+from unrote.errors import InputError
+from unrote.models.denoiser import autocast_dtype, build_unet
+
+TEXT_LENGTH = 77
+"""Tokens that the text encoders of Stable Diffusion read."""
+RECOMPUTED = ("ResnetBlock2D", "BasicTransformerBlock")
+"""What diffusers computes again in the backward pass under gradient checkpointing."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of a model and of one part of a batch. Sizes are in bytes."""
+
+    trained: int
+    """Parameters that are trained."""
+    frozen_bytes: int
+    """Weights that are only read: those beside adapters, and the autoencoder if it is needed at every step."""
+    activation_bytes: int
+    """What the forward pass keeps for the backward pass."""
+    cache_bytes: int
+    """Latents and text embeddings in the cache folder."""
+    model_bytes: int
+    """The finished model on disk."""
+
+
+def size_of(config: Config, images: ImageStore) -> Size:
+    """The size of what ``config`` trains on ``images``.
+
+    Raises:
+        InputError: they do not fit together, or the pretrained model is not there.
+    """
+    return _pixels_size(config, images) if config.model.pretrained is None else _pretrained_size(config, images)
+
+
+def _pixels_size(config: Config, images: ImageStore) -> Size:
+    _, height, width, channels = images.images.shape
+    if height != width:
+        raise InputError(f"{images.source}: images of {height}x{width} are not square; give --resolution")
+    classes = len(images.class_names or ()) if config.model.class_conditional else None
+    with torch.device("meta"):
+        try:
+            unet = build_unet(config.model, resolution=height, channels=channels, num_classes=classes)
+        except ValueError as error:
+            raise InputError(str(error)) from None
+        batch = _part_of_batch(config, images)
+        labels = {"class_labels": torch.zeros(batch, dtype=torch.int64)} if classes is not None else {}
+        activations = _activation_bytes(unet, config, torch.zeros(batch, channels, height, width), labels)
+    trained = _count(unet)
+    return Size(trained, 0, activations, 0, 8 * trained)
+
+
+def _pretrained_size(config: Config, images: ImageStore) -> Size:
+    from unrote.models.adapters import add_adapters
+    from unrote.models.pretrained import part_config
+    from unrote.models.text_to_image import check_images
+
+    source, lora = str(config.model.pretrained), config.model.train == "lora"
+    denoiser, autoencoder = part_config(source, "unet"), part_config(source, "vae")
+    factor = 2 ** (len(autoencoder["block_out_channels"]) - 1)
+    check_images(config, images, factor)
+    height, width = (side // factor for side in images.images.shape[1:3])
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(denoiser)
+        whole = _count(unet)
+        trained = _count(add_adapters(unet, config.model.lora)) if lora else whole
+        batch = _part_of_batch(config, images)
+        latents = torch.zeros(batch, unet.config.in_channels, height, width)
+        activations = _activation_bytes(unet, config, latents, _fake_text(unet.config, batch))
+        vae = _count(AutoencoderKL.from_config(autoencoder))
+    half = lora and autocast_dtype(config.training) is not None
+    needs_vae = config.augmentation.enabled or not config.data.cache_latents
+    frozen = (2 if half else 4) * whole * lora + 4 * vae * needs_vae
+    cache = 0
+    if config.data.cache_latents:
+        cache = 8 * unet.config.in_channels * height * width * len(images) * (1 + config.data.random_flip)
+        texts = len({text for texts in images.every_caption() for text in texts}) + 1
+        cache += 0 if config.text.varies else 4 * texts * TEXT_LENGTH * _width_of(unet.config)
+    copies = 1 + config.training.use_ema
+    model = 4 * trained * copies if lora else 4 * whole * copies + 2 * _folder_bytes(source)
+    return Size(trained, frozen, activations, cache, model)
+
+
+def _width_of(unet: Any) -> int:
+    width = unet.cross_attention_dim
+    return int(width if isinstance(width, int) else max(width))
+
+
+def _fake_text(unet: Any, batch: int) -> dict[str, Any]:
+    hidden = {"encoder_hidden_states": torch.zeros(batch, TEXT_LENGTH, _width_of(unet))}
+    if unet.addition_embed_type != "text_time":
+        return hidden
+    pooled = unet.projection_class_embeddings_input_dim - 6 * unet.addition_time_embed_dim
+    return hidden | {
+        "added_cond_kwargs": {"text_embeds": torch.zeros(batch, pooled), "time_ids": torch.zeros(batch, 6)}
+    }
+
+
+def _folder_bytes(source: str) -> int:
+    """The files of a pipeline here; 0 of one that is not here yet."""
+    return sum(path.stat().st_size for path in Path(source).rglob("*") if path.is_file())
+
+
+def _part_of_batch(config: Config, images: ImageStore) -> int:
+    return math.ceil(min(config.training.batch_size, len(images)) / config.training.gradient_accumulation_steps)
+
+
+def _count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def _activation_bytes(unet: Any, config: Config, images: Tensor, condition: Mapping[str, Any]) -> int:
+    """Bytes that autograd saves of a forward pass.
+
+    Under gradient checkpointing: what is saved outside the recomputed blocks, their inputs, and the largest block.
+    """
+    weights = {id(p.untyped_storage()) for p in unet.parameters()}
+    saved: dict[int, tuple[Any, int, int]] = {}
+    block, inputs = 0, 0
+
+    def count(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if id(storage) not in weights:
+            saved[storage._cdata] = (storage, storage.nbytes(), block)
+        return tensor
+
+    def enter(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        nonlocal block, inputs
+        block += 1
+        inputs += arguments[0].untyped_storage().nbytes()
+
+    if config.training.gradient_checkpointing:
+        for module in unet.modules():
+            if type(module).__name__ in RECOMPUTED:
+                module.register_forward_pre_hook(enter)
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        unet(images, torch.zeros(len(images), dtype=torch.int64), **condition)
+    sizes: dict[int, int] = {}
+    for _, size, owner in saved.values():
+        sizes[owner] = sizes.get(owner, 0) + size
+    outside = sizes.pop(0, 0)
+    total = outside + inputs + max(sizes.values(), default=0)
+    return total if autocast_dtype(config.training) is None else total // 2

@@ -1,0 +1,172 @@
+"""Fine-tuning of a pretrained text-to-image pipeline: latents of images under the condition of their captions."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from unrote.config import Config
+from unrote.data.augmentations import augment, mirror
+from unrote.data.build import cache_folder
+from unrote.data.store import ImageStore
+from unrote.errors import InputError
+from unrote.models.adapters import adapter_layers, add_adapters, average_products
+from unrote.models.denoiser import DenoisingLoss, autocast_dtype, memory_format
+from unrote.models.encoding import LatentEncoder, Moments, TextEncoder
+from unrote.models.pixels import as_floats
+from unrote.models.pretrained import PIPELINES, load_pretrained, noise_schedule, text_side
+from unrote.models.task import RAW_VARIANT, Condition
+from unrote.seeding import generator
+from unrote.tensorfiles import weighted_average
+from unrote.text.mitigations import TextPolicy
+
+Embed = Callable[[Sequence[str]], dict[str, Tensor]]
+
+
+class TextToImage:
+    """A UNet2DConditionModel on the latents of a pipeline; see :class:`unrote.models.task.Task`.
+
+    Args:
+        config: of the run; ``model.pretrained`` is set.
+        images: the training set, with captions.
+        device: where to compute.
+
+    Raises:
+        InputError: the pipeline can't be loaded, or does not fit the images.
+    """
+
+    def __init__(self, config: Config, images: ImageStore, device: torch.device) -> None:
+        assert config.model.pretrained is not None and images.captions is not None
+        self._config, self._images, self._device = config, images, device
+        self._layout = memory_format(config.training)
+        pipeline = load_pretrained(config.model.pretrained)
+        self._pipeline_name = type(pipeline).__name__
+        dtype = autocast_dtype(config.training)
+        self.denoiser = pipeline.unet
+        self.trained: nn.Module = self.denoiser
+        if config.model.train == "lora":
+            # The frozen weights are only read under autocast, which would round them anyway.
+            nn.Module.to(self.denoiser, dtype or torch.float32)
+            self.trained = add_adapters(self.denoiser, config.model.lora)
+        self.denoiser.to(device, memory_format=self._layout)
+        self.loss = DenoisingLoss(noise_schedule(pipeline), device, dtype)
+        self._prepare_latents(pipeline)
+        self._prepare_texts(pipeline)
+
+    def _prepare_latents(self, pipeline: Any) -> None:
+        data = self._config.data
+        self._latents = LatentEncoder(pipeline.vae, self._device)
+        self._kept: list[np.ndarray] = []
+        if data.cache_latents:
+            views = (False, True) if data.random_flip else (False,)
+            folder = cache_folder() / "latents"
+            self._kept = [self._latents.cached(self._images, folder, mirrored=view) for view in views]
+            if not self._config.augmentation.enabled:
+                self._latents.release()
+
+    def _prepare_texts(self, pipeline: Any) -> None:
+        tokenizers, encoders = text_side(pipeline)
+        zeros = bool(pipeline.config.get("force_zeros_for_empty_prompt"))
+        encoder = TextEncoder(tokenizers, encoders, self._device, zeros_for_empty=zeros)
+        self._policy = TextPolicy(self._config.text, tokenizers[0], self._images.every_caption())
+        self._empty = encoder([""])
+        texts = self._policy.texts()
+        cached = texts is not None and self._config.data.cache_latents
+        self._embed: Embed = encoder.cached(texts, cache_folder() / "texts") if cached and texts else encoder
+
+    def clean(self, indices: Tensor, mirrored: Tensor | None, draw: torch.Generator) -> Tensor:
+        """Scaled latents, one draw from each posterior."""
+        return self._latents.drawn(self._moments(indices, mirrored), draw).contiguous(memory_format=self._layout)
+
+    def _moments(self, indices: Tensor, mirrored: Tensor | None) -> Moments:
+        if not self._kept:
+            return self._latents.moments(self._pixels(indices, mirrored))
+        rows = self._kept[0][indices.numpy()]
+        if mirrored is not None:
+            which = mirrored.cpu().numpy()
+            rows[which] = self._kept[1][indices.numpy()[which]]
+        mean, std = torch.from_numpy(rows).to(self._device, non_blocking=True).unbind(1)
+        return mean, std
+
+    def _pixels(self, indices: Tensor, mirrored: Tensor | None) -> Tensor:
+        pixels = as_floats(self._images, indices, self._device)
+        return pixels if mirrored is None else mirror(pixels, mirrored)
+
+    def augmented(
+        self, clean: Tensor, indices: Tensor, mirrored: Tensor | None, strength: Tensor, draw: torch.Generator
+    ) -> Tensor:
+        """Latents of augmented pixels, encoded now: there are too many views of an image to keep them."""
+        rows = (strength > 0).nonzero().flatten()
+        if not len(rows):
+            return clean
+        ops = self._config.augmentation.ops.model_dump()
+        view = augment(self._pixels(indices, mirrored), strength, draw, **ops)
+        latents = self._latents.drawn(self._latents.moments(view[rows]), draw)
+        return clean.index_copy(0, rows, latents)
+
+    def condition(self, indices: Tensor, proxy: int, step: int) -> Condition:
+        """Embedded texts, and for SDXL the pooled text and the image's size."""
+        seed = self._config.seed
+        texts = self._policy.captions_for(indices, generator(seed, "text", proxy, step))
+        outputs = self._embed(texts)
+        noise = generator(seed, "text-noise", proxy, step, device=self._device)
+        outputs["encoder_hidden_states"] = self._policy.noisy(outputs["encoder_hidden_states"], noise)
+        return self._arguments(outputs)
+
+    def unsteered(self, condition: Condition) -> Condition:
+        """The empty text for each sample."""
+        count = len(condition["encoder_hidden_states"])
+        return self._arguments({name: values.expand(count, *values.shape[1:]) for name, values in self._empty.items()})
+
+    def _arguments(self, outputs: Mapping[str, Tensor]) -> Condition:
+        """As the UNet takes them."""
+        hidden = outputs["encoder_hidden_states"]
+        if "text_embeds" not in outputs:
+            return {"encoder_hidden_states": hidden}
+        height, width = self._images.images.shape[1:3]
+        # Original size, crop and target size: images are known at the size that they are trained in.
+        sizes = torch.tensor([height, width, 0, 0, height, width], device=self._device).expand(len(hidden), 6)
+        added = {"text_embeds": outputs["text_embeds"], "time_ids": sizes}
+        return {"encoder_hidden_states": hidden, "added_cond_kwargs": added}
+
+    def average(self, states: Iterable[dict[str, Any]], weights: list[float]) -> dict[str, Any]:
+        """The mean of every number; or of the products of adapters, see :func:`average_products`."""
+        product = self._config.model.train == "lora" and self._config.model.lora.average == "product"
+        average: dict[str, Any] = (average_products if product else weighted_average)(states, weights)
+        return average
+
+    def save(self, folder: Path) -> None:
+        """Write the whole pipeline, or ``pytorch_lora_weights.safetensors``."""
+        if self._config.model.train == "lora":
+            self._save_adapters(folder)
+            return
+        load_pretrained(str(self._config.model.pretrained), unet=self.denoiser).save_pretrained(folder)
+
+    def save_raw(self, folder: Path) -> None:
+        """Write the UNet as a variant, or the adapters into a folder of that name."""
+        if self._config.model.train == "lora":
+            self._save_adapters(folder / RAW_VARIANT)
+        else:
+            self.denoiser.save_pretrained(folder / "unet", variant=RAW_VARIANT)
+
+    def _save_adapters(self, folder: Path) -> None:
+        layers = adapter_layers(self.denoiser, self._config.model.lora)
+        PIPELINES[self._pipeline_name].save_lora_weights(folder, unet_lora_layers=layers)
+
+
+def check_images(config: Config, images: ImageStore, factor: int) -> None:
+    """Raise InputError unless the images can be trained on; ``factor`` is how many pixels are one latent."""
+    _, height, width, channels = images.images.shape
+    if images.captions is None:
+        raise InputError(
+            f"{images.source} has no captions: add metadata.jsonl with file_name and text, or a .txt beside each image"
+        )
+    if channels != 3:
+        raise InputError("data.channels: a pretrained model takes colour images; use 3")
+    if height % factor or width % factor:
+        raise InputError(
+            f"data.resolution: {height}x{width} must be multiples of {factor} for {config.model.pretrained}"
+        )

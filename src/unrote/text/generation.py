@@ -1,0 +1,132 @@
+"""Images from prompts, by diffusers' own text-to-image pipelines."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from unrote.data.sources import digest_of
+from unrote.errors import InputError
+from unrote.seeding import derive_seed
+from unrote.text.prompts import Prompt
+from unrote.training.run import Run
+
+NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
+"""What the images depend on, besides tokenizer and scheduler."""
+
+LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
+"""The name that diffusers gives a file of adapters."""
+
+
+def load_text_to_image(source: Path | str, run: Run | None, variant: str | None) -> Any:
+    """The pipeline to sample from, in float32 on the CPU.
+
+    Args:
+        source: a run's model folder, or a pipeline's folder, file or Hub id.
+        run: the run that ``source`` belongs to. If it trained adapters, the model that it fine-tuned is loaded, and
+            they are put into it.
+        variant: of the run's weights; None for those saved under the plain name.
+
+    Raises:
+        InputError: it can't be loaded.
+    """
+    from unrote.models.pretrained import load_pretrained  # half of diffusers, which other models need not
+
+    if run is None:
+        return load_pretrained(str(source))
+    if run.config.model.train == "lora":
+        pipeline = load_pretrained(str(run.config.model.pretrained))
+        # Not load_lora_weights, which warns that the text encoders get none.
+        pipeline.unet.load_lora_adapter(run.model_folder / (variant or ""), weight_name=LORA_WEIGHTS, prefix="unet")
+        return pipeline
+    if variant is None:
+        return load_pretrained(str(source))
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel.from_pretrained(source, subfolder="unet", variant=variant, low_cpu_mem_usage=False)
+    return load_pretrained(str(source), unet=unet)
+
+
+class PromptDenoiser:
+    """A text-to-image pipeline with its prompts: image i is made from prompt i, beginning again after the last.
+
+    Args:
+        pipeline: Stable Diffusion 1, 2 or XL, with the scheduler to sample with. Its safety checker is taken out: a
+            blackened image would hide what the model made.
+        prompts: the texts; P of them.
+        seed: of the images whose prompt has no seed of its own.
+        steps: denoising steps.
+        eta: DDIM's share of fresh noise.
+        guidance_scale: of classifier-free guidance; 1 and less is none.
+        negative_prompt: what guidance leads away from; by default the empty text.
+        size: height and width in pixels; by default the pipeline's own.
+
+    Raises:
+        InputError: the pipeline is of another kind, or a negative prompt is given without guidance.
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,
+        prompts: Sequence[Prompt],
+        *,
+        seed: int = 0,
+        steps: int = 50,
+        eta: float = 0.0,
+        guidance_scale: float = 7.5,
+        negative_prompt: str | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> None:
+        _check_pipeline(pipeline)
+        if negative_prompt is not None and guidance_scale <= 1:
+            raise InputError(f"--negative-prompt needs guidance: --guidance-scale is {guidance_scale:g}, not above 1")
+        pipeline.safety_checker = None
+        pipeline.set_progress_bar_config(disable=True)
+        self._pipeline, self._prompts, self._seed = pipeline, prompts, seed
+        self._negative = negative_prompt
+        height, width = size or (None, None)
+        guidance = {"guidance_scale": guidance_scale}
+        self._options = {**guidance, "num_inference_steps": steps, "eta": eta, "height": height, "width": width}
+        self.networks = tuple(part for name in NETWORKS if (part := getattr(pipeline, name, None)) is not None)
+        texts = digest_of([(prompt.text, prompt.seed) for prompt in prompts])
+        self.settings = {**guidance, "negative_prompt": negative_prompt, "size": size and list(size)}
+        self.settings |= {"prompts": len(prompts), "prompts_sha256": texts}
+
+    def label_of(self, index: int) -> dict[str, Any]:
+        """Prompt of image ``index``, its origin if known, and the generator's seed that gives it in plain diffusers."""
+        prompt = self._prompt(index)
+        origin = {} if prompt.origin is None else {"origin": prompt.origin}
+        return {"prompt": prompt.text, **origin, "generator_seed": self._generator_seed(index)}
+
+    @torch.inference_mode()
+    def __call__(self, indices: Sequence[int]) -> NDArray[np.uint8]:
+        """The images ``indices``, uint8 [B, H, W, 3]."""
+        result = self._pipeline(
+            prompt=[self._prompt(index).text for index in indices],
+            negative_prompt=None if self._negative is None else [self._negative] * len(indices),
+            # On the CPU whatever the device, so that noise does not depend on it.
+            generator=[torch.Generator().manual_seed(self._generator_seed(index)) for index in indices],
+            output_type="np",
+            **self._options,
+        )
+        return cast(NDArray[np.uint8], (result.images * 255).round().astype(np.uint8))
+
+    def _prompt(self, index: int) -> Prompt:
+        return self._prompts[index % len(self._prompts)]
+
+    def _generator_seed(self, index: int) -> int:
+        own = self._prompt(index).seed
+        # A seed of its own is counted on, so that a prompt's second image is another one.
+        return derive_seed(self._seed, "sample", index) if own is None else own + index // len(self._prompts)
+
+
+def _check_pipeline(pipeline: Any) -> None:
+    unet = getattr(pipeline, "unet", None)
+    kind = type(pipeline).__name__
+    if unet is None or getattr(unet.config, "cross_attention_dim", None) is None:
+        raise InputError(f"prompts: a {kind} is no text-to-image pipeline with a UNet (Stable Diffusion 1, 2 or XL)")
+    if unet.config.in_channels != unet.config.out_channels:
+        raise InputError(f"prompts: the unet of this {kind} needs an image beside the text (such as inpainting)")

@@ -1,0 +1,100 @@
+"""Text-to-image pipelines of real classes at toy size, made here and saved in the real format."""
+
+import json
+from pathlib import Path
+
+import torch
+import transformers
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+
+WORDS = ["red", "cat", "dog", "a"]
+MERGES = ["r e", "re d</w>", "c a", "ca t</w>", "d o", "do g</w>"]
+LENGTH = 12
+
+
+def tiny_tokenizer(folder: Path):
+    """A CLIPTokenizer that knows WORDS and spells the rest; its files go to ``folder``."""
+    letters = sorted(set("".join(WORDS)))
+    entries = [*letters, *(letter + "</w>" for letter in letters)]
+    entries += [merge.replace(" ", "") for merge in MERGES] + ["<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({word: index for index, word in enumerate(entries)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(MERGES) + "\n")
+    vocabulary, merges = str(folder / "vocab.json"), str(folder / "merges.txt")
+    return transformers.CLIPTokenizer(vocabulary, merges, model_max_length=LENGTH)
+
+
+def _text_config(tokenizer, **options):
+    end = len(tokenizer) - 1
+    return transformers.CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=LENGTH, projection_dim=16, eos_token_id=end, bos_token_id=end - 1, pad_token_id=end,
+        **options,
+    )  # fmt: skip
+
+
+def tiny_unet(*, sample_size=8, cross_attention_dim=16, **options):
+    return UNet2DConditionModel(
+        sample_size=sample_size, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8,
+        cross_attention_dim=cross_attention_dim, attention_head_dim=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        **options,
+    )  # fmt: skip
+
+
+def tiny_vae(levels=1):
+    return AutoencoderKL(
+        block_out_channels=(16,) * levels, norm_num_groups=8, latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
+    )  # fmt: skip
+
+
+def tiny_stable_diffusion(folder: Path, *, vae_levels=1, prediction_type="epsilon", safety_checker=False):
+    """Stable Diffusion 1.x/2.x: 8x8 latents of images of 8 · 2^(vae_levels - 1) pixels."""
+    tokenizer = tiny_tokenizer(folder)
+    torch.manual_seed(0)
+    text = transformers.CLIPTextModel(_text_config(tokenizer)).eval()
+    unet, vae = tiny_unet(), tiny_vae(vae_levels)
+    parts = {"safety_checker": None, "feature_extractor": None}
+    if safety_checker:
+        parts = _safety_parts()
+    return StableDiffusionPipeline(
+        vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet,
+        scheduler=DDIMScheduler(prediction_type=prediction_type, steps_offset=1, clip_sample=False),
+        requires_safety_checker=safety_checker, **parts,
+    )  # fmt: skip
+
+
+def _safety_parts():
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.CLIPConfig(
+        text_config=small, vision_config=small | {"image_size": 8, "patch_size": 4}, projection_dim=16
+    )
+    extractor = transformers.CLIPImageProcessor(size=8, crop_size=8)
+    return {"safety_checker": StableDiffusionSafetyChecker(config), "feature_extractor": extractor}
+
+
+def tiny_stable_diffusion_xl(folder: Path, *, vae_levels=2):
+    """SDXL: two text encoders, pooled text, sizes as a condition."""
+    tokenizer = tiny_tokenizer(folder)
+    torch.manual_seed(0)
+    text = transformers.CLIPTextModel(_text_config(tokenizer)).eval()
+    text_2 = transformers.CLIPTextModelWithProjection(_text_config(tokenizer)).eval()
+    unet = tiny_unet(
+        cross_attention_dim=32, addition_embed_type="text_time", addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 16, use_linear_projection=True,
+    )  # fmt: skip
+    return StableDiffusionXLPipeline(
+        vae=tiny_vae(vae_levels), text_encoder=text, text_encoder_2=text_2, tokenizer=tokenizer,
+        tokenizer_2=tokenizer, unet=unet, scheduler=DDPMScheduler(beta_schedule="scaled_linear"),
+        force_zeros_for_empty_prompt=True,
+    )  # fmt: skip
