@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unrote.measures import audit as audit_data
 from unrote.auditing import audit
 from unrote.auditing.prompted import read_origins
 from unrote.data import in_memory_store
 from unrote.errors import InputError
+from unrote.measures import audit as audit_data
 
 RANDOM = np.random.default_rng(0)
 TRAIN = RANDOM.integers(0, 256, (60, 8, 8, 3), dtype=np.uint8)

@@ -186,11 +186,11 @@ class TextConfig(Section):
     replace_caption: Fraction = 0.0
     """Chance that the caption is replaced by random words."""
     replace_tokens: Fraction = 0.0
-    """Chance of each token to be replaced by a random one."""
+    """Chance of each word to be replaced by a random one."""
     add_tokens: NonNegativeInt = 0
     """How many random tokens are put in at random places."""
     repeat_words: Fraction = 0.0
-    """Chance that a word of the caption is repeated at a random place."""
+    """Chance that two words of the caption are repeated at random places."""
     embedding_noise: NonNegativeFloat = 0.0
     """Standard deviation of Gaussian noise that is added to the text embeddings."""
     max_prediction_norm: PositiveFloat | None = None
