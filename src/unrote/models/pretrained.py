@@ -74,14 +74,14 @@ def part_config(source: str, part: str) -> dict[str, Any]:
     check_source(source)
     if Path(source).is_file():
         return dict(getattr(load_pretrained(source), part).config)
+    if source in DENOISERS and not Path(source).is_dir():
+        # Without asking the Hub, whose library tries for most of a minute where there is no network.
+        return DENOISERS[source] if part == "unet" else AUTOENCODER
     kind: Any = UNet2DConditionModel if part == "unet" else AutoencoderKL
     try:
         return dict(kind.load_config(source, subfolder=part))
     except (OSError, ValueError) as error:
-        if source not in DENOISERS:
-            raise InputError(f"model.pretrained: {source} can't be loaded: {_first_line(error)}") from error
-    # Those of Stable Diffusion and SDXL are of one shape.
-    return DENOISERS[source] if part == "unet" else AUTOENCODER
+        raise InputError(f"model.pretrained: {source} can't be loaded: {_first_line(error)}") from error
 
 
 def noise_schedule(pipeline: Any) -> DDPMScheduler:
