@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from unrote.auditing.intervals import wilson_interval
 from unrote.auditing.memorization import (
     image_identity,
     memorization_quantity,
     neighbour_ratio,
     train_share,
-    wilson_interval,
 )
 from unrote.data.store import image_digests
 from unrote.neighbours.images import Neighbours, nearest_images

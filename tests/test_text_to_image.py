@@ -34,6 +34,7 @@ from unrote.training.loop import make_budget
 from unrote.training.run import Run
 from unrote.training.step import TrainingStep
 
+pytestmark = pytest.mark.usefixtures("module_cache")
 CPU = torch.device("cpu")
 CAPTIONS = ["red cat", "a dog", "cat", "a red dog", "", "a cat"]
 SETTINGS = {
@@ -54,20 +55,6 @@ SETTINGS = {
     "model.lora.rank": 4,
     "model.lora.target_modules": ["to_q", "to_v"],
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("UNROTE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
-    tiny_stable_diffusion(folder / "tokenizer", vae_levels=2).save_pretrained(folder / "sd")
-    return folder / "sd"
 
 
 def captioned(count=18, seed=0):

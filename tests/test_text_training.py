@@ -12,10 +12,11 @@ pytest.importorskip("peft")
 
 from safetensors.torch import load_file
 
-from tiny_pipelines import tiny_stable_diffusion
 from toy import assert_same_run, largest_difference, summary_of, toy_images
 from unrote.api import train
 from unrote.data.store import in_memory_store
+
+pytestmark = pytest.mark.usefixtures("module_cache")
 
 SETTINGS = {
     "model.train": "lora",
@@ -38,20 +39,6 @@ EVERY = {
     "text.caption": "random", "text.dropout": 0.1, "text.replace_caption": 0.1, "text.replace_tokens": 0.2,
     "text.add_tokens": 1, "text.repeat_words": 0.3, "text.embedding_noise": 0.1,
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("UNROTE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
-    tiny_stable_diffusion(folder / "tokenizer", vae_levels=2).save_pretrained(folder / "sd")
-    return folder / "sd"
 
 
 def tuned(out, base, method="standard", **settings):

@@ -2,7 +2,7 @@
 
 import torch
 
-from unrote.errors import InputError
+from unrote.errors import InputError, first_line
 
 
 def pick_device(device: str | None) -> torch.device:
@@ -12,5 +12,5 @@ def pick_device(device: str | None) -> torch.device:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"--device {device}: {str(error).splitlines()[0]}") from None
+        raise InputError(f"--device {device}: {first_line(error)}") from None
     return torch.device(device)

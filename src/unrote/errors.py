@@ -6,3 +6,8 @@ class InputError(ValueError):
 
     The command line prints the message without a traceback and exits with code 2.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """What ``error`` says, in one line; its type if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

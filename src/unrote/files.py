@@ -1,4 +1,4 @@
-"""Writes that are either complete or absent: temporary file, fsync, rename."""
+"""Writes that are either complete or absent: temporary file, fsync, rename. And the lines of text files."""
 
 import hashlib
 import json
@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from unrote.errors import InputError
 
 
 def fsync(path: Path) -> None:
@@ -48,6 +50,21 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary file beside ``path``; it replaces ``path`` only if the block succeeds."""
     with atomic_path(path) as temporary, temporary.open("xb") as file:
         yield file
+
+
+def text_lines(path: Path) -> list[str]:
+    """The lines of a UTF-8 file, whatever an editor put first or at their ends.
+
+    Raises:
+        InputError: it cannot be read, or is no such text; only the reason, so that who asked says what for.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise InputError(str(error.strerror)) from None
+    except UnicodeDecodeError:
+        raise InputError("it is not UTF-8 text") from None
+    return [line.removesuffix("\r") for line in text.split("\n")]
 
 
 def write_bytes(path: Path, content: bytes) -> None:

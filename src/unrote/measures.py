@@ -12,13 +12,13 @@ from unrote.auditing import audit as _audit
 from unrote.auditing.prompted import read_origins
 from unrote.data import ImageStore, open_images
 from unrote.data.build import cache_folder
+from unrote.data.store import same_pixels
 from unrote.detection.membership import attacked_timesteps, labelled_as, pia_scores
 from unrote.detection.prompts import load_pipeline, prompt_scores, read_prompts
 from unrote.detection.roc import separation
 from unrote.device import pick_device
 from unrote.encoders import load_encoder
 from unrote.errors import InputError
-from unrote.scanning.duplicates import digests_of
 from unrote.scanning.scan import ScanReport
 from unrote.scanning.scan import scan as _scan
 from unrote.training.images import training_images
@@ -152,8 +152,7 @@ def membership(run: Run | Path | str, holdout: Any, *, seed: int = 0, device: st
         pia_scores(unet, schedule.alphas_cumprod, store, prediction_type=schedule.config.prediction_type, device=where)
         for store in (members, others)
     ]
-    known = {digest.tobytes() for digest in digests_of(members)}
-    shared = sum(digest.tobytes() in known for digest in digests_of(others))
+    shared = int(same_pixels(others, members).sum())
     if shared:
         logger.warning(f"{shared:,} of the {len(others):,} held-out images are training images: the test is too mild")
     origin = {

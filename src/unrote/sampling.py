@@ -1,9 +1,7 @@
 """Sampling: image i is a function of the model, the seed and i."""
 
-import hashlib
 import json
 import logging
-import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,12 +21,14 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from unrote.errors import InputError
+from unrote.errors import InputError, first_line
 from unrote.files import atomic_path, atomic_write, write_json, write_text
+from unrote.models.known import HUB_ID
+from unrote.models.task import RAW_VARIANT
 from unrote.seeding import generator
+from unrote.tensorfiles import weights_hash
 from unrote.text.generation import PromptDenoiser, load_text_to_image
 from unrote.text.prompts import Prompt, read_prompts
-from unrote.training.output import RAW_VARIANT
 from unrote.training.run import Run
 
 logger = logging.getLogger("unrote")
@@ -244,15 +244,6 @@ def to_uint8(images: Tensor) -> NDArray[np.uint8]:
     return cast(NDArray[np.uint8], levels.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
 
 
-def weights_hash(*models: Any) -> str:
-    """Hex SHA-256 over the models' tensors, of each in the order of their names."""
-    digest = hashlib.sha256()
-    for name, tensor in (row for model in models for row in sorted(model.state_dict().items())):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def _pipeline_of(model: Run | Path | str) -> tuple[Path | str, Run | None]:
     """Where the pipeline is, and the run it belongs to, if any."""
     path = model.path if isinstance(model, Run) else Path(model)
@@ -267,7 +258,7 @@ def _pipeline_of(model: Run | Path | str) -> tuple[Path | str, Run | None]:
         )
     if path.is_file() and path.suffix == ".safetensors":
         return path, None
-    if not path.is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
+    if not path.is_dir() and not HUB_ID.fullmatch(str(model)):
         raise InputError(f"{model}: there is no such folder, and it is no Hub id like owner/name")
     return (path if path.is_dir() else str(model)), None
 
@@ -315,7 +306,7 @@ def _load(source: Path | str, run: Run | None, weights: Weights) -> tuple[Any, A
         unet = UNet2DModel.from_pretrained(source, subfolder="unet", variant=variant, low_cpu_mem_usage=False)
         return unet, DDPMScheduler.from_pretrained(source, subfolder="scheduler")
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise InputError(f"{source}: no diffusers pipeline with a UNet2DModel can be loaded: {reason}") from None
 
 

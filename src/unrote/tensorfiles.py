@@ -1,5 +1,6 @@
 """One safetensors file for a nested state: dicts, lists and tuples of tensors and plain values."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,6 +45,15 @@ def load_state(path: Path, parts: Sequence[str] | None = None) -> Any:
         if parts is not None:
             skeleton = {"dict": [[key, value] for key, value in skeleton["dict"] if key in parts]}
         return _unflatten(skeleton, file)
+
+
+def weights_hash(*models: Any) -> str:
+    """Hex SHA-256 over the models' tensors, of each in the order of their names."""
+    digest = hashlib.sha256()
+    for name, tensor in (row for model in models for row in sorted(model.state_dict().items())):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def clone_state(state: Any) -> Any:

@@ -74,3 +74,14 @@ def bootstrap_mean(values: np.ndarray, num_resamples: int, seed: int) -> dict[st
     ]
     low, high = np.quantile(np.concatenate(means), (0.025, 0.975))
     return {"value": float(values.mean()), "interval": [float(low), float(high)]}
+
+
+def exceeding(rate: float, count: int) -> int:
+    """How many of ``count`` values may exceed a threshold at a false-positive ``rate``: the product's whole part."""
+    return int(rate * count + 1e-9)  # 0.29 · 100 must not become 28
+
+
+def threshold_at(values: np.ndarray, rate: float) -> float:
+    """The least of ``values`` [n] that at most the share ``rate`` of them exceeds; -inf if all may."""
+    allowed = exceeding(rate, len(values))
+    return float(np.sort(values)[::-1][allowed]) if allowed < len(values) else -np.inf

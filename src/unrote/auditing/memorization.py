@@ -6,8 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from unrote.auditing.intervals import fraction
-from unrote.auditing.intervals import wilson_interval as wilson_interval
+from unrote.auditing.intervals import exceeding, fraction, threshold_at
 from unrote.neighbours.images import Neighbours
 
 Definition = Literal["l2", "squared-l2"]
@@ -71,10 +70,9 @@ def calibrated(
         originals: identity of each generated image's nearest training image [G].
     """
     real = unseen[~leaks]
-    allowed = int(rate * len(real) * (1 + 1e-12))  # 0.29 · 100 must not become 28
-    if allowed < 1:
+    if exceeding(rate, len(real)) < 1:
         return None
-    threshold = float(np.partition(real, allowed)[allowed])
+    threshold = -threshold_at(-real, rate)
     return {
         "false_positive_rate": rate,
         "threshold": threshold,

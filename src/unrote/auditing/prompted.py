@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unrote.auditing.extracted import near_copies
-from unrote.auditing.intervals import bootstrap_mean, fraction
+from unrote.auditing.intervals import fraction
+from unrote.auditing.similarity import cosines, distribution
 from unrote.auditing.verdict import percent
 from unrote.data.store import ImageStore
 from unrote.errors import InputError
@@ -20,7 +21,6 @@ from unrote.neighbours.streaming import Rows
 logger = logging.getLogger("unrote")
 
 UNPAIRED = -1
-QUANTILES = (0.5, 0.75, 0.9, 0.95, 1.0)
 BLOCK = 256  # images compared at a time
 
 
@@ -106,13 +106,10 @@ def pixel_columns(
 
 def feature_similarity(indices: NDArray[np.int64], generated: Rows, train: Rows) -> np.ndarray:
     """Cosine of each generated image's features [G, D] and its prompt's image's, of [N, D]; NaN where none. [G]."""
-    cosines = np.full(len(indices), np.nan)
+    similarity = np.full(len(indices), np.nan)
     has = np.flatnonzero(indices != UNPAIRED)
-    for rows in np.split(has, range(BLOCK, len(has), BLOCK)):
-        first, second = generated[rows].astype(np.float64), train[indices[rows]].astype(np.float64)
-        norms = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
-        cosines[rows] = np.divide((first * second).sum(1), norms, out=np.zeros(len(rows)), where=norms > 0)
-    return cosines
+    similarity[has] = cosines(generated, has, train, indices[has])
+    return similarity
 
 
 def prompted_summary(pairs: Mapping[str, np.ndarray], clusters: np.ndarray, seed: int) -> dict[str, Any]:
@@ -152,11 +149,7 @@ def prompted_summary(pairs: Mapping[str, np.ndarray], clusters: np.ndarray, seed
         "nearest": {key: row(name) for key, name in searches.items()},
         "copied": {**fraction(int(copied.sum()), len(own)), "distinct": len(np.unique(own[copied]))},
         "similarity": {
-            key: {
-                "mean": bootstrap_mean(values, 1000, seed),
-                "quantiles": {f"{q:g}": float(np.quantile(values, q)) for q in QUANTILES},
-            }
-            for key, values in similarities.items()
+            key: distribution(values, num_resamples=1000, seed=seed) for key, values in similarities.items()
         },
     }
 

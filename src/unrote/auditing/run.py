@@ -17,14 +17,14 @@ from unrote.auditing.prompted import feature_similarity, paired, pixel_columns, 
 from unrote.auditing.result import AuditReport
 from unrote.auditing.spaces import Space, measure_space
 from unrote.auditing.verdict import certainty, verdict
-from unrote.data.store import ImageStore
+from unrote.data.store import ImageStore, digests_of, same_pixels
 from unrote.encoders import Encoder, features
 from unrote.encoders.cache import pixels_digest
 from unrote.encoders.random_conv import RandomConvEncoder
 from unrote.errors import InputError
 from unrote.neighbours.images import Neighbours
 from unrote.neighbours.orbit import BRIGHTNESS, IDENTITY, SCALES, Transform, orbit
-from unrote.scanning.duplicates import digests_of, near_clusters, shared_clusters
+from unrote.scanning.duplicates import near_clusters, shared_clusters
 
 SCHEMA_VERSION = 2
 
@@ -205,9 +205,7 @@ def _references(train: ImageStore, holdout: ImageStore | None, near: bool) -> tu
     if near:
         ours, theirs, leaks = shared_clusters(train, holdout)
         return References(train, ours), References(holdout, theirs, leaks)
-    known = {digest.tobytes() for digest in digests_of(train)}
-    leaks = np.array([digest.tobytes() in known for digest in digests_of(holdout)])
-    return References(train, _identity(train)), References(holdout, _identity(holdout), leaks)
+    return References(train, _identity(train)), References(holdout, _identity(holdout), same_pixels(holdout, train))
 
 
 def _identity(store: ImageStore) -> np.ndarray:

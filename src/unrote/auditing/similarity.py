@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from unrote.auditing.authenticity import Search, nearest_other
-from unrote.auditing.intervals import bootstrap_mean, fraction
+from unrote.auditing.intervals import bootstrap_mean, exceeding, fraction, threshold_at
 from unrote.auditing.rows import BLOCK, UnitRows
 from unrote.neighbours.streaming import Rows
 
@@ -67,9 +67,16 @@ def cosines(first: Rows, rows: np.ndarray, second: Rows, indices: np.ndarray) ->
 def similarity_table(similar: Similar, identity: np.ndarray, *, num_resamples: int, seed: int) -> dict[str, Any]:
     """Mean with a bootstrap interval, quantiles, and how many lie strictly above 0.5 and 0.75."""
     return {
-        "mean": bootstrap_mean(similar.values, num_resamples, seed),
-        "quantiles": {f"{q:g}": float(np.quantile(similar.values, q)) for q in QUANTILES},
+        **distribution(similar.values, num_resamples=num_resamples, seed=seed),
         "above": [above(similar, threshold, identity) for threshold in THRESHOLDS],
+    }
+
+
+def distribution(values: np.ndarray, *, num_resamples: int, seed: int) -> dict[str, Any]:
+    """Mean of similarities [n] with a bootstrap interval, and their quantiles."""
+    return {
+        "mean": bootstrap_mean(values, num_resamples, seed),
+        "quantiles": {f"{q:g}": float(np.quantile(values, q)) for q in QUANTILES},
     }
 
 
@@ -91,11 +98,9 @@ def calibrated(
     be kept.
     """
     real = unseen.values[~leaks]
-    allowed = int(rate * len(real) * (1 + 1e-12))  # 0.29 · 100 must not become 28
-    if allowed < 1:
+    if exceeding(rate, len(real)) < 1:
         return None
-    place = len(real) - 1 - allowed
-    threshold = float(np.partition(real, place)[place]) if place >= 0 else -1.0
+    threshold = max(-1.0, threshold_at(real, rate))
     return {
         "false_positive_rate": rate,
         "threshold": threshold,

@@ -11,7 +11,7 @@ from PIL import Image
 from unrote.data.decode import BadImage, DecodeSettings, decode_file, decode_stream, to_pixels
 from unrote.data.sources import Sample, digest_of
 from unrote.data.store import numbered
-from unrote.errors import InputError
+from unrote.errors import InputError, first_line
 
 IMAGE_KEYS = ("image", "images", "img", "pixel_values")
 LABEL_KEYS = ("label", "labels", "target", "class", "y")
@@ -142,9 +142,8 @@ def load_from_hub(description: str) -> HuggingFaceSource:
     try:
         dataset = library.load_dataset(name, split=split or "train")
     except Exception as error:  # network, missing dataset, wrong split: the library raises many kinds
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"cannot load {description} from the Hugging Face Hub: {first}; offline, give a folder instead"
+            f"cannot load {description} from the Hugging Face Hub: {first_line(error)}; offline, give a folder instead"
         ) from error
     return HuggingFaceSource(dataset, description)
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from unrote.errors import InputError
+from unrote.files import text_lines
 
 
 def name_lines(names: Iterable[str]) -> str:
@@ -19,12 +20,9 @@ def read_names(file: Path) -> list[str]:
         InputError: it cannot be read.
     """
     try:
-        lines = file.read_bytes().decode("utf-8-sig").split("\n")
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read as a list of names ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{file}: cannot be read as a list of names (it is not UTF-8 text)") from None
-    return [_name(line) for line in (line.removesuffix("\r") for line in lines) if line]
+        return [_name(line) for line in text_lines(file) if line]
+    except InputError as error:
+        raise InputError(f"{file}: cannot be read as a list of names ({error})") from None
 
 
 def _plain(name: str) -> bool:

@@ -182,6 +182,17 @@ def image_digests(images: Pixels | ImageRows) -> Pixels:
     return np.frombuffer(digests, dtype=np.uint8).reshape(-1, 32)
 
 
+def digests_of(images: ImageStore) -> Pixels:
+    """SHA-256 of each image's pixels, ``uint8 [N, 32]``: those the store has, or computed now."""
+    return image_digests(images.images) if images.digests is None else np.asarray(images.digests)
+
+
+def same_pixels(images: ImageStore, others: ImageStore) -> NDArray[np.bool_]:
+    """Which of ``images`` have the pixels of one of ``others``, ``bool [N]``."""
+    known = {digest.tobytes() for digest in digests_of(others)}
+    return np.array([digest.tobytes() in known for digest in digests_of(images)])
+
+
 def pixel_digest(image: Pixels) -> bytes:
     """SHA-256 of one image's pixels in row-major order."""
     return hashlib.sha256(np.ascontiguousarray(image).data).digest()

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from unrote.errors import InputError
+from unrote.errors import InputError, first_line
 from unrote.seeding import generator
 from unrote.text import prompts as prompt_files
 from unrote.text.mitigations import prediction_norm
+from unrote.text.tokens import padded_tokens, reads_mask
 
 PARTS = ("unet", "text_encoder", "tokenizer", "scheduler")
 
@@ -179,12 +180,10 @@ class _Probe:
     def _embedded(self, prompt: str) -> tuple[Tensor, list[int], bool]:
         """Hidden states [1, L, D], token ids, and whether the end was cut off."""
         tokenizer, encoder = self.pipeline.tokenizer, self.pipeline.text_encoder
-        length = min(tokenizer.model_max_length, getattr(encoder.config, "max_position_embeddings", 1 << 30))
-        ids = tokenizer(prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        mask = ids.attention_mask.to(encoder.device) if getattr(encoder.config, "use_attention_mask", False) else None
-        hidden: Tensor = encoder(ids.input_ids.to(encoder.device), attention_mask=mask)[0]
+        ids, mask = (torch.from_numpy(part).to(encoder.device) for part in padded_tokens(tokenizer, encoder, [prompt]))
+        hidden: Tensor = encoder(ids, attention_mask=mask if reads_mask(encoder) else None)[0]
         whole = len(tokenizer(prompt).input_ids)
-        return hidden.to(self.unet.device, self.unet.dtype), ids.input_ids[0].tolist(), whole > length
+        return hidden.to(self.unet.device, self.unet.dtype), ids[0].tolist(), whole > ids.shape[1]
 
     def _named(self, ids: list[int], values: list[float]) -> tuple[tuple[str, float], ...]:
         """The prompt's own tokens; start, end and padding are left out."""
@@ -212,11 +211,7 @@ def load_pipeline(source: str, device: torch.device) -> Any:
     try:
         pipeline = DiffusionPipeline.from_pretrained(source, low_cpu_mem_usage=False)
     except ImportError as error:
-        raise InputError(f"{source}: needs another package ({_first_line(error)}); pip install transformers") from None
+        raise InputError(f"{source}: needs another package ({first_line(error)}); pip install transformers") from None
     except Exception as error:
-        raise InputError(f"{source}: cannot be loaded as a diffusers pipeline ({_first_line(error)})") from error
+        raise InputError(f"{source}: cannot be loaded as a diffusers pipeline ({first_line(error)})") from error
     return pipeline.to(device)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from unrote.auditing.memorization import wilson_interval
+from unrote.auditing.intervals import threshold_at, wilson_interval
 
 
 def auc(members: np.ndarray, others: np.ndarray) -> float:
@@ -21,8 +21,7 @@ def tpr_at_fpr(members: np.ndarray, others: np.ndarray, fpr: float) -> tuple[flo
 
     The threshold is the smallest observed score of others that at most ``fpr`` of them exceed.
     """
-    allowed = int(np.floor(fpr * len(others) + 1e-9))
-    threshold = float(np.sort(others)[::-1][allowed]) if allowed < len(others) else -np.inf
+    threshold = threshold_at(others, fpr)
     return float((members > threshold).mean()), threshold
 
 

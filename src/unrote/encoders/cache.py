@@ -16,7 +16,7 @@ from typing import BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from unrote.data.store import ImageStore, image_digests
+from unrote.data.store import ImageStore, digests_of
 from unrote.encoders.base import Encoder
 from unrote.encoders.custom import checked
 from unrote.errors import InputError
@@ -33,8 +33,7 @@ _MAX_BLOCK = 512
 
 def pixels_digest(store: ImageStore) -> str:
     """Hex SHA-256 of shape and pixels of a store, whatever its names, labels and captions are."""
-    digests = image_digests(store.images) if store.digests is None else np.asarray(store.digests)
-    return hashlib.sha256(repr(tuple(store.images.shape)).encode() + digests.tobytes()).hexdigest()
+    return hashlib.sha256(repr(tuple(store.images.shape)).encode() + digests_of(store).tobytes()).hexdigest()
 
 
 def features(

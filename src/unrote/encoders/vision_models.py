@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from unrote.encoders.resize import rgb
-from unrote.errors import InputError
+from unrote.errors import InputError, first_line
 from unrote.files import sha256_file
 
 BATCH = 16
@@ -163,5 +163,4 @@ def readable(folder: Path) -> Iterator[None]:
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         if isinstance(error, InputError):
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{folder} cannot be read as a transformers model: {reason}") from error
+        raise InputError(f"{folder} cannot be read as a transformers model: {first_line(error)}") from error

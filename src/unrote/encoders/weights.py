@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from unrote.data.build import cache_folder
-from unrote.errors import InputError
+from unrote.errors import InputError, first_line
 from unrote.files import sha256_file
 
 log = logging.getLogger("unrote")
@@ -43,7 +43,7 @@ def load_torchscript(path: Path, device: str) -> Any:
             load: Any = torch.jit.load
             return load(str(path), map_location=device).eval()
         except RuntimeError as error:
-            raise InputError(f"{path} is no TorchScript file: {str(error).splitlines()[0]}") from error
+            raise InputError(f"{path} is no TorchScript file: {first_line(error)}") from error
 
 
 def verified(path: Path, sha256: str) -> Path:

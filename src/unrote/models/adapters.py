@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unrote.config import LoraConfig
-from unrote.errors import InputError
+from unrote.errors import InputError, first_line
 from unrote.tensorfiles import weighted_average
 
 
@@ -48,7 +48,7 @@ def add_adapters(denoiser: Any, config: LoraConfig) -> Adapters:
     try:
         denoiser.add_adapter(settings)
     except ValueError as error:
-        raise InputError(f"model.lora.target_modules: {str(error).splitlines()[0]}") from None
+        raise InputError(f"model.lora.target_modules: {first_line(error)}") from None
     for parameter in denoiser.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

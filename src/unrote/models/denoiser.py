@@ -86,10 +86,11 @@ class DenoisingLoss:
         self._prediction_type: str = schedule.config.prediction_type
         self._device, self._dtype = device, dtype
 
-    def __call__(self, denoiser: Any, clean: Tensor, noise: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:
+    def __call__(
+        self, denoiser: Any, clean: Tensor, noise: Tensor, timesteps: Tensor, condition: Mapping[str, Any] | None
+    ) -> Tensor:
         """Noise the images and judge the prediction: :meth:`predict`, then :meth:`errors`."""
-        condition = {} if labels is None else {"class_labels": labels}
-        prediction = self.predict(denoiser, clean, noise, timesteps, condition)
+        prediction = self.predict(denoiser, clean, noise, timesteps, condition or {})
         return self.errors(prediction, clean, noise, timesteps)
 
     def predict(

@@ -8,23 +8,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from unrote.data.store import ImageStore
 from unrote.encoders.cache import features, pixels_digest
 from unrote.models.pixels import as_floats
+from unrote.tensorfiles import weights_hash
+from unrote.text.tokens import padded_tokens, reads_mask
 
 Moments = tuple[Tensor, Tensor]
 """Mean and standard deviation of the latents, each float32 [B, C, h, w]."""
-
-
-def weights_digest(model: nn.Module) -> str:
-    """Hex SHA-256 of a model's weights, by their names."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 class _Whole:
@@ -93,17 +86,17 @@ class LatentEncoder:
         """Mean and standard deviation of all images, a memory map float32 [N, 2, C, h, w]."""
         rows = Mirrored(images.images) if mirrored else images.images
         digest = pixels_digest(images) + (" mirrored" if mirrored else "")
-        encoder = _Whole("vae", type(self.vae).__name__, weights_digest(self.vae), "to [-1, 1]", self._all_moments)
+        encoder = _Whole("vae", type(self.vae).__name__, weights_hash(self.vae), "to [-1, 1]", self._all_moments)
         kept = features(encoder, rows, digest=digest, cache=folder, progress="latents")
         with torch.no_grad():
-            shape = self.moments(as_floats(images, torch.tensor([0]), self._device))[0].shape[1:]
+            shape = self.moments(as_floats(np.array(images.images[:1]), self._device))[0].shape[1:]
         return kept.reshape(len(kept), 2, *shape)
 
     def _all_moments(self, rows: np.ndarray) -> Tensor:
         parts = []
         for start in range(0, len(rows), self.batch_size):
-            pixels = torch.from_numpy(rows[start : start + self.batch_size]).to(self._device).permute(0, 3, 1, 2)
-            parts.append(torch.stack(self.moments(pixels.float() / 127.5 - 1), 1))
+            pixels = as_floats(rows[start : start + self.batch_size], self._device)
+            parts.append(torch.stack(self.moments(pixels), 1))
         return torch.cat(parts)
 
 
@@ -138,21 +131,15 @@ class TextEncoder:
 
     def tokens(self, texts: Sequence[str]) -> np.ndarray:
         """Token ids and whether they are text, int64 [B, encoders, 2, L]."""
-        columns = []
-        for tokenizer, encoder in zip(self.tokenizers, self.encoders, strict=True):
-            length = min(tokenizer.model_max_length, getattr(encoder.config, "max_position_embeddings", 1 << 30))
-            found = tokenizer(
-                list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="np"
-            )
-            columns.append(np.stack([found.input_ids, found.attention_mask], 1))
-        return np.stack(columns, 1).astype(np.int64)
+        pairs = zip(self.tokenizers, self.encoders, strict=True)
+        return np.stack([np.stack(padded_tokens(tokenizer, encoder, texts), 1) for tokenizer, encoder in pairs], 1)
 
     @torch.no_grad()
     def _encoded(self, ids: np.ndarray) -> dict[str, Tensor]:
         tokens = torch.from_numpy(ids).to(self._device)
         hidden, pooled = [], None
         for number, encoder in enumerate(self.encoders):
-            mask = tokens[:, number, 1] if getattr(encoder.config, "use_attention_mask", False) else None
+            mask = tokens[:, number, 1] if reads_mask(encoder) else None
             with torch.autocast(self._device.type, enabled=False):
                 if len(self.encoders) == 1:
                     return {"encoder_hidden_states": encoder(tokens[:, number, 0], attention_mask=mask)[0].float()}
@@ -167,7 +154,7 @@ class TextEncoder:
         """The embeddings of ``texts``, all different, memory-mapped."""
         ids = self.tokens(texts)
         shapes = {name: values.shape[1:] for name, values in self(texts[:1]).items()}
-        weights = " ".join(weights_digest(encoder) for encoder in self.encoders)
+        weights = " ".join(weights_hash(encoder) for encoder in self.encoders)
         names = ", ".join(type(encoder).__name__ for encoder in self.encoders)
         encoder = _Whole("text", names, weights, "token ids", self._all_flat)
         digest = hashlib.sha256(repr(ids.shape).encode() + ids.tobytes()).hexdigest()

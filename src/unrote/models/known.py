@@ -1,6 +1,10 @@
 """The denoisers of well-known Hub ids, so that a run can be planned without them and without a network."""
 
+import re
 from typing import Any
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+"""What a name on the Hub looks like: ``owner/name``."""
 
 _CROSS = ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D")
 _COMMON: dict[str, Any] = {

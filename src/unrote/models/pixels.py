@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import DDPMPipeline
 from torch import Tensor
@@ -39,7 +40,7 @@ class Pixels:
 
     def clean(self, indices: Tensor, mirrored: Tensor | None, draw: torch.Generator) -> Tensor:
         """Pixels in [-1, 1]."""
-        clean = as_floats(self._images, indices, self._device, self._memory_format)
+        clean = as_floats(self._images.images[indices.numpy()], self._device, self._memory_format)
         return clean if mirrored is None else mirror(clean, mirrored)
 
     def augmented(
@@ -71,11 +72,9 @@ class Pixels:
         self.denoiser.save_pretrained(folder / "unet", variant=RAW_VARIANT)
 
 
-def as_floats(
-    images: ImageStore, indices: Tensor, device: torch.device, layout: torch.memory_format = torch.contiguous_format
-) -> Tensor:
-    """The images ``indices`` (int64 [B], on the CPU), float32 [B, C, H, W] in [-1, 1] on ``device``."""
-    pixels = torch.from_numpy(images.images[indices.numpy()])
+def as_floats(rows: np.ndarray, device: torch.device, layout: torch.memory_format = torch.contiguous_format) -> Tensor:
+    """Images uint8 [B, H, W, C] as float32 [B, C, H, W] in [-1, 1] on ``device``."""
+    pixels = torch.from_numpy(rows)
     if device.type == "cuda":
         pixels = pixels.pin_memory()
     moved = pixels.to(device, non_blocking=True).permute(0, 3, 1, 2)

@@ -1,6 +1,5 @@
 """Text-to-image pipelines as diffusers saves them: Stable Diffusion 1.x and 2.x, and SDXL."""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,8 @@ from diffusers import (
 )
 from torch import nn
 
-from unrote.errors import InputError
-from unrote.models.known import AUTOENCODER, DENOISERS
+from unrote.errors import InputError, first_line
+from unrote.models.known import AUTOENCODER, DENOISERS, HUB_ID
 
 PIPELINES: dict[str, Any] = {
     "StableDiffusionPipeline": StableDiffusionPipeline,
@@ -51,7 +50,7 @@ def load_pretrained(source: str, **parts: Any) -> Any:
         try:
             return _in_float32(pipeline.from_pretrained(source, variant="fp16", **options))
         except (OSError, ValueError):
-            raise InputError(f"model.pretrained: {source} can't be loaded: {_first_line(error)}") from error
+            raise InputError(f"model.pretrained: {source} can't be loaded: {first_line(error)}") from error
 
 
 def check_source(source: str) -> None:
@@ -61,7 +60,7 @@ def check_source(source: str) -> None:
         raise InputError(f"model.pretrained: {source} is no diffusers pipeline (it has no model_index.json)")
     if path.is_file() and path.suffix != ".safetensors":
         raise InputError(f"model.pretrained: {source} is not .safetensors; files that must be unpickled are not read")
-    if not path.exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+    if not path.exists() and not HUB_ID.fullmatch(source):
         raise InputError(f"model.pretrained: there is no {source}, and it is no Hub id like owner/name")
 
 
@@ -81,7 +80,7 @@ def part_config(source: str, part: str) -> dict[str, Any]:
     try:
         return dict(kind.load_config(source, subfolder=part))
     except (OSError, ValueError) as error:
-        raise InputError(f"model.pretrained: {source} can't be loaded: {_first_line(error)}") from error
+        raise InputError(f"model.pretrained: {source} can't be loaded: {first_line(error)}") from error
 
 
 def noise_schedule(pipeline: Any) -> DDPMScheduler:
@@ -118,10 +117,6 @@ def _attempt(source: str, load: Any) -> Any:
     try:
         return load()
     except ImportError as error:
-        raise InputError(f"{_first_line(error)}; run: pip install 'unrote[text]'") from None
+        raise InputError(f"{first_line(error)}; run: pip install 'unrote[text]'") from None
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise InputError(f"model.pretrained: {source} can't be loaded: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"model.pretrained: {source} can't be loaded: {first_line(error)}") from error

@@ -92,7 +92,7 @@ class TextToImage:
         return mean, std
 
     def _pixels(self, indices: Tensor, mirrored: Tensor | None) -> Tensor:
-        pixels = as_floats(self._images, indices, self._device)
+        pixels = as_floats(self._images.images[indices.numpy()], self._device)
         return pixels if mirrored is None else mirror(pixels, mirrored)
 
     def augmented(

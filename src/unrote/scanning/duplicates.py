@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from unrote.data.store import ImageStore, image_digests
+from unrote.data.store import ImageRows, ImageStore, digests_of
 from unrote.scanning.hashing import near_pairs, store_hashes
 
 MAX_BITS = 12
@@ -43,11 +43,6 @@ def shared_clusters(
     return clusters(ours, own), clusters(theirs, len(holdout)), np.isin(everywhere[own:], everywhere[:own])
 
 
-def digests_of(images: ImageStore) -> np.ndarray:
-    """SHA-256 of each image's pixels, uint8 [N, 32]."""
-    return image_digests(images.images) if images.digests is None else np.asarray(images.digests)
-
-
 def largest_shift(shape: tuple[int, ...]) -> int:
     """The largest shift that duplicates [N, H, W, C] are looked for with: more would leave too little to compare."""
     return min(shape[1:3]) // 4
@@ -78,10 +73,11 @@ def duplicate_pairs(
     order = np.argsort(inverse.reshape(-1), kind="stable")
     same = np.flatnonzero(np.diff(inverse.reshape(-1)[order]) == 0)
     exact = np.stack([order[same], order[same + 1]], axis=1).astype(np.int64)
-    originals = _Chosen(images, np.sort(first))
+    chosen = np.sort(first)
+    originals = ImageRows(images, chosen)
     pairs, correlations = [exact], [np.ones(len(exact), np.float32)]
-    for near, alike in _judged(originals, shift, int((originals.chosen < own).sum())):
-        pairs.append(originals.chosen[near])
+    for near, alike in _judged(originals, shift, int((chosen < own).sum())):
+        pairs.append(chosen[near])
         correlations.append(alike)
     return np.concatenate(pairs), np.concatenate(correlations)
 
@@ -106,21 +102,7 @@ class Joined:
         return result
 
 
-class _Chosen:
-    """Rows of a store, read when indexed."""
-
-    def __init__(self, images: Any, chosen: np.ndarray) -> None:
-        self._images, self.chosen = images, chosen
-        self.shape = (len(chosen), *images.shape[1:])
-
-    def __len__(self) -> int:
-        return len(self.chosen)
-
-    def __getitem__(self, rows: Any) -> np.ndarray:
-        return np.asarray(self._images[self.chosen[rows]])
-
-
-def _judged(images: _Chosen, shift: int, own: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _judged(images: ImageRows, shift: int, own: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Near-duplicate pairs and their correlations, part by part; the clusters grow with each part."""
     count = len(images)
     everywhere, inside = np.arange(count), np.arange(count)  # clusters of all, and by pairs of training images alone

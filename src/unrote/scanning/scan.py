@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from unrote.data.store import ImageStore
+from unrote.data.store import ImageStore, digests_of
 from unrote.errors import InputError
-from unrote.scanning.duplicates import Joined, clusters, digests_of, duplicate_pairs, largest_shift
+from unrote.scanning.duplicates import Joined, clusters, duplicate_pairs, largest_shift
 
 MAX_REFERENCES = 20_000
 SCHEMA_VERSION = 1

@@ -7,6 +7,7 @@ from typing import Any
 
 from unrote.data.folder import printable
 from unrote.errors import InputError
+from unrote.files import text_lines
 
 MAX_SEED = (1 << 63) - 1
 
@@ -36,11 +37,9 @@ def read_prompts(file: Path) -> list[Prompt]:
         InputError: unreadable, or without any prompt.
     """
     try:
-        lines = file.read_bytes().decode("utf-8-sig").split("\n")
-    except OSError as error:
-        raise InputError(f"--prompts {file}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise InputError(f"--prompts {file}: is not UTF-8 text") from None
+        lines = text_lines(file)
+    except InputError as error:
+        raise InputError(f"--prompts {file}: {error}") from None
     read = _from_json if file.suffix == ".jsonl" else lambda line, _: [Prompt(line.strip())]
     written = [(line, f"--prompts {file}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
     prompts = [prompt for line, where in written for prompt in read(line, where)]

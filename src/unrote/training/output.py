@@ -8,7 +8,6 @@ from unrote.config import Config
 from unrote.data.store import ImageStore
 from unrote.files import atomic_path, write_json, write_text
 from unrote.method.ledger import Ledger
-from unrote.models.task import RAW_VARIANT as RAW_VARIANT
 from unrote.models.task import Task
 from unrote.training.card import model_card
 from unrote.training.ema import EMA

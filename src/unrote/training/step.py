@@ -113,7 +113,10 @@ class TrainingStep:
         mirrored = coin(len(indices), draw) if self.config.data.random_flip else None
         batch = self._draw(indices, mirrored, self.task.condition(indices, proxy, step), draw)
         lookahead = self.config.augmentation.enabled and self.config.augmentation.ratio_source == "lookahead"
-        losses, decision = self._train_on_kept(batch, mirrored, draw) if lookahead else self._train_gated(batch)
+        if lookahead:
+            losses, decision = self._train_on_kept(batch, indices, mirrored, draw)
+        else:
+            losses, decision = self._train_gated(batch)
         if self.gate.any_kept():
             self._update(step)
         self.optimizer.zero_grad(set_to_none=True)
@@ -186,7 +189,9 @@ class TrainingStep:
             torch._foreach_mul_(gradients, len(batch.indices) / self.gate.num_kept.clamp(min=1))
         return torch.cat(losses), whole
 
-    def _train_on_kept(self, batch: Batch, mirrored: Tensor | None, draw: torch.Generator) -> tuple[Tensor, Decision]:
+    def _train_on_kept(
+        self, batch: Batch, indices: Tensor, mirrored: Tensor | None, draw: torch.Generator
+    ) -> tuple[Tensor, Decision]:
         """TAA by look-ahead: judge the clean views without gradient, then train on what is kept.
 
         Samples near the threshold are trained on an augmented view with fresh timestep and noise.
@@ -197,7 +202,7 @@ class TrainingStep:
         loss = torch.cat([losses for losses, _ in judged])
         decision = Decision(*(torch.cat(column) for column in zip(*(one for _, one in judged), strict=True)))
         strength = self._strength(decision.ratio)
-        clean = self.task.augmented(batch.clean, batch.indices.cpu(), mirrored, strength, draw)
+        clean = self.task.augmented(batch.clean, indices, mirrored, strength, draw)
         augmented = (strength > 0) & decision.keep
         noise, timesteps = self._noise_for(clean, draw)
         fresh = augmented.view(-1, 1, 1, 1)
@@ -214,10 +219,8 @@ class TrainingStep:
         kept = decision.keep.nonzero().flatten()
         if len(kept):
             for part in view.at(kept).parts(accumulation):
-                loss_of_view = self.loss.errors(
-                    self._predict(part, part.condition), part.clean, part.noise, part.timesteps
-                )
-                total = self._weighted(loss_of_view, part.timesteps).sum() / len(kept)
+                losses = self.loss(self._forward, part.clean, part.noise, part.timesteps, part.condition)
+                total = self._weighted(losses, part.timesteps).sum() / len(kept)
                 self.scaler.scale(total).backward()  # type: ignore[no-untyped-call]
         return loss, decision
 

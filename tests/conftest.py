@@ -1,0 +1,21 @@
+"""Fixtures that several modules share."""
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def module_cache(tmp_path_factory):
+    """A cache folder for the module, so that nothing comes from the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("UNROTE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A folder with a tiny Stable Diffusion of two autoencoder levels."""
+    from tiny_pipelines import tiny_stable_diffusion
+
+    folder = tmp_path_factory.mktemp("base")
+    tiny_stable_diffusion(folder / "tokenizer", vae_levels=2).save_pretrained(folder / "sd")
+    return folder / "sd"
