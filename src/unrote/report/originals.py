@@ -10,7 +10,7 @@ from unrote.auditing.ledger import most_skipped, times_copied
 from unrote.neighbours.orbit import orbit
 from unrote.report.gallery import View, ledger_line, more_keys, pair_keys, shorten
 from unrote.report.sprites import Album, Key
-from unrote.report.tables import up_to
+from unrote.report.tables import table, up_to
 
 if TYPE_CHECKING:
     from unrote.auditing.result import AuditReport
@@ -59,22 +59,19 @@ def extracted_table(report: "AuditReport", album: Album, most: int = ALL_ROWS) -
     if not rows:
         return "<p>None.</p>"
     heads = ("training image", "came back", "exact", "best ratio", "copies in the training set")
-    head = "".join(f'<th scope="col">{text}</th>' for text in heads)
+    columns = "".join(f'<th scope="col">{text}</th>' for text in heads)
+    head = f"<tr>{columns}</tr>"
     words = "1 distinct training image" if extracted["distinct"] == 1 else f"{extracted['distinct']:,} distinct images"
     listed = f", the first {len(rows):,} of them listed" if len(rows) < extracted["distinct"] else ""
     parts = [
         f"<p>{words}{listed}, duplicates counted once. A near-copy counts for the training image nearest to "
         f"it{up_to(report.summary)}.</p>",
-        _table(head, rows[:OPEN_ROWS]),
+        table(head, "".join(rows[:OPEN_ROWS])),
     ]
     if rows[OPEN_ROWS:]:
-        more = _table(head, rows[OPEN_ROWS:])
+        more = table(head, "".join(rows[OPEN_ROWS:]))
         parts.append(f"<details><summary>{len(rows) - OPEN_ROWS:,} more</summary>{more}</details>")
     return "".join(parts)
-
-
-def _table(head: str, rows: Sequence[str]) -> str:
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
 
 
 def _extracted_row(report: "AuditReport", row: Mapping[str, Any], album: Album) -> str:
