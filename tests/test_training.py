@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMPipeline, UNet2DModel
+from safetensors.torch import load_file
 
 from toy import (
     SETTINGS,
@@ -485,3 +486,16 @@ def test_outside_the_main_thread_it_trains_too(tmp_path, standard):
     thread.start()
     thread.join()
     assert_same_run(Run(tmp_path / "run"), standard)
+
+
+@pytest.mark.parametrize("method", ["standard", "iet-agc+"])
+def test_snapshots_are_models_of_the_way_and_change_nothing(tmp_path, standard, plus, method):
+    run = toy_run(tmp_path / "run", method, training__snapshots=2)
+    without = standard if method == "standard" else plus
+    assert_same_training(run, without)
+    folders = sorted((run.path / "snapshots").iterdir())
+    assert [int(folder.name) for folder in folders] == [52, 104], "half of the budget, and all of it"
+    first, last = (load_file(folder / "unet" / "diffusion_pytorch_model.safetensors") for folder in folders)
+    final = weights_of(run)
+    assert all(torch.equal(last[name], final[name]) for name in final)
+    assert any(not torch.equal(first[name], final[name]) for name in final)

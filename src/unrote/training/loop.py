@@ -21,7 +21,7 @@ from unrote.method.shards import SampleStream
 from unrote.models.making import make_task
 from unrote.seeding import derive_seed
 from unrote.training.checkpoints import Checkpoints
-from unrote.training.output import write_outputs
+from unrote.training.output import save_model, write_outputs
 from unrote.training.run import Log, Run
 from unrote.training.step import TrainingStep
 from unrote.training.trackers import make_tracker
@@ -101,10 +101,13 @@ class Budget:
         # No empty last round where rounding leaves E x N just below a whole number.
         return math.ceil(self.total / self.local - 1e-9)
 
+    def seen(self, rounds: float) -> int:
+        """Samples that all proxies have seen after so many rounds."""
+        return self.total if rounds >= self.num_rounds else min(self.total, math.floor(self.local * rounds))
+
     def target(self, proxy: int, round_index: int, part: float) -> int:
         """Samples that ``proxy`` has seen when ``part`` (in (0, 1]) of round ``round_index`` is over."""
-        rounds = round_index + part
-        seen = self.total if rounds >= self.num_rounds else min(self.total, math.floor(self.local * rounds))
+        seen = self.seen(round_index + part)
         # Whole numbers do not grow evenly: a proxy's share of a part can be one more than its share of all.
         return min(self._share(proxy, seen), self._share(proxy, self.total))
 
@@ -116,7 +119,9 @@ class Budget:
 def make_budget(config: Config, num_samples: int, sizes: tuple[int, ...]) -> Budget:
     """The budget of a run on ``num_samples`` images in shards of ``sizes``."""
     total = max(1, round(config.training.epochs * num_samples))
-    local = config.ensemble.local_epochs * num_samples if config.ensemble.enabled else total
+    # Without an ensemble a round changes nothing; its end is where a snapshot is taken.
+    alone = total / max(1, config.training.snapshots)
+    local = config.ensemble.local_epochs * num_samples if config.ensemble.enabled else alone
     return Budget(total, local, sizes)
 
 
@@ -219,6 +224,9 @@ def _train(config: Config, images: ImageStore, run: Run, device: torch.device, s
                         checkpoint()
                         if stop:
                             raise KeyboardInterrupt
+            seen, before = (training.snapshots * budget.seen(n) // budget.total for n in (r + 1, r))
+            if seen > before:
+                save_model(run.snapshot_folder(whole.samples), task, step.ema)
 
         checkpoint()
     assert step.gate.ledger is not None

@@ -25,8 +25,8 @@ class Run:
     """A run folder.
 
     ``config.yaml`` and ``data.json`` say what is trained on what; ``log.jsonl`` how it went; ``checkpoints/`` and
-    ``proxies/`` are for going on; ``model/`` (a diffusers pipeline), ``ledger.csv``, ``README.md`` and ``run.json`` are
-    there when the run has ended.
+    ``proxies/`` are for going on; ``snapshots/`` are models from along the way; ``model/`` (a diffusers pipeline),
+    ``ledger.csv``, ``README.md`` and ``run.json`` are there when the run has ended.
     """
 
     def __init__(self, path: Path) -> None:
@@ -42,6 +42,10 @@ class Run:
     def model_folder(self) -> Path:
         """The diffusers pipeline folder."""
         return self.path / "model"
+
+    def snapshot_folder(self, samples: int) -> Path:
+        """The diffusers pipeline folder of the model after so many samples seen."""
+        return self.path / "snapshots" / f"{samples:012d}"
 
     @property
     def finished(self) -> bool:

@@ -1,11 +1,6 @@
-"""The configuration of a training run: every field is documented where it is declared."""
+"""What a training run can be told: every field is documented where it is declared."""
 
-import difflib
-import logging
-from collections.abc import Iterable, Mapping
-from importlib import resources
-from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
@@ -17,13 +12,8 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    ValidationError,
     model_validator,
 )
-
-from unrote.errors import InputError
-
-logger = logging.getLogger("unrote")
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -41,9 +31,6 @@ METHODS: dict[str, tuple[str, ...]] = {
     "iet-agc+": ("ensemble", "gate", "redistribution", "augmentation"),
 }
 """Which parts each method turns on."""
-
-TUNING = ("pretrained", "train", "lora.")
-"""Fields of the model that a pretrained one does not bring along."""
 
 
 class Section(BaseModel):
@@ -172,6 +159,8 @@ class TrainingConfig(Section):
     """Steps between two checkpoints."""
     checkpoints_total_limit: Annotated[int, Field(ge=2)] = 2
     """Checkpoints kept; at least 2, so that one can be lost."""
+    snapshots: NonNegativeInt = 0
+    """Models kept along the way in snapshots/, evenly spaced, at the end of a round; the last is the finished one."""
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
     """Also send the log there."""
 
@@ -354,164 +343,3 @@ class Config(Section):
     def to_yaml(self) -> str:
         """The configuration as it is kept in a run folder."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
-
-
-def load_config(
-    *,
-    method: str | None = None,
-    preset: str | None = None,
-    file: Path | None = None,
-    overrides: Mapping[str, Any] | None = None,
-) -> Config:
-    """Put a configuration together; later ones win: defaults, preset, file, method, overrides.
-
-    Args:
-        method: one of :data:`METHODS`.
-        preset: one of :func:`preset_names`; by default ``fine-tune`` with a pretrained model, ``tiny`` without.
-        file: a YAML file with any of the fields.
-        overrides: dotted field → value, e.g. ``{"gate.skip_ratio": 0.8}``.
-
-    Raises:
-        InputError: naming the file, the key and the nearest right one.
-    """
-    for key in ("method", "preset"):
-        if key in (overrides or {}):
-            raise InputError(f"{key} can't be set like a single setting, it chooses many; use --{key}")
-    written = {} if file is None else read_yaml(file)
-    tuned = (overrides or {}).get("model.pretrained") or (written.get("model") or {}).get("pretrained")
-    preset = preset or written.get("preset") or ("fine-tune" if tuned else "tiny")
-    values = merge(preset_values(preset), written)
-    method = method or values.get("method", "iet-agc+")
-    values = merge(values, {"method": method, "preset": preset} | _parts_of(method, written))
-    for key, value in (overrides or {}).items():
-        values = merge(values, _nest(key, value))
-    config = parse(values, str(file) if file else "configuration")
-    for key in overrides or {}:
-        section, _, field = key.partition(".")
-        if section in PARTS and field != "enabled" and not getattr(config, section).enabled:
-            logger.warning("%s is ignored: method %s does not enable %s", key, config.method, section)
-        if section == "text" and config.model.pretrained is None:
-            logger.warning("%s is ignored: only a pretrained model reads captions", key)
-        if section == "model" and config.model.pretrained is not None and not field.startswith(TUNING):
-            logger.warning("%s is ignored: %s is as it is", key, config.model.pretrained)
-    return config
-
-
-def parse(values: Mapping[str, Any], where: str) -> Config:
-    """Validate nested ``values``; ``where`` names them in the error.
-
-    Raises:
-        InputError: naming each wrong key and what is allowed.
-    """
-    try:
-        return Config.model_validate(values)
-    except ValidationError as error:
-        problems = [_explain(problem) for problem in error.errors()]
-        raise InputError(f"{where}: " + "; ".join(problems)) from None
-
-
-def preset_names() -> list[str]:
-    """Names of the presets that come with the package."""
-    folder = resources.files("unrote") / "presets"
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
-
-
-def preset_values(name: str) -> dict[str, Any]:
-    """What a preset sets. Raises InputError if there is none of that name."""
-    if name not in preset_names():
-        raise InputError(f"there is no preset {name!r}{nearest(name, preset_names())}; `unrote presets` lists them")
-    text = (resources.files("unrote") / "presets" / f"{name}.yaml").read_text("utf-8")
-    return cast(dict[str, Any], yaml.safe_load(text))
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file that holds a mapping. Raises InputError if it can't be read or holds something else."""
-    try:
-        values = yaml.safe_load(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: can't be read as YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: must hold a mapping of fields, as `unrote config show` prints")
-    return values
-
-
-def parse_assignment(text: str) -> tuple[str, Any]:
-    """``"gate.skip_ratio=0.8"`` → ``("gate.skip_ratio", 0.8)``. Raises InputError if it can't be read like that."""
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise InputError(f"--set {text}: write it as key=value, e.g. --set gate.skip_ratio=0.8")
-    try:
-        return key.strip(), yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise InputError(
-            f"--set {text}: the value is no YAML; put a string with special characters in quotes"
-        ) from None
-
-
-def fields_of(section: type[BaseModel] = Config, prefix: str = "") -> list[tuple[str, str, Any, str]]:
-    """Every field as (dotted name, type, default, description)."""
-    rows = []
-    for name, field in section.model_fields.items():
-        annotation = field.annotation
-        if isinstance(annotation, type) and issubclass(annotation, Section):
-            rows += fields_of(annotation, f"{prefix}{name}.")
-        else:
-            kind = annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
-            rows.append((prefix + name, kind, field.default, field.description or ""))
-    return rows
-
-
-def changed_keys(old: Config, new: Config) -> list[str]:
-    """Lines ``key: old -> new`` for what differs between two configurations."""
-    before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
-    return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in after if before.get(key) != after[key]]
-
-
-def nearest(word: object, known: Iterable[str]) -> str:
-    """``" (did you mean 'x'?)"``, or nothing if no known word is near."""
-    match = difflib.get_close_matches(str(word), list(known), 1, 0.5)
-    return f" (did you mean {match[0]!r}?)" if match else ""
-
-
-def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested mappings with ``over`` winning; a section that is empty there (None in YAML) sets nothing."""
-    result = dict(base)
-    for key, value in over.items():
-        old = result.get(key)
-        if isinstance(old, Mapping) and isinstance(value, Mapping | None):
-            result[key] = merge(old, value or {})
-        else:
-            result[key] = value
-    return result
-
-
-def _parts_of(method: str, written: Mapping[str, Any]) -> dict[str, Any]:
-    """The parts that ``method`` turns on or off, but for those that the user's file sets itself."""
-    if not isinstance(method, str) or method not in METHODS:
-        raise InputError(f"there is no method {method!r}{nearest(method, METHODS)}; there are {', '.join(METHODS)}")
-    sections = {part: {} if written.get(part) is None else written[part] for part in PARTS}
-    # What is no mapping is left for validation to complain about.
-    unset = [part for part in PARTS if isinstance(sections[part], Mapping) and "enabled" not in sections[part]]
-    return {part: {"enabled": part in METHODS[method]} for part in unset}
-
-
-def _nest(key: str, value: Any) -> dict[str, Any]:
-    head, dot, rest = key.partition(".")
-    return {head: _nest(rest, value) if dot else value}
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return flat
-
-
-def _explain(problem: Any) -> str:
-    key = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        fields = [row[0] for row in fields_of()]
-        sections = {field.rpartition(".")[0] for field in fields} - {""}
-        return f"there is no key {key!r}{nearest(key, [*fields, *sorted(sections)])}"
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"{key}: {message}, not {problem['input']!r}" if key else message

@@ -1,0 +1,41 @@
+"""The configuration of a training run."""
+
+from unrote.config.loading import (
+    changed_keys,
+    fields_of,
+    load_config,
+    nearest,
+    parse,
+    parse_assignment,
+    preset_names,
+    preset_values,
+    read_yaml,
+)
+from unrote.config.sections import (
+    METHODS,
+    PARTS,
+    Config,
+    LoraConfig,
+    ModelConfig,
+    TextConfig,
+    TrainingConfig,
+)
+
+__all__ = [
+    "METHODS",
+    "PARTS",
+    "Config",
+    "LoraConfig",
+    "ModelConfig",
+    "TextConfig",
+    "TrainingConfig",
+    "changed_keys",
+    "fields_of",
+    "load_config",
+    "nearest",
+    "parse",
+    "parse_assignment",
+    "preset_names",
+    "preset_values",
+    "read_yaml",
+]
