@@ -252,6 +252,36 @@ def scan(data: str, out: Path, as_json: bool, **options: Any) -> None:
 
 
 @cli.command()
+@click.argument("study", metavar="STUDY.yaml", type=click.Path(path_type=Path))
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="The study's folder; the same again goes on."
+)
+@click.option(
+    "--only", multiple=True, metavar="REGIME/METHOD/SEED", help="Only these cells, * for any; may be repeated."
+)
+@click.option("--threads", type=int, help="Threads of torch.")
+@click.option("--keep", is_flag=True, help="Keep the run folders.")
+@_device_option
+@_json_option
+def compare(
+    study: Path, out: Path, only: tuple[str, ...], threads: int | None, keep: bool, device: str | None, as_json: bool
+) -> None:
+    """Compare mitigations under one protocol: regimes x methods x seeds, measured along training."""
+    import torch
+
+    from unrote.device import pick_device
+    from unrote.study.plan import load_study
+    from unrote.study.run import run_study
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    result = run_study(load_study(study), out, device=pick_device(device), only=only, keep=keep)
+    click.echo(
+        json.dumps(result) if as_json else f"{out}: {len(result['cells'])} cells, {len(result['missing'])} missing"
+    )
+
+
+@cli.command()
 @click.argument("run", metavar="RUN")
 @click.option("--holdout", required=True, metavar="DATA", help="Images of the same kind that were not trained on.")
 @click.option("--seed", default=0, show_default=True, help="Of the bootstrap.")

@@ -1,0 +1,163 @@
+"""A study from its file to its points: every cell once, however often and by how many processes it is started."""
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unrote.encoders import Encoder
+from unrote.encoders.random_conv import RandomConvEncoder
+from unrote.errors import InputError
+from unrote.files import write_json
+from unrote.study.cells import Cell, claimed, measure_cell, train_cell
+from unrote.study.measure import Yardstick
+from unrote.study.plan import Study
+from unrote.study.subjects import Subjects, choose_subjects
+
+logger = logging.getLogger("unrote")
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What all methods of a regime and seed share: images and yardstick, found when they are needed."""
+
+    study: Study
+    regime: str
+    seed: int
+    root: Path
+
+    @cached_property
+    def subjects(self) -> Subjects:
+        """The images."""
+        return choose_subjects(self.study.regimes[self.regime].images, self.seed)
+
+    @cached_property
+    def yardstick(self) -> Yardstick:
+        """What the methods' samples are measured by."""
+        return Yardstick(self.subjects, self.encoders, self.root / "cache")
+
+    @cached_property
+    def encoders(self) -> list[Encoder]:
+        """Feature spaces of quality, the primary one first."""
+        return [RandomConvEncoder()]
+
+    def cell(self, method: str) -> Cell:
+        """The cell of ``method``."""
+        train = self.subjects.train
+        config = self.study.config(self.regime, method, self.seed, len(train))
+        sampling = self.study.regimes[self.regime].sampling
+        return Cell(self.regime, method, self.seed, config, sampling, train.fingerprint, self.root)
+
+
+def run_study(
+    study: Study, root: Path, *, device: torch.device, only: Sequence[str] = (), keep: bool = False
+) -> dict[str, Any]:
+    """Compute the cells that are not there yet, and write ``points.json``; the same call again goes on.
+
+    Args:
+        study: what is compared.
+        root: the study's folder; several processes may share it, each takes cells that no other works on.
+        device: where to train and sample.
+        only: parts ``regime``, ``regime/method`` or ``regime/method/seed``, ``*`` for any: only those are computed.
+        keep: keep the run folders.
+
+    Returns:
+        What ``points.json`` holds: every measured cell, of this call or of others.
+
+    Raises:
+        InputError: images or settings are unusable, or ``only`` fits no cell.
+    """
+    wanted = [Wanted.parse(text) for text in only] or [Wanted()]
+    grounds = [Ground(study, regime, seed, root) for seed in study.seeds for regime in study.regimes]
+    todo = [
+        (ground, method)
+        for ground in grounds
+        for method in study.methods_of(ground.regime)
+        if any(one.fits(ground.regime, method, ground.seed) for one in wanted)
+    ]
+    if not todo:
+        raise InputError(f"--only {' '.join(only)}: fits no cell; write REGIME/METHOD/SEED, * for any")
+    for number, (ground, method) in enumerate(todo, 1):
+        compute(ground, method, f"{number} of {len(todo)}", device, keep=keep)
+    return collect(study, grounds, root)
+
+
+def compute(ground: Ground, method: str, number: str, device: torch.device, *, keep: bool) -> None:
+    """Train and measure one cell, unless that is done or another process is at it."""
+    cell = ground.cell(method)
+    if cell.points(ground.yardstick) is not None:
+        return
+    started = time.monotonic()
+    with claimed(cell) as ours:
+        if not ours:
+            logger.info("%s (%s): another process is at it", cell.label, number)
+            return
+        train_cell(cell, ground.subjects.train, device, keep=keep)
+        between = time.monotonic()
+        last = measure_cell(cell, ground.yardstick)[-1]
+    logger.info(
+        "%s (%s): %.0f s, of which measuring %.1f; at the end %.1f %% near-copies of %d images, Fréchet distance %.2f",
+        cell.label,
+        number,
+        time.monotonic() - started,
+        time.monotonic() - between,
+        100 * last["memorization"]["orbit"]["fraction"],
+        last["memorization"]["orbit"]["distinct"],
+        frechet(last),
+    )
+
+
+def collect(study: Study, grounds: Sequence[Ground], root: Path) -> dict[str, Any]:
+    """Every measured cell, written to ``points.json``."""
+    cells, floors, missing = [], [], []
+    for ground in grounds:
+        there = False
+        for method in study.methods_of(ground.regime):
+            cell = ground.cell(method)
+            points = cell.points(ground.yardstick)
+            if points is None:
+                missing.append(cell.label)
+                continue
+            there = True
+            cost = cell.trained
+            assert cost is not None
+            names = {"regime": cell.regime, "method": cell.method, "seed": cell.seed, "cell": cell.folder.name}
+            cells.append({**names, **cost, "points": points})
+        if there:
+            floors.append({"regime": ground.regime, "seed": ground.seed, **ground.yardstick.floor})
+    result = {"study": study.model_dump(mode="json"), "cells": cells, "floors": floors, "missing": missing}
+    write_json(root / "points.json", result)
+    return result
+
+
+def frechet(point: dict[str, Any]) -> float:
+    """The Fréchet distance of a point in its primary space."""
+    quality = point["quality"]
+    return float(quality[quality["primary"]]["frechet_distance"]["value"])
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A part of ``--only``."""
+
+    regime: str = "*"
+    method: str = "*"
+    seed: str = "*"
+
+    @staticmethod
+    def parse(text: str) -> "Wanted":
+        """``regime/method/seed``; what is left out at the end is any."""
+        parts = [part or "*" for part in text.split("/")]
+        if len(parts) > 3:
+            raise InputError(f"--only {text}: write REGIME/METHOD/SEED, * for any")
+        return Wanted(*parts)
+
+    def fits(self, regime: str, method: str, seed: int) -> bool:
+        """Whether a cell is wanted."""
+        pairs = ((self.regime, regime), (self.method, method), (self.seed, str(seed)))
+        return all(wanted in ("*", there) for wanted, there in pairs)
