@@ -269,8 +269,10 @@ class AugmentationConfig(Section):
 
     enabled: bool = False
     """Train on an augmented view of samples whose loss ratio is near the threshold."""
-    policy: Literal["band", "proximity"] = "band"
-    """band augments below β·λ; proximity the more, the nearer to λ."""
+    policy: Literal["band", "proximity", "all"] = "band"
+    """band augments below β·λ; proximity the more, the nearer to λ; all augments every sample, whatever its ratio."""
+    labels: bool = False
+    """Tell the denoiser what was done to a sample, so that it does not show when sampling (arXiv 2206.00364 §5)."""
     ratio_source: Literal["ledger", "lookahead"] = "ledger"
     """Take the loss ratio from the sample's earlier visits, or from an extra forward pass."""
     beta: Annotated[float, Field(ge=1)] = 1.5
@@ -326,6 +328,8 @@ class Config(Section):
             )
         if self.model.train == "lora" and self.model.pretrained is None:
             raise ValueError("model.train: lora needs a model to adapt; set model.pretrained")
+        if self.augmentation.enabled and self.augmentation.labels and self.model.pretrained is not None:
+            raise ValueError("augmentation.labels: a pretrained model can't be told; set augmentation.labels=false")
         if self.redistribution.enabled and not self.gate.enabled:
             raise ValueError("redistribution.enabled goes by skips: enable gate too")
         return self

@@ -131,7 +131,8 @@ class TrainingStep:
         if taa.enabled and taa.ratio_source == "ledger":
             assert self.gate.ledger is not None
             strength = self._strength(self.gate.ledger.running_ratio_of(moved))
-            clean, augmented = self.task.augmented(clean, indices, mirrored, strength, draw), strength > 0
+            clean, condition = self.task.augmented(clean, condition, indices, mirrored, strength, draw)
+            augmented = strength > 0
         return Batch(moved, clean, condition, augmented, *self._noise_for(clean, draw))
 
     def _noise_for(self, clean: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -202,14 +203,14 @@ class TrainingStep:
         loss = torch.cat([losses for losses, _ in judged])
         decision = Decision(*(torch.cat(column) for column in zip(*(one for _, one in judged), strict=True)))
         strength = self._strength(decision.ratio)
-        clean = self.task.augmented(batch.clean, indices, mirrored, strength, draw)
+        clean, condition = self.task.augmented(batch.clean, batch.condition, indices, mirrored, strength, draw)
         augmented = (strength > 0) & decision.keep
         noise, timesteps = self._noise_for(clean, draw)
         fresh = augmented.view(-1, 1, 1, 1)
         view = Batch(
             batch.indices,
             torch.where(fresh, clean, batch.clean),
-            batch.condition,
+            condition,
             augmented,
             torch.where(fresh, noise, batch.noise),
             torch.where(augmented, timesteps, batch.timesteps),
