@@ -226,6 +226,8 @@ class GateConfig(Section):
     """Skip samples with an abnormally low loss."""
     skip_ratio: PositiveFloat = 0.5
     """λ: skip below λ times the usual loss at the timestep. 0.5 from scratch, 0.8 for fine-tuning."""
+    reference: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    """Share of the images that is never trained on and fills the bank; 0 fills it with what is trained on."""
     bank: BankConfig = BankConfig()
     """The memory bank."""
 

@@ -116,6 +116,7 @@ class ShardEnsemble:
         kept: further per-proxy state, e.g. ``{"lr_scheduler": scheduler}``.
         split: see :func:`unrote.method.shards.split_shards`.
         labels: int64 [N], for the stratified split.
+        left_out: int64 [M], positions that are in no shard.
         optimizer_state: ``per-proxy`` keeps it, ``reset`` starts each round afresh, ``average`` averages the moments.
         redistribution: MSR; needs a gate with a ledger.
         seed: of the split and of the redistribution.
@@ -139,6 +140,7 @@ class ShardEnsemble:
         kept: Mapping[str, Stateful] | None = None,
         split: Split = "iid",
         labels: Tensor | None = None,
+        left_out: Tensor | None = None,
         optimizer_state: OptimizerState = "per-proxy",
         redistribution: Redistribution | None = None,
         seed: int = 0,
@@ -154,7 +156,7 @@ class ShardEnsemble:
             raise ValueError(f"the ledger is for {gate.ledger.num_samples} samples, the data set has {len(dataset)}")
         self.dataset = dataset
         self.num_shards = num_shards
-        self.shards = split_shards(len(dataset), num_shards, split, seed=seed, labels=labels)
+        self.shards = split_shards(len(dataset), num_shards, split, seed=seed, labels=labels, left_out=left_out)
         self.round_index = 0
         self.phase = 0
         self.proxy = 0
@@ -248,7 +250,8 @@ class ShardEnsemble:
         if self.num_shards > 1:
             parts = list(self._averaged)
             proxies = (self._slots.get(f"proxy-{k}", parts) for k in range(self.num_shards))
-            weights = [len(shard) / len(self.dataset) for shard in self.shards]
+            sizes = [len(shard) for shard in self.shards]
+            weights = [size / sum(sizes) for size in sizes]
             average = self._average(proxies, weights)
             self._slots.put("global", average)
             _put(self._averaged, average)

@@ -53,6 +53,8 @@ class LossGate:
         skip_ratio: λ; 0.5 from scratch, 0.8 for fine-tuning (the papers' code writes 1/λ). 0 never skips.
         bank: the memory bank; by default one bin per timestep, γ = 0.8.
         ledger: where to count visits, skips and ratios per sample.
+        update_bank: fold the losses of judged batches into the bank; false leaves the bank to the caller, who fills it
+            with :meth:`LossBank.update`, for example with the losses of images that are never trained on.
 
     Raises:
         ValueError: if ``skip_ratio`` is negative or the bank is for another number of timesteps.
@@ -65,6 +67,7 @@ class LossGate:
         *,
         bank: LossBank | None = None,
         ledger: Ledger | None = None,
+        update_bank: bool = True,
     ) -> None:
         if skip_ratio < 0:
             raise ValueError(f"skip_ratio must not be negative, but is {skip_ratio}")
@@ -73,6 +76,7 @@ class LossGate:
         self.skip_ratio = skip_ratio
         self.bank = bank or LossBank(num_timesteps)
         self.ledger = ledger
+        self.update_bank = update_bank
         self._kept: Tensor = torch.tensor(0)
         self._kept_ready: torch.cuda.Event | None = None
 
@@ -120,7 +124,8 @@ class LossGate:
             _check_range("indices", indices, self.ledger.num_samples)
             indices = indices.to(losses.device, non_blocking=True)
             self.ledger.record(indices, decision.ratio, ~decision.keep, augmented)
-        self.bank.update(timesteps, losses)
+        if self.update_bank:
+            self.bank.update(timesteps, losses)
         self._note_kept(decision.keep.sum())
 
     @property

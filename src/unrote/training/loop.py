@@ -17,7 +17,7 @@ from unrote.config import Config
 from unrote.data.store import ImageStore
 from unrote.errors import InputError
 from unrote.method.ensemble import Redistribution, ShardEnsemble
-from unrote.method.shards import SampleStream
+from unrote.method.shards import SampleStream, reference_samples
 from unrote.models.making import make_task
 from unrote.seeding import derive_seed
 from unrote.training.checkpoints import Checkpoints
@@ -125,6 +125,12 @@ def make_budget(config: Config, num_samples: int, sizes: tuple[int, ...]) -> Bud
     return Budget(total, local, sizes)
 
 
+def reference_of(config: Config, num_samples: int) -> Tensor:
+    """The images that are never trained on, as the bank's reference: int64 [M], empty for none."""
+    share = config.gate.reference if config.gate.enabled or config.augmentation.enabled else 0.0
+    return reference_samples(num_samples, share, seed=config.seed)
+
+
 def train(config: Config, images: ImageStore, run: Run, device: torch.device) -> None:
     """Train until the budget is used up, from the newest checkpoint if there is one, and write the outputs.
 
@@ -152,7 +158,8 @@ def _train(config: Config, images: ImageStore, run: Run, device: torch.device, s
     proxy, whole, meter = Counter(), Counter(), Meter(device)
     largest_shard = math.ceil(len(images) / config.num_shards)
     proxy_steps = math.ceil(training.epochs * largest_shard / training.batch_size)
-    step = TrainingStep(config, task, len(images), device, proxy_steps)
+    reference = reference_of(config, len(images))
+    step = TrainingStep(config, task, len(images), device, proxy_steps, reference)
     msr = config.redistribution
     ensemble = ShardEnsemble(
         model,
@@ -164,6 +171,7 @@ def _train(config: Config, images: ImageStore, run: Run, device: torch.device, s
         kept={"counter": proxy, "lr_scheduler": step.lr_scheduler, "scaler": step.scaler},
         split=config.ensemble.split,
         labels=None if images.labels is None else torch.from_numpy(images.labels.copy()),
+        left_out=reference,
         optimizer_state=config.ensemble.optimizer_state,
         redistribution=Redistribution(msr.fraction, msr.topology, msr.every) if msr.enabled else None,
         seed=config.seed,

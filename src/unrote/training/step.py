@@ -60,17 +60,28 @@ class TrainingStep:
         num_samples: N.
         device: where to compute.
         proxy_steps: how many steps the longest-running proxy takes, for the learning-rate schedule.
+        reference: int64 [M], images that are never trained on; if there are any, the bank holds their losses.
     """
 
-    def __init__(self, config: Config, task: Task, num_samples: int, device: torch.device, proxy_steps: int) -> None:
+    def __init__(
+        self,
+        config: Config,
+        task: Task,
+        num_samples: int,
+        device: torch.device,
+        proxy_steps: int,
+        reference: Tensor | None = None,
+    ) -> None:
         training, bank = config.training, config.gate.bank
         self.config, self.task, self.device = config, task, device
         self.model, self.loss = task.trained, task.loss
+        self._reference = torch.empty(0, dtype=torch.int64) if reference is None else reference
         self.gate = LossGate(
             self.loss.num_timesteps,
             config.skip_ratio,
             bank=LossBank(self.loss.num_timesteps, **bank.model_dump(), device=device),
             ledger=Ledger(num_samples, device),
+            update_bank=len(self._reference) == 0,
         )
         self.ema = EMA(self.model, training.ema_decay) if training.use_ema else None
         kind = torch.optim.Adam if training.optimizer == "adam" else torch.optim.AdamW
@@ -112,6 +123,8 @@ class TrainingStep:
         self._seed(derive_seed(self.config.seed, "dropout", proxy, step))
         mirrored = coin(len(indices), draw) if self.config.data.random_flip else None
         batch = self._draw(indices, mirrored, self.task.condition(indices, proxy, step), draw)
+        if len(self._reference):
+            self._watch_reference(max(1, round(self.config.gate.reference * len(indices))), proxy, step)
         lookahead = self.config.augmentation.enabled and self.config.augmentation.ratio_source == "lookahead"
         if lookahead:
             losses, decision = self._train_on_kept(batch, indices, mirrored, draw)
@@ -134,6 +147,20 @@ class TrainingStep:
             clean, condition = self.task.augmented(clean, condition, indices, mirrored, strength, draw)
             augmented = strength > 0
         return Batch(moved, clean, condition, augmented, *self._noise_for(clean, draw))
+
+    def _watch_reference(self, count: int, proxy: int, step: int) -> None:
+        """Fold the losses of ``count`` images that are never trained on into the bank."""
+        draw = generator(self.config.seed, "reference", proxy, step, device=self.device)
+        chosen = torch.randint(
+            len(self._reference), (count,), generator=generator(self.config.seed, "chosen", proxy, step)
+        )
+        indices = self._reference[chosen]
+        mirrored = coin(count, draw) if self.config.data.random_flip else None
+        clean, condition = self.task.clean(indices, mirrored, draw), self.task.condition(indices, proxy, step)
+        noise, timesteps = self._noise_for(clean, draw)
+        with torch.no_grad():
+            losses = self.loss(self._forward, clean, noise, timesteps, condition)
+        self.gate.bank.update(timesteps, losses)
 
     def _noise_for(self, clean: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor]:
         noise = torch.randn(clean.shape, generator=draw, device=self.device)
