@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import DDPMPipeline
 
-from toy import assert_same_run, largest_difference, summary_of, toy_images, toy_run, weights_of
+from toy import assert_same_run, largest_difference, log_of, summary_of, toy_images, toy_run, weights_of
 from unrote.config import ModelConfig
 from unrote.data.augmentations import LABELS
 from unrote.errors import InputError
@@ -145,3 +145,52 @@ def test_every_label_reaches_the_model():
     prediction.sample.square().sum().backward()
     gradient = unet.class_embedding.augmentation.weight.grad
     assert gradient.abs().amax(0).min() > 0
+
+
+# Variants of the gate.
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("iet-agc+", {"gate__target_skip_rate": 0.3, "gate__adaptation_rate": 0.5, "ensemble__num_shards": 2}),
+        ("agc", {"gate__signal": "history", "gate__soft": True, "training__gradient_accumulation_steps": 2}),
+        ("iet-agc+", {"gate__soft": True, "gate__timesteps": [100, 999], "augmentation__ratio_source": "lookahead"}),
+        ("agc", {"gate__absolute": 0.9}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_variants_of_the_gate_train_and_resume_exactly(tmp_path, method, settings):
+    run = assert_resumes(tmp_path, method, **settings)
+    assert all(tensor.isfinite().all() for tensor in weights_of(run).values())
+    ledger, summary = run.read_ledger(), summary_of(run)
+    assert 0 < ledger["skips"].sum() == summary["skipped"] < summary["samples_seen"]
+    if "gate__target_skip_rate" in settings:
+        values = {(line["proxy"], line["skip_ratio"]) for line in log_of(run)}
+        assert len(values) > 6, "each proxy has its own, and it moves"
+        assert {proxy for proxy, _ in values} == {0, 1}
+
+
+@pytest.mark.parametrize("source", ["ledger", "lookahead"])
+def test_a_soft_gate_trains_on_what_a_hard_one_leaves_out(tmp_path, source):
+    """A threshold that nothing reaches: a hard gate takes no step after the first batch, a soft one goes on."""
+    settings = {"gate__absolute": 1e9, "training__use_ema": False, "augmentation__enabled": source == "lookahead"}
+    settings |= {"augmentation__ratio_source": source, "augmentation__policy": "proximity"}
+    hard, soft = (toy_run(tmp_path / str(soft), "agc", gate__soft=soft, **settings) for soft in (False, True))
+    assert summary_of(hard)["skipped"] == summary_of(soft)["skipped"] == 26 * 4
+    assert largest_difference(weights_of(soft), weights_of(hard)) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"gate__timesteps": [5, 4]}, "gate: timesteps: the first, 5, is after the last, 4"),
+        ({"gate__timesteps": [5, 1000]}, r"gate\.timesteps: 1000 is beyond the last timestep, 999"),
+        ({"gate__absolute": 0.1, "gate__signal": "history"}, "gate: absolute: is a fixed limit"),
+        ({"gate__absolute": 0.1, "gate__target_skip_rate": 0.3}, "gate: absolute: is a fixed limit"),
+        ({"gate__target_skip_rate": 1.5}, r"gate\.target_skip_rate"),
+    ],
+)
+def test_rules_that_do_not_fit_together_are_refused(tmp_path, settings, message):
+    with pytest.raises(InputError, match=message):
+        toy_run(tmp_path / "run", "agc", **settings)

@@ -252,33 +252,31 @@ def scan(data: str, out: Path, as_json: bool, **options: Any) -> None:
 
 
 @cli.command()
-@click.argument("study", metavar="STUDY.yaml", type=click.Path(path_type=Path))
-@click.option(
-    "--out", required=True, type=click.Path(path_type=Path), help="The study's folder; the same again goes on."
-)
-@click.option(
-    "--only", multiple=True, metavar="REGIME/METHOD/SEED", help="Only these cells, * for any; may be repeated."
-)
+@click.argument("what", metavar="STUDY.yaml|RUN...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the results; again goes on.")
+@click.option("--only", multiple=True, metavar="REGIME/METHOD/SEED", help="Only such cells; * is any; may be repeated.")
+@click.option("--keep", is_flag=True, help="Of a study: keep the run folders.")
+@click.option("--train", metavar="DATA", help="Of runs: the training images [those of the first run].")
+@click.option("--holdout", metavar="DATA", help="Of runs: images of the same kind that none was trained on.")
+@click.option("--num", default=512, show_default=True, help="Of runs: samples per snapshot.")
+@click.option("--steps", default=50, show_default=True, help="Of runs: denoising steps, by DDIM.")
+@click.option("--encoder", "encoders", multiple=True, metavar="NAME[=PATH]", help="Feature space, as of audit.")
 @click.option("--threads", type=int, help="Threads of torch.")
-@click.option("--keep", is_flag=True, help="Keep the run folders.")
 @_device_option
 @_json_option
 def compare(
-    study: Path, out: Path, only: tuple[str, ...], threads: int | None, keep: bool, device: str | None, as_json: bool
+    what: tuple[Path, ...], out: Path, threads: int | None, device: str | None, as_json: bool, **options: Any
 ) -> None:
-    """Compare mitigations under one protocol: regimes x methods x seeds, measured along training."""
+    """Compare methods along training: all of a STUDY file, or finished RUNs, the first of which is the baseline."""
     import torch
 
     from unrote.device import pick_device
-    from unrote.study.plan import load_study
-    from unrote.study.run import run_study
+    from unrote.study.results import compare as make
 
     if threads is not None:
         torch.set_num_threads(threads)
-    result = run_study(load_study(study), out, device=pick_device(device), only=only, keep=keep)
-    click.echo(
-        json.dumps(result) if as_json else f"{out}: {len(result['cells'])} cells, {len(result['missing'])} missing"
-    )
+    result = make(what, out, device=pick_device(device), **options)
+    click.echo(json.dumps(result) if as_json else f"{(out / 'study.md').read_text()}\n{out / 'study.html'}")
 
 
 @cli.command()

@@ -11,7 +11,7 @@ RatioSource = Literal["ledger", "lookahead"]
 PROXIMITY_SHARPNESS = 5.0
 
 
-def augmentation_strength(ratio: Tensor, *, policy: Policy, skip_ratio: float, beta: float = 1.5) -> Tensor:
+def augmentation_strength(ratio: Tensor, *, policy: Policy, skip_ratio: Tensor | float, beta: float = 1.5) -> Tensor:
     """Strength of the augmentation of each sample.
 
     ``band``: full strength below β·λ, none above. ``proximity``: ``exp(−5 |r/λ − 1|)``, strongest at the threshold.

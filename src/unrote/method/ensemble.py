@@ -111,7 +111,7 @@ class ShardEnsemble:
         optimizer: over parameters of ``model``.
         dataset: a map-style data set; only its length is used here.
         num_shards: K; 1 is ordinary training.
-        gate: its memory bank becomes per-proxy; its ledger tells redistribution what was skipped.
+        gate: bank and adaptive λ become per-proxy; its ledger tells redistribution what was skipped.
         ema: the moving average of the weights, averaged as the weights are.
         kept: further per-proxy state, e.g. ``{"lr_scheduler": scheduler}``.
         split: see :func:`unrote.method.shards.split_shards`.
@@ -168,7 +168,7 @@ class ShardEnsemble:
         self._seed = seed
         self._average = average
         self._averaged: dict[str, Stateful] = {"model": model} | ({} if ema is None else {"ema": ema})
-        self._kept: dict[str, Stateful] = dict(kept or {}) | ({} if gate is None else {"bank": gate.bank})
+        self._kept: dict[str, Stateful] = dict(kept or {}) | ({} if gate is None else gate.of_proxy())
         self._moments = _Moments(optimizer)
         if optimizer_state == "average":
             self._averaged["moments"], self._kept["groups"] = self._moments, _Groups(optimizer)

@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,35 +69,82 @@ class Cell:
         }
 
     @property
-    def folder(self) -> Path:
+    def folder(self) -> "Folder":
         """Named by the hash of the identity, so that equal cells are one and renaming a method costs nothing."""
         text = json.dumps(self.identity, sort_keys=True)
-        return self.root / "cells" / hashlib.sha256(text.encode()).hexdigest()[:20]
+        return Folder(self.root / "cells" / hashlib.sha256(text.encode()).hexdigest()[:20], self.label)
+
+
+@dataclass(frozen=True)
+class Folder:
+    """What is kept of a cell: samples and sheets of its snapshots, its costs, its points.
+
+    Attributes:
+        path: the folder.
+        label: what it is, for people.
+    """
+
+    path: Path
+    label: str
 
     @property
     def trained(self) -> dict[str, Any] | None:
         """Costs and snapshots, if it is trained and sampled."""
-        file = self.folder / "trained.json"
+        file = self.path / "trained.json"
         return json.loads(file.read_text()) if file.exists() else None
 
     def samples_file(self, seen: int) -> Path:
         """The samples of the snapshot after so many samples seen."""
-        return self.folder / f"samples-{seen:09d}.npz"
+        return self.path / f"samples-{seen:09d}.npz"
+
+    def sheet_file(self, seen: int) -> Path:
+        """The first of these samples as a picture."""
+        return self.path / f"sheet-{seen:09d}.png"
 
     def points(self, yardstick: Yardstick) -> list[dict[str, Any]] | None:
         """The measured points, earliest first, if they are measured by this yardstick."""
-        file = self.folder / "points.json"
+        file = self.path / "points.json"
         if not file.exists():
             return None
         written = json.loads(file.read_text())
         return list(written["points"]) if written["yardstick"] == yardstick.key else None
 
+    def sample(self, models: Mapping[int, Path], how: SamplingPlan, seed: int, device: torch.device) -> None:
+        """Sample models by samples seen; what is there is not made again."""
+        for seen, model in sorted(models.items()):
+            target = self.samples_file(seen)
+            if not target.exists():
+                sample(
+                    model,
+                    how.num,
+                    seed=seed,
+                    out=target,
+                    sampler=how.sampler,
+                    steps=how.steps,
+                    batch_size=how.batch_size,
+                    device=device,
+                )
+            write_sheet(self.sheet_file(seen), read_samples(target))
+
+    def measure(self, yardstick: Yardstick) -> list[dict[str, Any]]:
+        """The points of what is trained and sampled; measured once by each yardstick."""
+        points = self.points(yardstick)
+        if points is None:
+            trained = self.trained
+            assert trained is not None
+            points = [
+                {"samples_seen": seen, **yardstick.measure(read_samples(self.samples_file(seen)))}
+                for seen in trained["snapshots"]
+            ]
+            write_json(self.path / "points.json", {"label": self.label, "yardstick": yardstick.key, "points": points})
+        return points
+
 
 @contextmanager
-def claimed(cell: Cell) -> Iterator[bool]:
+def claimed(folder: Folder) -> Iterator[bool]:
     """Whether the cell is ours; not if another process works on it."""
-    cell.folder.mkdir(parents=True, exist_ok=True)
-    with (cell.folder / ".lock").open("w") as file:
+    folder.path.mkdir(parents=True, exist_ok=True)
+    with (folder.path / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -108,49 +155,32 @@ def claimed(cell: Cell) -> Iterator[bool]:
 
 def train_cell(cell: Cell, images: ImageStore, device: torch.device, *, keep: bool = False) -> None:
     """Train and sample a claimed cell, from where it was interrupted; the run folder goes when that is done."""
-    if cell.trained is not None:
+    folder = cell.folder
+    if folder.trained is not None:
         return
-    write_json(cell.folder / "cell.json", {"label": cell.label, **cell.identity})
-    run = Run(cell.folder / "run")
-    with _timed(cell.folder / "time.json"):
+    write_json(folder.path / "cell.json", {"label": cell.label, **cell.identity})
+    run = Run(folder.path / "run")
+    with _timed(folder.path / "time.json"):
         train_config(cell.config, images, run.path, str(device))
-    summary = json.loads((run.path / "run.json").read_text())
-    snapshots = sorted(int(path.name) for path in (run.path / "snapshots").iterdir())
-    for seen in snapshots:
-        target = cell.samples_file(seen)
-        if not target.exists():
-            how = cell.sampling
-            sample(
-                run.snapshot_folder(seen),
-                how.num,
-                seed=cell.seed,
-                out=target,
-                sampler=how.sampler,
-                steps=how.steps,
-                batch_size=how.batch_size,
-                device=device,
-            )
-        write_sheet(cell.folder / f"sheet-{seen:09d}.png", read_samples(target))
-    cost = json.loads((cell.folder / "time.json").read_text())
-    seen_in_all = {key: summary[key] for key in ("samples_seen", "skipped")}
-    write_json(cell.folder / "trained.json", seen_in_all | cost | {"snapshots": snapshots})
+    models = snapshots_of(run)
+    folder.sample(models, cell.sampling, cell.seed, device)
+    cost = json.loads((folder.path / "time.json").read_text())
+    write_json(folder.path / "trained.json", counts_of(run) | cost | {"snapshots": sorted(models)})
     if not keep:
         shutil.rmtree(run.path)
 
 
-def measure_cell(cell: Cell, yardstick: Yardstick) -> list[dict[str, Any]]:
-    """The points of a trained cell; measured once."""
-    points = cell.points(yardstick)
-    if points is not None:
-        return points
-    trained = cell.trained
-    assert trained is not None
-    points = [
-        {"samples_seen": seen, **yardstick.measure(read_samples(cell.samples_file(seen)))}
-        for seen in trained["snapshots"]
-    ]
-    write_json(cell.folder / "points.json", {"label": cell.label, "yardstick": yardstick.key, "points": points})
-    return points
+def snapshots_of(run: Run) -> dict[int, Path]:
+    """The models of a finished run by samples seen: its snapshots, or else the final one."""
+    folder = run.path / "snapshots"
+    found = {int(path.name): path for path in folder.iterdir()} if folder.is_dir() else {}
+    return found or {counts_of(run)["samples_seen"]: run.model_folder}
+
+
+def counts_of(run: Run) -> dict[str, int]:
+    """Samples seen and skipped by a finished run."""
+    summary = json.loads((run.path / "run.json").read_text())
+    return {key: summary[key] for key in ("samples_seen", "skipped")}
 
 
 def read_samples(file: Path) -> np.ndarray:

@@ -117,6 +117,7 @@ class Yardstick:
             "unseen_below": self.control.unseen_below,
             "leaks": int(self.control.leaks.sum()),
             "threshold": self.control.threshold,
+            "classifier_accuracy": getattr(self.encoders[0], "accuracy", None),
         }
 
     def _memorization(self, samples: ImageStore) -> dict[str, Any]:
@@ -131,16 +132,15 @@ class Yardstick:
         plain = among(references, (IDENTITY,), 0)
         ratios, nearest = neighbour_ratio(over_orbit.distinct, "l2"), over_orbit.plain.indices[:, 0]
         plain_ratios = neighbour_ratio(plain.distinct, "l2")
-        size = len(self.subjects.control)
-        share = None
-        if size == len(distinct):
-            theirs = among(held_out, self.transforms, self.shift)
-            share = train_share(over_orbit.plain, theirs.plain, size).summary()
+        size = min(len(distinct), len(held_out.store))
+        few, many = (one.chosen(size, 0, "control") for one in (references, held_out))
+        ours = over_orbit if few is references else among(few, self.transforms, self.shift)
+        theirs = among(many, self.transforms, self.shift)
         found: dict[str, Any] = {
             "orbit": self._copies(ratios, nearest, HEADLINE),
             "plain": self._copies(plain_ratios, plain.plain.indices[:, 0], HEADLINE),
             "calibrated": None,
-            "train_share": share,
+            "train_share": train_share(ours.plain, theirs.plain, size).summary(),
         }
         if control.threshold is not None:
             found["calibrated"] = {

@@ -44,6 +44,8 @@ class ImagesPlan(Section):
     """N, how many distinct images a run is trained on; its seed chooses which."""
     reference: PositiveInt
     """Held-out images that the Fréchet distance is taken to; the same for all seeds."""
+    labelled: str | None = None
+    """Whose labelled images a small classifier learns from, in whose features quality is measured; none: ``source``."""
     repeats: RepeatsPlan | None = None
     """Some of the training images stand in the set many times; none repeats none."""
 

@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,11 @@ import torch
 from unrote.encoders import Encoder
 from unrote.encoders.random_conv import RandomConvEncoder
 from unrote.errors import InputError
-from unrote.files import write_json
-from unrote.study.cells import Cell, claimed, measure_cell, train_cell
+from unrote.study.cells import Cell, claimed, train_cell
+from unrote.study.classifier import trained_classifier
 from unrote.study.measure import Yardstick
-from unrote.study.plan import Study
-from unrote.study.subjects import Subjects, choose_subjects
+from unrote.study.plan import ImagesPlan, Study
+from unrote.study.subjects import Subjects, choose_subjects, encoder_images
 
 logger = logging.getLogger("unrote")
 
@@ -30,6 +30,7 @@ class Ground:
     regime: str
     seed: int
     root: Path
+    encoders: tuple[Encoder, ...] = ()
 
     @cached_property
     def subjects(self) -> Subjects:
@@ -39,12 +40,8 @@ class Ground:
     @cached_property
     def yardstick(self) -> Yardstick:
         """What the methods' samples are measured by."""
-        return Yardstick(self.subjects, self.encoders, self.root / "cache")
-
-    @cached_property
-    def encoders(self) -> list[Encoder]:
-        """Feature spaces of quality, the primary one first."""
-        return [RandomConvEncoder()]
+        spaces = (*self.encoders, *quality_spaces(self.study.regimes[self.regime].images))
+        return Yardstick(self.subjects, spaces, self.root / "cache")
 
     def cell(self, method: str) -> Cell:
         """The cell of ``method``."""
@@ -54,10 +51,24 @@ class Ground:
         return Cell(self.regime, method, self.seed, config, sampling, train.fingerprint, self.root)
 
 
+@lru_cache
+def quality_spaces(plan: ImagesPlan) -> tuple[Encoder, ...]:
+    """Feature spaces that quality is measured in, the primary one first."""
+    images = encoder_images(plan)
+    classifier = None if images is None else trained_classifier(images)
+    return (RandomConvEncoder(),) if classifier is None else (classifier, RandomConvEncoder())
+
+
 def run_study(
-    study: Study, root: Path, *, device: torch.device, only: Sequence[str] = (), keep: bool = False
+    study: Study,
+    root: Path,
+    *,
+    device: torch.device,
+    only: Sequence[str] = (),
+    keep: bool = False,
+    encoders: Sequence[Encoder] = (),
 ) -> dict[str, Any]:
-    """Compute the cells that are not there yet, and write ``points.json``; the same call again goes on.
+    """Compute the cells that are not there yet; the same call again goes on.
 
     Args:
         study: what is compared.
@@ -65,15 +76,16 @@ def run_study(
         device: where to train and sample.
         only: parts ``regime``, ``regime/method`` or ``regime/method/seed``, ``*`` for any: only those are computed.
         keep: keep the run folders.
+        encoders: feature spaces of quality besides the classifier and random convolutions; the first one is primary.
 
     Returns:
-        What ``points.json`` holds: every measured cell, of this call or of others.
+        The study, every measured cell, of this call or of others, and the labels of those that are missing; JSON-able.
 
     Raises:
         InputError: images or settings are unusable, or ``only`` fits no cell.
     """
     wanted = [Wanted.parse(text) for text in only] or [Wanted()]
-    grounds = [Ground(study, regime, seed, root) for seed in study.seeds for regime in study.regimes]
+    grounds = [Ground(study, regime, seed, root, tuple(encoders)) for seed in study.seeds for regime in study.regimes]
     todo = [
         (ground, method)
         for ground in grounds
@@ -90,16 +102,17 @@ def run_study(
 def compute(ground: Ground, method: str, number: str, device: torch.device, *, keep: bool) -> None:
     """Train and measure one cell, unless that is done or another process is at it."""
     cell = ground.cell(method)
-    if cell.points(ground.yardstick) is not None:
+    folder = cell.folder
+    if folder.trained is not None and folder.points(ground.yardstick) is not None:
         return
     started = time.monotonic()
-    with claimed(cell) as ours:
+    with claimed(folder) as ours:
         if not ours:
             logger.info("%s (%s): another process is at it", cell.label, number)
             return
         train_cell(cell, ground.subjects.train, device, keep=keep)
         between = time.monotonic()
-        last = measure_cell(cell, ground.yardstick)[-1]
+        last = folder.measure(ground.yardstick)[-1]
     logger.info(
         "%s (%s): %.0f s, of which measuring %.1f; at the end %.1f %% near-copies of %d images, Fréchet distance %.2f",
         cell.label,
@@ -113,26 +126,24 @@ def compute(ground: Ground, method: str, number: str, device: torch.device, *, k
 
 
 def collect(study: Study, grounds: Sequence[Ground], root: Path) -> dict[str, Any]:
-    """Every measured cell, written to ``points.json``."""
+    """Every measured cell, and what is missing."""
     cells, floors, missing = [], [], []
     for ground in grounds:
         there = False
         for method in study.methods_of(ground.regime):
             cell = ground.cell(method)
-            points = cell.points(ground.yardstick)
-            if points is None:
+            folder = cell.folder
+            cost = folder.trained
+            points = None if cost is None else folder.points(ground.yardstick)
+            if cost is None or points is None:
                 missing.append(cell.label)
                 continue
             there = True
-            cost = cell.trained
-            assert cost is not None
-            names = {"regime": cell.regime, "method": cell.method, "seed": cell.seed, "cell": cell.folder.name}
+            names = {"regime": cell.regime, "method": cell.method, "seed": cell.seed, "folder": folder.path.name}
             cells.append({**names, **cost, "points": points})
         if there:
             floors.append({"regime": ground.regime, "seed": ground.seed, **ground.yardstick.floor})
-    result = {"study": study.model_dump(mode="json"), "cells": cells, "floors": floors, "missing": missing}
-    write_json(root / "points.json", result)
-    return result
+    return {"study": study.model_dump(mode="json"), "cells": cells, "floors": floors, "missing": missing}
 
 
 def frechet(point: dict[str, Any]) -> float:

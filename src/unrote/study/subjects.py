@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -67,10 +68,10 @@ def choose_subjects(plan: ImagesPlan, seed: int) -> Subjects:
 
 
 def encoder_images(plan: ImagesPlan) -> ImageStore | None:
-    """Labelled images of the source that no regime's seed ever trains on, holds out or refers to; None if none are."""
-    if plan.held_out is not None:
+    """Labelled images that no seed of any regime trains on, holds out or refers to; None if there are none."""
+    if plan.labelled is None and plan.held_out is not None:
         return None
-    source = _open(plan, plan.source)
+    source = _open(plan, plan.labelled or plan.source)
     return None if source.labels is None else source.subset(np.sort(partition(source)[2]))
 
 
@@ -82,7 +83,13 @@ def partition(source: ImageStore) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _open(plan: ImagesPlan, source: str) -> ImageStore:
-    return open_images(source, resolution=plan.resolution, channels=plan.channels)
+    return _opened(source, plan.resolution, plan.channels)
+
+
+@lru_cache
+def _opened(source: str, resolution: int, channels: int) -> ImageStore:
+    """Opened once, however many seeds and regimes choose from it."""
+    return open_images(source, resolution=resolution, channels=channels)
 
 
 def _shuffled(indices: np.ndarray, seed: int, purpose: str) -> np.ndarray:

@@ -216,7 +216,8 @@ def _train(config: Config, images: ImageStore, run: Run, device: torch.device, s
                     # The last step too, so that no run ends well whose loss was never looked at.
                     if whole.steps % training.log_every_steps == 0 or whole.samples == budget.total:
                         record: dict[str, Any] = {"step": whole.steps, "samples": whole.samples, "round": r, "proxy": k}
-                        record |= meter.read() | {"learning_rate": step.lr_scheduler.get_last_lr()[0]}
+                        record |= meter.read() | step.gate.readings()
+                        record |= {"learning_rate": step.lr_scheduler.get_last_lr()[0]}
                         _check_finite(record, run)
                         seconds = time.monotonic() - started
                         rate = {"images_per_second": round((whole.samples - samples_before) / seconds, 2)}

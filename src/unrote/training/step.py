@@ -82,6 +82,7 @@ class TrainingStep:
             bank=LossBank(self.loss.num_timesteps, **bank.model_dump(), device=device),
             ledger=Ledger(num_samples, device),
             update_bank=len(self._reference) == 0,
+            **config.gate.rule,
         )
         self.ema = EMA(self.model, training.ema_decay) if training.use_ema else None
         kind = torch.optim.Adam if training.optimizer == "adam" else torch.optim.AdamW
@@ -134,7 +135,7 @@ class TrainingStep:
             self._update(step)
         self.optimizer.zero_grad(set_to_none=True)
         self.lr_scheduler.step()
-        return losses, ~decision.keep
+        return losses, decision.skipped
 
     def _draw(self, indices: Tensor, mirrored: Tensor | None, condition: Condition, draw: torch.Generator) -> Batch:
         taa = self.config.augmentation
@@ -172,7 +173,9 @@ class TrainingStep:
     def _strength(self, ratio: Tensor) -> Tensor:
         """TAA: how strongly each sample is augmented, by how near its ratio is to the threshold."""
         taa = self.config.augmentation
-        return augmentation_strength(ratio, policy=taa.policy, skip_ratio=self.config.gate.skip_ratio, beta=taa.beta)
+        # λ of the settings, so that there is one without a gate too; or as it has adapted.
+        skip_ratio = self.config.gate.skip_ratio if self.gate.adaptive is None else self.gate.skip_ratio
+        return augmentation_strength(ratio, policy=taa.policy, skip_ratio=skip_ratio, beta=taa.beta)
 
     def _predict(self, batch: Batch, condition: Condition) -> Tensor:
         return self.loss.predict(self._forward, batch.clean, batch.noise, batch.timesteps, condition)
@@ -181,12 +184,12 @@ class TrainingStep:
         """The loss of each sample, and whether it is kept: by the gate, and by what the text changes."""
         prediction = self._predict(batch, batch.condition)
         loss = self.loss.errors(prediction, batch.clean, batch.noise, batch.timesteps)
-        decision = self.gate.decide(loss, batch.timesteps)
+        decision = self.gate.decide(loss, batch.timesteps, batch.indices)
         if (limit := self.config.text.max_prediction_norm) is not None:
             with torch.no_grad():
                 free = self._predict(batch, self.task.unsteered(batch.condition))
             # What is not a number is kept, so that a diverging model is seen.
-            decision = Decision(decision.keep & ~(prediction_norm(prediction, free) >= limit), decision.ratio)
+            decision = Decision(decision.weight * ~(prediction_norm(prediction, free) >= limit), decision.ratio)
         return loss, decision
 
     def _weighted(self, loss: Tensor, timesteps: Tensor) -> Tensor:
@@ -210,7 +213,7 @@ class TrainingStep:
                 self.gate.record(whole, torch.cat(losses), batch.timesteps, batch.indices, augmented)
             # The batch's number of kept samples is known only after its last part: then gradients are rescaled below.
             divisor = self.gate.num_kept.clamp(min=1) if len(parts) == 1 else len(batch.indices)
-            total = gated_sum(self._weighted(loss, part.timesteps), decision.keep) / divisor
+            total = gated_sum(self._weighted(loss, part.timesteps), decision.weight) / divisor
             self.scaler.scale(total).backward()  # type: ignore[no-untyped-call]
         if len(parts) > 1:
             gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
@@ -246,9 +249,10 @@ class TrainingStep:
         # One synchronisation a step buys the whole cost of the skipped samples.
         kept = decision.keep.nonzero().flatten()
         if len(kept):
-            for part in view.at(kept).parts(accumulation):
+            parts = view.at(kept).parts(accumulation)
+            for part, weight in zip(parts, decision.weight[kept].tensor_split(len(parts)), strict=True):
                 losses = self.loss(self._forward, part.clean, part.noise, part.timesteps, part.condition)
-                total = self._weighted(losses, part.timesteps).sum() / len(kept)
+                total = (self._weighted(losses, part.timesteps) * weight).sum() / self.gate.num_kept.clamp(min=1)
                 self.scaler.scale(total).backward()  # type: ignore[no-untyped-call]
         return loss, decision
 
