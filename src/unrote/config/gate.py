@@ -1,8 +1,8 @@
 """What AGC's gate can be told."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from unrote.config.base import Decay, Fraction, Section
 

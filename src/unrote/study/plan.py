@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from unrote.config import Config, load_config, nearest, read_yaml
-from unrote.config.sections import Section
+from unrote.config.base import Section
 from unrote.errors import InputError
 
 SAME_FOR_ALL = ("seed", "method", "preset", "data.", "model.", "training.epochs", "training.batch_size")
