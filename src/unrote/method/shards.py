@@ -126,9 +126,3 @@ class SampleStream:
             order = torch.randperm(size, generator=generator(self._seed, "epoch", self._proxy, epoch))
             self._cached = (epoch, size, order)
         return self._cached[2]
-
-
-def reference_samples(num_samples: int, share: float, *, seed: int = 0) -> Tensor:
-    """A random ``share`` of samples 0..N-1, at least one if it is above 0: sorted int64 [M]."""
-    count = 0 if share == 0 else max(1, round(share * num_samples))
-    return torch.randperm(num_samples, generator=generator(seed, "reference"))[:count].sort().values

@@ -17,11 +17,12 @@ from unrote.config import Config
 from unrote.data.store import ImageStore
 from unrote.errors import InputError
 from unrote.method.ensemble import Redistribution, ShardEnsemble
-from unrote.method.shards import SampleStream, reference_samples
+from unrote.method.shards import SampleStream
 from unrote.models.making import make_task
 from unrote.seeding import derive_seed
 from unrote.training.checkpoints import Checkpoints
 from unrote.training.output import save_model, write_outputs
+from unrote.training.reference import reference_of
 from unrote.training.run import Log, Run
 from unrote.training.step import TrainingStep
 from unrote.training.trackers import make_tracker
@@ -122,12 +123,6 @@ def make_budget(config: Config, num_samples: int, sizes: tuple[int, ...]) -> Bud
     return Budget(total, local, sizes)
 
 
-def reference_of(config: Config, num_samples: int) -> Tensor:
-    """The images that are never trained on, as the bank's reference: int64 [M], empty for none."""
-    share = config.gate.reference if config.gate.enabled or config.augmentation.enabled else 0.0
-    return reference_samples(num_samples, share, seed=config.seed)
-
-
 def train(config: Config, images: ImageStore, run: Run, device: torch.device) -> None:
     """Train until the budget is used up, from the newest checkpoint if there is one, and write the outputs.
 
@@ -155,7 +150,7 @@ def _train(config: Config, images: ImageStore, run: Run, device: torch.device, s
     proxy, whole, meter = Counter(), Counter(), Meter(device)
     largest_shard = math.ceil(len(images) / config.num_shards)
     proxy_steps = math.ceil(training.epochs * largest_shard / training.batch_size)
-    reference = reference_of(config, len(images))
+    reference = reference_of(config, images)
     step = TrainingStep(config, task, len(images), device, proxy_steps, reference)
     msr = config.redistribution
     ensemble = ShardEnsemble(

@@ -15,7 +15,8 @@ from unrote.data.store import ImageStore
 from unrote.errors import InputError
 from unrote.method.shards import split_shards
 from unrote.models.sizing import size_of
-from unrote.training.loop import make_budget, reference_of
+from unrote.training.loop import make_budget
+from unrote.training.reference import reference_of
 
 logger = logging.getLogger("unrote")
 
@@ -88,7 +89,7 @@ def make_plan(config: Config, images: ImageStore, out: Path, *, only_plan: bool 
             config.ensemble.split,
             seed=config.seed,
             labels=labels,
-            left_out=reference_of(config, len(images)),
+            left_out=reference_of(config, images),
         )
     except ValueError as error:
         raise InputError(str(error)) from None
