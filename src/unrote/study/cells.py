@@ -194,10 +194,11 @@ def read_samples(file: Path) -> np.ndarray:
 
 
 def write_sheet(file: Path, samples: np.ndarray) -> None:
-    """A PNG of the first samples, 8 by 8."""
+    """A PNG of the first samples, 8 a row, at most 8 rows."""
     count = min(len(samples), SHEET_SIDE**2)
     _, height, width, channels = samples.shape
-    sheet = np.full((SHEET_SIDE * (height + 1), SHEET_SIDE * (width + 1), channels), 255, np.uint8)
+    rows = -(-count // SHEET_SIDE)
+    sheet = np.full((rows * (height + 1), SHEET_SIDE * (width + 1), channels), 255, np.uint8)
     for place, image in enumerate(samples[:count]):
         top, left = place // SHEET_SIDE * (height + 1), place % SHEET_SIDE * (width + 1)
         sheet[top : top + height, left : left + width] = image
