@@ -160,6 +160,34 @@ def test_mitigations_inside_the_model_and_the_data_are_methods(pictures, tmp_pat
     assert study.config("few", "a", 0, 20).model.dropout == 0.1
 
 
+def test_a_deduplicated_method_sees_each_image_once_and_the_same_budget(pictures, tmp_path):
+    images = {"source": pictures, "resolution": 8, "train": 20, "reference": 40, "repeats": {"share": 0.2, "times": 9}}
+    file = study_file(tmp_path, pictures, methods={"standard": {}, "scan": {"deduplicate": True}})
+    plan = yaml.safe_load(file.read_text())
+    plan["regimes"]["few"]["images"] = images
+    file.write_text(yaml.safe_dump(plan))
+    ground = Ground(load_study(file), "few", 0, tmp_path)
+    every, once = ground.images("standard"), ground.images("scan")
+    assert len(every) == 16 + 4 * 9
+    assert len(once) <= 20
+    assert len({digest.tobytes() for digest in digests_of(once)}) == len(once)
+    for method, images in (("standard", every), ("scan", once)):
+        assert round(ground.cell(method).config.training.epochs * len(images)) == 96
+
+
+def test_what_was_computed_under_other_defaults_is_not_taken(done):
+    file, out, _ = done
+    cell = Ground(load_study(file), "few", 0, out).cell("standard")
+    written = (cell.folder.path / "cell.json").read_text()
+    cell.check()
+    kept = json.loads(written)
+    kept["config"]["training"]["ema_decay"] = 0.5
+    (cell.folder.path / "cell.json").write_text(json.dumps(kept))
+    with pytest.raises(InputError, match=r"training\.ema_decay: 0\.5 -> 0\.999"):
+        cell.check()
+    (cell.folder.path / "cell.json").write_text(written)
+
+
 @pytest.mark.parametrize("count", [7, 256, 4760])
 def test_every_method_sees_exactly_the_budget(pictures, tmp_path, count):
     study = load_study(study_file(tmp_path, pictures))

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from unrote.config import Config, load_config, nearest, read_yaml
-from unrote.config.sections import Section
+from unrote.config.base import Section
 from unrote.errors import InputError
 
 SAME_FOR_ALL = ("seed", "method", "preset", "data.", "model.", "training.epochs", "training.batch_size")
@@ -89,6 +89,8 @@ class MethodPlan(Section):
     """As of ``unrote train``: standard, agc, iet, ..."""
     settings: Settings
     """Dotted settings on top of the regime's."""
+    deduplicate: bool = False
+    """Train on one image of each cluster of near-duplicates, as ``unrote scan`` finds them; the budget is the same."""
     regimes: tuple[str, ...] | None = None
     """The regimes it takes part in; none is all."""
     about: str = ""
