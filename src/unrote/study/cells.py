@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from unrote.api import train_config
-from unrote.config import Config
+from unrote.config import Config, changed_keys, parse
 from unrote.data import ImageStore
 from unrote.errors import InputError
 from unrote.files import atomic_path, write_json
@@ -73,6 +73,19 @@ class Cell:
         """Named by the hash of the identity, so that equal cells are one and renaming a method costs nothing."""
         text = json.dumps(self.identity, sort_keys=True)
         return Folder(self.root / "cells" / hashlib.sha256(text.encode()).hexdigest()[:20], self.label)
+
+    def check(self) -> None:
+        """Raises InputError if what is kept was trained when a default had another value: its hash is the same."""
+        file = self.folder.path / "cell.json"
+        kept = json.loads(file.read_text()).get("config") if file.exists() else None
+        if kept is not None:
+            same = {"method": self.config.method, "preset": self.config.preset}
+            changed = changed_keys(parse(kept | same, str(file)), self.config)
+            if changed:
+                raise InputError(
+                    f"{self.folder.path}: holds {self.label} of an older version ({'; '.join(changed)}); "
+                    "remove it to compute it again, or choose another --out"
+                )
 
 
 @dataclass(frozen=True)
@@ -158,7 +171,8 @@ def train_cell(cell: Cell, images: ImageStore, device: torch.device, *, keep: bo
     folder = cell.folder
     if folder.trained is not None:
         return
-    write_json(folder.path / "cell.json", {"label": cell.label, **cell.identity})
+    whole = cell.config.model_dump(mode="json")
+    write_json(folder.path / "cell.json", {"label": cell.label, **cell.identity, "config": whole})
     run = Run(folder.path / "run")
     with _timed(folder.path / "time.json"):
         train_config(cell.config, images, run.path, str(device))
@@ -194,10 +208,11 @@ def read_samples(file: Path) -> np.ndarray:
 
 
 def write_sheet(file: Path, samples: np.ndarray) -> None:
-    """A PNG of the first samples, 8 by 8."""
+    """A PNG of the first samples, 8 a row, at most 8 rows."""
     count = min(len(samples), SHEET_SIDE**2)
     _, height, width, channels = samples.shape
-    sheet = np.full((SHEET_SIDE * (height + 1), SHEET_SIDE * (width + 1), channels), 255, np.uint8)
+    rows = -(-count // SHEET_SIDE)
+    sheet = np.full((rows * (height + 1), SHEET_SIDE * (width + 1), channels), 255, np.uint8)
     for place, image in enumerate(samples[:count]):
         top, left = place // SHEET_SIDE * (height + 1), place % SHEET_SIDE * (width + 1)
         sheet[top : top + height, left : left + width] = image

@@ -19,7 +19,8 @@ from unrote.study.tables import COLUMNS, floor_lines, table
 SHEET_STYLE = (
     ".sheets{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,210px),1fr));gap:18px;margin:14px 0}"
     ".sheets img{width:100%;image-rendering:pixelated;display:block;border-radius:6px}"
-    "figcaption{font-size:13.5px;line-height:1.4;margin-top:5px}td{white-space:nowrap}"
+    "figcaption{font-size:13.5px;line-height:1.4;margin-top:5px}td .range{display:block;margin:0}"
+    "td,th{padding-right:12px}"
 )
 
 
@@ -71,7 +72,7 @@ def _regime(result: Mapping[str, Any], regime: str, root: Path) -> str:
     parts.append(_table(summary, space, study["baseline"]))
     floors = [floor for floor in result["floors"] if floor["regime"] == regime]
     parts.append("".join(f'<p class="soft small">{escape(line)}</p>' for line in floor_lines(floors, space)))
-    parts.append(_sheets(cells, names, space, target, root))
+    parts.append(_sheets(cells, names, space, root))
     return "".join(parts) + "</section>"
 
 
@@ -91,22 +92,28 @@ def _table(summary: Mapping[str, Any], space: str, baseline: str) -> str:
     head = "".join(f"<th>{escape(name.replace('standard', baseline))}</th>" for name in COLUMNS)
     rows = "".join(
         f"<tr{' class=headline' if cells[0] == baseline else ''}>"
-        + "".join(f"<td>{escape(cell)}</td>" for cell in cells)
+        + "".join(f"<td>{_with_range(cell)}</td>" for cell in cells)
         + "</tr>"
         for cells in table(summary, space)
     )
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 
-def _sheets(
-    cells: Sequence[Mapping[str, Any]], names: Sequence[str], space: str, target: float | None, root: Path
-) -> str:
+def _with_range(cell: str) -> str:
+    """A value, and its interval in small below it."""
+    value, bracket, interval = cell.partition(" (")
+    return escape(value) + (f'<span class="range">{escape(interval.removesuffix(")"))}</span>' if bracket else "")
+
+
+def _sheets(cells: Sequence[Mapping[str, Any]], names: Sequence[str], space: str, root: Path) -> str:
     """Of each method's first seed, samples of the first snapshot at equal quality, or of its best one."""
     figures = []
     for name in names:
         cell = next((cell for cell in cells if cell["method"] == name), None)
         if cell is None:
             continue
+        same = [other for other in cells if other["seed"] == cell["seed"]]
+        target = _target(same, names[0], space)
         distances = [point["quality"][space]["frechet_distance"]["value"] for point in cell["points"]]
         equal = [i for i, distance in enumerate(distances) if target is not None and distance <= target]
         place = equal[0] if equal else int(np.argmin(distances))

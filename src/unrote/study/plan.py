@@ -89,6 +89,8 @@ class MethodPlan(Section):
     """As of ``unrote train``: standard, agc, iet, ..."""
     settings: Settings
     """Dotted settings on top of the regime's."""
+    deduplicate: bool = False
+    """Train on one image of each cluster of near-duplicates, as ``unrote scan`` finds them; the budget is the same."""
     regimes: tuple[str, ...] | None = None
     """The regimes it takes part in; none is all."""
     about: str = ""

@@ -8,11 +8,14 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from unrote.data import ImageStore
 from unrote.encoders import Encoder
 from unrote.encoders.random_conv import RandomConvEncoder
 from unrote.errors import InputError
+from unrote.scanning.duplicates import near_clusters
 from unrote.study.cells import Cell, claimed, train_cell
 from unrote.study.classifier import trained_classifier
 from unrote.study.measure import Yardstick
@@ -43,9 +46,18 @@ class Ground:
         spaces = (*self.encoders, *quality_spaces(self.study.regimes[self.regime].images))
         return Yardstick(self.subjects, spaces, self.root / "cache")
 
+    @cached_property
+    def _deduplicated(self) -> ImageStore:
+        train = self.subjects.train
+        return train.subset(np.unique(near_clusters(train)))
+
+    def images(self, method: str) -> ImageStore:
+        """What ``method`` trains on."""
+        return self._deduplicated if self.study.methods[method].deduplicate else self.subjects.train
+
     def cell(self, method: str) -> Cell:
         """The cell of ``method``."""
-        train = self.subjects.train
+        train = self.images(method)
         config = self.study.config(self.regime, method, self.seed, len(train))
         sampling = self.study.regimes[self.regime].sampling
         return Cell(self.regime, method, self.seed, config, sampling, train.fingerprint, self.root)
@@ -102,6 +114,7 @@ def run_study(
 def compute(ground: Ground, method: str, number: str, device: torch.device, *, keep: bool) -> None:
     """Train and measure one cell, unless that is done or another process is at it."""
     cell = ground.cell(method)
+    cell.check()
     folder = cell.folder
     if folder.trained is not None and folder.points(ground.yardstick) is not None:
         return
@@ -110,7 +123,7 @@ def compute(ground: Ground, method: str, number: str, device: torch.device, *, k
         if not ours:
             logger.info("%s (%s): another process is at it", cell.label, number)
             return
-        train_cell(cell, ground.subjects.train, device, keep=keep)
+        train_cell(cell, ground.images(method), device, keep=keep)
         between = time.monotonic()
         last = folder.measure(ground.yardstick)[-1]
     logger.info(

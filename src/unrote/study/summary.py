@@ -154,7 +154,7 @@ def _row(curves: Sequence[Curve], baselines: Sequence[Curve]) -> dict[str, Any]:
 
 def _dominated(curves: Mapping[int, Curve], others: Mapping[int, Curve], reference: Mapping[int, Curve]) -> bool:
     seeds = [seed for seed in curves if seed in others and seed in reference]
-    grids = [reference[seed].best_distance * COMPARED_AT for seed in seeds]
+    grids = [(reference[seed].best_distance * COMPARED_AT).tolist() for seed in seeds]
     return bool(seeds) and dominates([others[s] for s in seeds], [curves[s] for s in seeds], grids)
 
 
