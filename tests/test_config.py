@@ -60,7 +60,16 @@ def test_a_method_is_its_parts(method):
     config = load_config(method=method)
     assert tuple(part for part in PARTS if getattr(config, part).enabled) == METHODS[method]
     assert (config.num_shards > 1) == ("iet" in method)
-    assert (config.skip_ratio > 0) == ("agc" in method)
+    assert (config.skip_ratio > 0) == ("gate" in METHODS[method])
+
+
+def test_what_a_method_sets_wins_over_a_preset_and_not_over_the_user(tmp_path):
+    gate = load_config(method="gap", preset="cifar10").gate
+    assert (gate.skip_ratio, gate.reference, gate.signal, gate.bank.bins) == (0.8, 0.125, "history", 20)
+    file = write(tmp_path, "method: gap\ngate: {reference: 0.2}\n")
+    gate = load_config(file=file, overrides={"gate.skip_ratio": 0.9}).gate
+    assert (gate.skip_ratio, gate.reference, gate.signal) == (0.9, 0.2, "history")
+    assert load_config(preset="cifar10").gate.reference == 0
 
 
 def test_a_part_that_the_file_or_an_override_sets_itself_stays(tmp_path):

@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from unrote.config.base import Section
-from unrote.config.sections import METHODS, PARTS, Config
+from unrote.config.sections import METHOD_SETTINGS, METHODS, PARTS, Config
 from unrote.errors import InputError
 
 logger = logging.getLogger("unrote")
@@ -27,7 +27,9 @@ def load_config(
     file: Path | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> Config:
-    """Put a configuration together; later ones win: defaults, preset, file, method, overrides.
+    """Put a configuration together.
+
+    Later ones win: defaults, preset, what the method sets besides, file, parts that the method enables, overrides.
 
     Args:
         method: one of :data:`METHODS`.
@@ -44,9 +46,10 @@ def load_config(
     written = {} if file is None else read_yaml(file)
     tuned = (overrides or {}).get("model.pretrained") or (written.get("model") or {}).get("pretrained")
     preset = preset or written.get("preset") or ("fine-tune" if tuned else "tiny")
-    values = merge(preset_values(preset), written)
-    method = method or values.get("method", "iet-agc+")
-    values = merge(values, {"method": method, "preset": preset} | _parts_of(method, written))
+    method = method or written.get("method", "iet-agc+")
+    parts = _parts_of(method, written)
+    values = merge(merge(preset_values(preset), METHOD_SETTINGS.get(method, {})), written)
+    values = merge(values, {"method": method, "preset": preset} | parts)
     for key, value in (overrides or {}).items():
         values = merge(values, _nest(key, value))
     config = parse(values, str(file) if file else "configuration")

@@ -1,6 +1,6 @@
 """What a training run can be told: every field is documented where it is declared."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
@@ -28,8 +28,21 @@ METHODS: dict[str, tuple[str, ...]] = {
     "iet": ("ensemble",),
     "iet-agc": ("ensemble", "gate"),
     "iet-agc+": ("ensemble", "gate", "redistribution", "augmentation"),
+    "gap": ("gate",),
 }
 """Which parts each method turns on."""
+
+METHOD_SETTINGS: dict[str, dict[str, Any]] = {
+    "gap": {
+        "gate": {
+            "skip_ratio": 0.8,
+            "reference": 0.125,
+            "signal": "history",
+            "bank": {"bins": 20, "decay": 0.95, "warm_start": True},
+        }
+    }
+}
+"""What a method sets besides: over a preset's values, under those of a file and of single settings."""
 
 
 class DataConfig(Section):
@@ -249,7 +262,7 @@ class Config(Section):
     """A whole training run."""
 
     method: str = "iet-agc+"
-    """standard, agc, iet, iet-agc or iet-agc+: which of the four parts below are enabled, unless they say otherwise."""
+    """standard, agc, iet, iet-agc, iet-agc+ or gap: which of four parts are enabled, unless they say otherwise."""
     preset: str = "tiny"
     """Where the values that you did not set came from."""
     seed: NonNegativeInt = 0
