@@ -27,6 +27,8 @@ class Plan:
 
     images: int
     quarantined: int
+    reference: int
+    """Images that are never trained on, as the gate's reference."""
     shape: tuple[int, ...]
     parameters: int
     shard_sizes: tuple[int, ...]
@@ -55,12 +57,13 @@ class Plan:
         height, width, channels = self.shape
         frozen = f"{_size(self.frozen_bytes)} weights that are only read + " if self.frozen_bytes else ""
         cached = f"; {_size(self.cache_bytes)} of latents and texts in the cache" if self.cache_bytes else ""
+        apart = f" ({self.reference} kept apart as the gate's reference)" if self.reference else ""
         return "\n".join(
             [
                 f"data         {self.images:,} images of {height}x{width}, {channels} channels; "
                 f"{self.quarantined} quarantined",
                 f"model        {self.parameters / 1e6:.2f} M parameters are trained",
-                f"shards       {len(self.shard_sizes)} of {size} images; {self.rounds} rounds",
+                f"shards       {len(self.shard_sizes)} of {size} images{apart}; {self.rounds} rounds",
                 f"budget       {self.samples_seen:,} samples seen in {self.steps:,} optimizer steps",
                 f"memory       {_size(self.state_bytes)} state + {frozen}{_size(self.activation_bytes)} activations "
                 "(estimate)",
@@ -102,6 +105,7 @@ def make_plan(config: Config, images: ImageStore, out: Path, *, only_plan: bool 
     plan = Plan(
         images=len(images),
         quarantined=len(images.quarantined),
+        reference=len(images) - sum(sizes),
         shape=tuple(images.images.shape[1:]),
         parameters=size.trained,
         shard_sizes=sizes,
