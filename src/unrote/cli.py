@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -131,6 +132,8 @@ def train(out: Path, dry_run: bool, device: str | None, as_json: bool, **options
         )
         return
     run = train_config(config, images, out, device)
+    if os.environ.get("RANK", "0") != "0":
+        return
     summary = json.loads((run.path / "run.json").read_text())
     click.echo(json.dumps(summary | {"run": str(out)}) if as_json else _after_training(out, config, summary))
 

@@ -51,6 +51,26 @@ class Batch:
         return [self.at(part) for part in rows.tensor_split(min(count, len(rows)))]
 
 
+@dataclass
+class Retry:
+    """How often the live proxy has diverged and begun its turn again: then it draws otherwise."""
+
+    count: int = 0
+
+    @property
+    def salt(self) -> tuple[int, ...]:
+        """What seeds are made of besides proxy and step; nothing at first."""
+        return (self.count,) if self.count else ()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The count."""
+        return {"count": self.count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` gave."""
+        self.count = state["count"]
+
+
 class TrainingStep:
     """Everything a step needs, around the one model in which the proxies take turns.
 
@@ -65,6 +85,7 @@ class TrainingStep:
     def __init__(self, config: Config, task: Task, num_samples: int, device: torch.device, proxy_steps: int) -> None:
         training, bank = config.training, config.gate.bank
         self.config, self.task, self.device = config, task, device
+        self.retry = Retry()
         self.model, self.loss = task.trained, task.loss
         self.gate = LossGate(
             self.loss.num_timesteps,
@@ -108,8 +129,8 @@ class TrainingStep:
         # It walks through all modules, so not at every step.
         if not self.task.denoiser.training:
             self.task.denoiser.train()
-        draw = generator(self.config.seed, "batch", proxy, step, device=self.device)
-        self._seed(derive_seed(self.config.seed, "dropout", proxy, step))
+        draw = generator(self.config.seed, "batch", proxy, step, *self.retry.salt, device=self.device)
+        self._seed(derive_seed(self.config.seed, "dropout", proxy, step, *self.retry.salt))
         mirrored = coin(len(indices), draw) if self.config.data.random_flip else None
         batch = self._draw(indices, mirrored, self.task.condition(indices, proxy, step), draw)
         lookahead = self.config.augmentation.enabled and self.config.augmentation.ratio_source == "lookahead"
