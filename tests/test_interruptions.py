@@ -19,6 +19,8 @@ from unrote.errors import InputError
 from unrote.method.slots import FolderSlots
 from unrote.sampling import sample
 from unrote.training.checkpoints import Checkpoints
+from unrote.training.run import Run
+from unrote.training.step import TrainingStep
 
 IMAGES = toy_images(13)
 QUICK = {
@@ -281,3 +283,55 @@ def test_none_whole_is_an_error_that_names_them_all(tmp_path):
     with pytest.raises(InputError, match=r"no checkpoint is whole \(000000009: .*; 000000006: .*backup"):
         checkpoints_of(tmp_path)[0].load_newest()
     assert names(tmp_path / "checkpoints") == before
+
+
+# A proxy that diverges.
+
+
+def run_that_diverges(folder, monkeypatch, times, **settings):
+    """Weights of the second proxy become NaN in its fourth step, the first ``times`` times that it takes it."""
+    monkeypatch.undo()
+    plain = TrainingStep.__call__
+
+    def poisoned(self, indices, *, proxy, step):
+        result = plain(self, indices, proxy=proxy, step=step)
+        if (proxy, step) == (1, 4) and self.retry.count < times:
+            next(self.model.parameters()).data[:] = float("nan")
+        return result
+
+    monkeypatch.setattr(TrainingStep, "__call__", poisoned)
+    return toy_run(folder, "iet-agc+", **QUICK | {"training__epochs": 4} | settings)
+
+
+def test_a_proxy_that_diverges_begins_its_turn_again_with_other_draws(tmp_path, monkeypatch, caplog):
+    with caplog.at_level(logging.WARNING, "unrote"):
+        run = run_that_diverges(tmp_path / "run", monkeypatch, 1)
+    assert "loss of proxy 1" in caplog.text and "goes back" in caplog.text
+    (record,) = map(json.loads, (run.path / "diverged.jsonl").read_text().splitlines())
+    assert (record["proxy"], record["retries"]) == (1, 0)
+    assert run.read_ledger()["visits"].sum() == 13 * 4, "what was thrown away does not count"
+    assert all(tensor.isfinite().all() for tensor in weights_of(run).values())
+    # Whether the turn was amid checkpoints or not, and noticed soon or late, makes no difference to what comes out.
+    late = {"training__checkpointing_steps": 1000, "training__log_every_steps": 1000}
+    other = run_that_diverges(tmp_path / "late", monkeypatch, 1, **late)
+    assert (other.path / "ledger.csv").read_bytes() == (run.path / "ledger.csv").read_bytes()
+    assert all(torch.equal(tensor, weights_of(run)[name]) for name, tensor in weights_of(other).items())
+
+
+def test_one_that_diverges_again_ends_the_run_with_the_evidence(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match=r"proxy 1 is nan at step \d+ again.*diverged\.jsonl"):
+        run_that_diverges(tmp_path / "run", monkeypatch, 2)
+    records = [json.loads(line) for line in (tmp_path / "run" / "diverged.jsonl").read_text().splitlines()]
+    assert [(record["proxy"], record["retries"]) for record in records] == [(1, 0), (1, 1)]
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_dying_after_a_divergence_changes_nothing(disk, tmp_path, monkeypatch):
+    run = run_that_diverges(tmp_path / "run", monkeypatch, 1)
+    folder, deaths = tmp_path / "dying", 0
+    while not (folder / "run.json").exists():
+        with disk.dies_after(60):
+            run_that_diverges(folder, monkeypatch, 1)
+        deaths += 1
+    assert deaths > 1
+    assert_same_run(Run(folder), run)

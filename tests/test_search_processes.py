@@ -10,7 +10,8 @@ import pytest
 
 from unrote.errors import InputError
 from unrote.neighbours.features import nearest_features
-from unrote.neighbours.streaming import Ranks, Saved
+from unrote.neighbours.streaming import Saved
+from unrote.ranks import Ranks
 
 PROGRAM = Path(__file__).with_name("search_program.py")
 

@@ -30,7 +30,7 @@ from unrote.models.denoiser import DenoisingLoss
 from unrote.models.making import make_task
 from unrote.seeding import derive_seed
 from unrote.tensorfiles import load_state
-from unrote.training.loop import make_budget
+from unrote.training.budget import make_budget
 from unrote.training.run import Run
 from unrote.training.step import TrainingStep
 

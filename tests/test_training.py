@@ -29,8 +29,8 @@ from unrote.config import METHODS, ModelConfig
 from unrote.errors import InputError
 from unrote.models.denoiser import DenoisingLoss, build_schedule, build_unet
 from unrote.seeding import derive_seed
+from unrote.training.budget import Budget
 from unrote.training.ema import EMA
-from unrote.training.loop import Budget
 from unrote.training.run import Run
 
 ALL = list(METHODS)

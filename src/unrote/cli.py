@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -131,6 +132,8 @@ def train(out: Path, dry_run: bool, device: str | None, as_json: bool, **options
         )
         return
     run = train_config(config, images, out, device)
+    if os.environ.get("RANK", "0") != "0":
+        return
     summary = json.loads((run.path / "run.json").read_text())
     click.echo(json.dumps(summary | {"run": str(out)}) if as_json else _after_training(out, config, summary))
 
@@ -146,7 +149,9 @@ def _after_training(out: Path, config: Config, summary: dict[str, Any]) -> str:
 
 @cli.command()
 @click.argument("model", metavar="RUN|PIPELINE")
-@click.option("--num", type=int, help="How many images [one per prompt; 256 without prompts].")
+@click.option(
+    "--num", "-n", type=int, help="How many images [one per prompt; 256 without]. Under torchrun: -n, --num is its own."
+)
 @click.option("--seed", default=0, show_default=True, help="Image i depends on model, seed, i and its prompt only.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder, or a path ending in .npz [RUN/samples].")
 @click.option("--sampler", default="ddim", show_default=True, help="ddim, ddpm or dpm-solver++.")
@@ -164,9 +169,14 @@ def _after_training(out: Path, config: Config, summary: dict[str, Any]) -> str:
 def sample(model: str, out: Path | None, device: str | None, **options: Any) -> None:
     """Generate images. What is already there is not made again."""
     from unrote.device import pick_device
+    from unrote.ranks import joined
     from unrote.sampling import sample as make
 
-    target = make(model, out=out, device=pick_device(device), **options)
+    where = pick_device(device)
+    with joined(where) as ranks:
+        target = make(model, out=out, device=where, distributed=ranks.world > 1, **options)
+    if ranks.rank:
+        return
     beside = target.with_name(f"{target.stem}.samples.jsonl") if target.suffix == ".npz" else target / "samples.jsonl"
     count = len(beside.read_text().splitlines())
     click.echo(f"{target}: {count:,} images\nnext: unrote audit {target} --train {model}")

@@ -25,6 +25,7 @@ from unrote.errors import InputError, first_line
 from unrote.files import atomic_path, atomic_write, write_json, write_text
 from unrote.models.known import HUB_ID
 from unrote.models.task import RAW_VARIANT
+from unrote.ranks import Ranks
 from unrote.seeding import generator
 from unrote.tensorfiles import weights_hash
 from unrote.text.generation import PromptDenoiser, load_text_to_image
@@ -53,6 +54,7 @@ def sample(
     resolution: int | None = None,
     batch_size: int | None = None,
     device: torch.device | str = "cpu",
+    distributed: bool = False,
 ) -> Path:
     """Generate images 0..num-1; what is already in ``out`` is not made again.
 
@@ -76,6 +78,8 @@ def sample(
         resolution: with prompts: height and width in pixels; by default what a run was trained at, or the pipeline's.
         batch_size: images denoised at once; by default 32, with prompts 4.
         device: where to compute.
+        distributed: every process of the initialized ``torch.distributed`` group calls this with the same arguments and
+            makes its share of the batches; ``out`` is a folder that all of them see.
 
     Returns:
         The folder or file.
@@ -83,6 +87,7 @@ def sample(
     Raises:
         InputError: if there is no such model or weights, or ``out`` holds samples made with other settings.
     """
+    ranks = Ranks.here(distributed=distributed)
     texts = None if prompts is None else _texts(prompts)
     num = (256 if texts is None else len(texts)) if num is None else num
     batch_size = (32 if texts is None else 4) if batch_size is None else batch_size
@@ -132,25 +137,46 @@ def sample(
         "batch_size": batch_size,
         **denoise.settings,
     }
-    _generate(denoise, num, batch_size, settings, target)
+    _generate(denoise, num, batch_size, settings, target, ranks)
     return target
 
 
 def _generate(
-    denoise: "Denoiser | PromptDenoiser", num: int, batch_size: int, settings: dict[str, Any], target: Path
+    denoise: "Denoiser | PromptDenoiser",
+    num: int,
+    batch_size: int,
+    settings: dict[str, Any],
+    target: Path,
+    ranks: Ranks,
 ) -> None:
     """Make the images that are not there yet, and what is written beside them."""
     folder = target.with_name(target.name + ".parts") if target.suffix == ".npz" else target
-    _start(folder, settings)
-    with tqdm(total=num, unit="img", desc="sampling", leave=False, disable=None) as bar:
-        for first in range(0, num, batch_size):
-            wanted = range(first, min(first + batch_size, num))
-            if not all((folder / _file_name(i)).exists() for i in wanted):
-                pixels = denoise(range(first, first + batch_size))
-                _write_images(folder, wanted, pixels)
+    if ranks.rank == 0:
+        _start(folder, settings)
+    ranks.agree({key: value for key, value in settings.items() if key != "model"} | {"num": num})
+    batches = [range(first, min(first + batch_size, num)) for first in range(0, num, batch_size)]
+    there = [all((folder / _file_name(i)).exists() for i in batch) for batch in batches]
+    # As rank 0 saw it, since some may have begun; the processes then take turns in what is missing.
+    missing = [batches[i] for i in np.flatnonzero(~ranks.of_first(np.array(there)))]
+    mine = missing[ranks.rank :: ranks.world]
+    quiet = True if ranks.rank else None
+    with tqdm(total=sum(map(len, mine)), unit="img", desc="sampling", leave=False, disable=quiet) as bar:
+        for wanted in mine:
+            pixels = denoise(range(wanted.start, wanted.start + batch_size))
+            _write_images(folder, wanted, pixels)
             bar.update(len(wanted))
+    ranks.barrier()
+    if ranks.rank == 0:
+        _list(denoise, num, settings, folder, target)
+    # Nobody returns before everything is there.
+    ranks.barrier()
+
+
+def _list(denoise: "Denoiser | PromptDenoiser", num: int, settings: dict[str, Any], folder: Path, target: Path) -> None:
+    """Write a line for every image, and pack the images if they go into one file."""
     # A folder may hold more than were asked for now; every image in it has its line.
-    made = range(num) if folder != target else sorted(int(path.stem) for path in folder.glob("[0-9]*.png"))
+    found = {int(path.stem) for path in folder.glob("[0-9]*.png")} if folder == target else set[int]()
+    made = sorted(found | set(range(num)))
     rows = [{"index": i, "seed": settings["seed"], "file": _file_name(i)} | denoise.label_of(i) for i in made]
     _write_lines(folder / "samples.jsonl", rows)
     captions = [{"file_name": row["file"], "text": row["prompt"]} for row in rows if "prompt" in row]

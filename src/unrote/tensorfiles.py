@@ -2,13 +2,13 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load, save, save_file
 from torch import Tensor
 
 from unrote.files import atomic_path
@@ -44,7 +44,23 @@ def load_state(path: Path, parts: Sequence[str] | None = None) -> Any:
         skeleton = json.loads(file.metadata()[_SKELETON])
         if parts is not None:
             skeleton = {"dict": [[key, value] for key, value in skeleton["dict"] if key in parts]}
-        return _unflatten(skeleton, file)
+        return _unflatten(skeleton, file.get_tensor)
+
+
+def state_to_bytes(state: Any) -> bytes:
+    """What :func:`save_state` would write, to be sent to another process."""
+    tensors: dict[str, Tensor] = {}
+    skeleton = _flatten(state, "", tensors)
+    _unshare_(tensors)
+    content: bytes = save(tensors, metadata={_SKELETON: json.dumps(skeleton)})
+    return content
+
+
+def state_from_bytes(content: bytes) -> Any:
+    """The state that :func:`state_to_bytes` was given, tensors on the CPU."""
+    # The reader of whole files in memory hands back tensors only; the header is JSON after its length in 8 bytes.
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    return _unflatten(json.loads(header["__metadata__"][_SKELETON]), load(content).__getitem__)
 
 
 def weights_hash(*models: Any) -> str:
@@ -101,19 +117,19 @@ def _unshare_(tensors: dict[str, Tensor]) -> None:
         seen.add(storage)
 
 
-def _unflatten(skeleton: dict[str, Any], file: Any) -> Any:
+def _unflatten(skeleton: dict[str, Any], get: Callable[[str], Tensor]) -> Any:
     ((kind, content),) = skeleton.items()
     match kind:
         case "tensor":
-            return file.get_tensor(content)
+            return get(content)
         case "channels_last":
-            return file.get_tensor(content).contiguous(memory_format=torch.channels_last)
+            return get(content).contiguous(memory_format=torch.channels_last)
         case "dict":
-            return {key: _unflatten(value, file) for key, value in content}
+            return {key: _unflatten(value, get) for key, value in content}
         case "list":
-            return [_unflatten(value, file) for value in content]
+            return [_unflatten(value, get) for value in content]
         case "tuple":
-            return tuple(_unflatten(value, file) for value in content)
+            return tuple(_unflatten(value, get) for value in content)
         case _:
             return content
 

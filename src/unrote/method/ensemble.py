@@ -1,6 +1,6 @@
 """IET, iterative ensemble training, with MSR between half-rounds (arXiv 2407.15328 §3.1; arXiv 2502.09434)."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from unrote.method.gate import LossGate
+from unrote.method.peers import Alone, Average, Peers
 from unrote.method.shards import Split, Topology, redistribute, split_shards
 from unrote.method.slots import FolderSlots, MemorySlots
-from unrote.tensorfiles import weighted_average
+from unrote.tensorfiles import load_state, weighted_average
 
-Average = Callable[[Iterable[dict[str, Any]], list[float]], dict[str, Any]]
 OptimizerState = Literal["per-proxy", "reset", "average"]
 
 
@@ -122,6 +122,7 @@ class ShardEnsemble:
         seed: of the split and of the redistribution.
         folder: keep proxies that are not live in files there, not in memory.
         average: of the proxies' states under weights that sum to 1, instead of the mean of every number.
+        peers: the processes among which the proxies are dealt out. The result does not depend on how many they are.
 
     Raises:
         ValueError: if the optimizer holds no parameter of the model, redistribution has no ledger to go by, or the
@@ -146,6 +147,7 @@ class ShardEnsemble:
         seed: int = 0,
         folder: Path | None = None,
         average: Average = weighted_average,
+        peers: Peers | None = None,
     ) -> None:
         trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if not trained & {id(p) for p in model.parameters()}:
@@ -162,6 +164,10 @@ class ShardEnsemble:
         self.proxy = 0
         self._turns = 0
         self._live = False
+        self._ended: set[int] = set()
+        self._rows: dict[str, Tensor] = {}
+        self._peers = peers or Alone()
+        self._mine = self._peers.mine([len(shard) for shard in self.shards])
         self._gate = gate
         self._redistribution = redistribution
         self._optimizer_state = optimizer_state
@@ -174,10 +180,14 @@ class ShardEnsemble:
             self._averaged["moments"], self._kept["groups"] = self._moments, _Groups(optimizer)
         else:
             self._kept["optimizer"] = optimizer
-        self._slots = MemorySlots() if folder is None else FolderSlots(folder)
+        names = [f"{kind}-{k}" for kind in ("proxy", "live") for k in self._mine]
+        names += ["global", "initial"] if self._peers.rank == 0 else []
+        self._slots = MemorySlots() if folder is None else FolderSlots(folder, names)
+        # What belongs to all is kept by the first process; the others have it in memory.
+        self._common = self._slots if self._peers.rank == 0 else MemorySlots()
         if num_shards > 1:
-            self._slots.put("global", _take(self._averaged))
-            self._slots.put("initial", _take(self._kept))
+            self._common.put("global", _take(self._averaged))
+            self._common.put("initial", _take(self._kept))
 
     @property
     def num_phases(self) -> int:
@@ -186,24 +196,37 @@ class ShardEnsemble:
         return 2 if msr is not None and self.num_shards > 1 and self.round_index % msr.every == 0 else 1
 
     @property
+    def mine(self) -> range:
+        """The proxies that this process trains."""
+        return self._mine
+
+    @property
+    def live(self) -> int | None:
+        """The proxy that is having its turn, None between turns."""
+        return self.proxy if self._live else None
+
+    @property
     def slots(self) -> MemorySlots | FolderSlots:
         """Where the proxies that are not live are kept."""
         return self._slots
 
     def round(self) -> Iterator[Shard]:
-        """Yield each proxy's shard while that proxy is live, then redistribute or aggregate.
+        """Yield each of this process's proxies' shards while that proxy is live, then redistribute or aggregate.
 
         Leaving early restores the model to the aggregate that the round began with; the shards stay a partition.
         """
         complete = False
         try:
             while self.phase < self.num_phases:
-                while self.proxy < self.num_shards:
+                for k in (k for k in self._mine if k not in self._ended):
+                    self.proxy = k
                     if not self._live:
                         self._activate()
-                    yield Shard(self.dataset, self.proxy, self.shards[self.proxy])
+                    yield Shard(self.dataset, k, self.shards[k])
                     self._retire()
-                self.proxy, self.phase = 0, self.phase + 1
+                self._peers.wait()
+                self._share_ledger()
+                self._ended, self.proxy, self.phase = set(), 0, self.phase + 1
                 if self.phase < self.num_phases:
                     self._redistribute()
             self._aggregate()
@@ -212,24 +235,51 @@ class ShardEnsemble:
             if not complete:
                 self._abandon()
 
+    def rewind(self) -> None:
+        """Put the live proxy, and its samples in the ledger, back to where they were when its turn began.
+
+        Its turn begins with the round or, where samples have been redistributed since, with the half-round.
+        """
+        assert self._live and self.num_shards > 1
+        self._slots.drop(f"live-{self.proxy}")
+        if self._gate is not None and self._gate.ledger is not None:
+            self._gate.ledger.put_rows(self.shards[self.proxy], self._rows)
+        self._activate()
+
     def _activate(self) -> None:
-        """Make proxy k live: θ̄ at the start of a round, its own weights in a second half-round."""
+        """Make proxy k live: θ̄ at the start of a round, its own weights in a second half-round or amid its turn."""
+        begun = self._slots.get(f"live-{self.proxy}") if self.num_shards > 1 else {}
+        if begun:
+            _put(self._averaged | self._kept, begun)
+            self._rows = begun["rows"]
+        else:
+            self._begin()
+        self._live = True
+
+    def _begin(self) -> None:
         if self.num_shards > 1:
             name = f"proxy-{self.proxy}"
             if self.phase == 0:
-                _put(self._kept, self._slots.get(name, list(self._kept)) or self._slots.get("initial"))
-                _put(self._averaged, self._slots.get("global"))
+                _put(self._kept, self._slots.get(name, list(self._kept)) or self._common.get("initial"))
+                _put(self._averaged, self._common.get("global"))
             else:
                 _put(self._averaged | self._kept, self._slots.get(name))
         if self.phase == 0 and self._optimizer_state == "reset":
             self._moments.load_state_dict({})
-        self._live = True
+        if self._gate is not None and self._gate.ledger is not None:
+            self._rows = self._gate.ledger.rows(self.shards[self.proxy])
 
     def _retire(self) -> None:
         if self.num_shards > 1:
             self._slots.put(f"proxy-{self.proxy}", _take(self._averaged | self._kept))
+            self._slots.drop(f"live-{self.proxy}")
         self._live = False
-        self.proxy += 1
+        self._ended.add(self.proxy)
+
+    def _share_ledger(self) -> None:
+        if self._gate is not None and self._gate.ledger is not None:
+            own = [self.shards[k] for k in self._mine]
+            self._gate.ledger.share(torch.cat(own), self._peers.sum)
 
     def _redistribute(self) -> None:
         assert self._redistribution is not None and self._gate is not None and self._gate.ledger is not None
@@ -249,18 +299,18 @@ class ShardEnsemble:
         """``θ̄ ← Σ_k (|D_k|/N) θ_k``, accumulated in float64 in the order of k."""
         if self.num_shards > 1:
             parts = list(self._averaged)
-            proxies = (self._slots.get(f"proxy-{k}", parts) for k in range(self.num_shards))
+            proxies = (self._slots.get(f"proxy-{k}", parts) for k in self._mine)
             sizes = [len(shard) for shard in self.shards]
             weights = [size / sum(sizes) for size in sizes]
-            average = self._average(proxies, weights)
-            self._slots.put("global", average)
+            average = self._peers.average(proxies, weights, self._average)
+            self._common.put("global", average)
             _put(self._averaged, average)
         self.round_index, self.phase, self.proxy = self.round_index + 1, 0, 0
 
     def _abandon(self) -> None:
         if self.num_shards > 1:
-            _put(self._averaged, self._slots.get("global"))
-        self.phase, self.proxy, self._live = 0, 0, False
+            _put(self._averaged, self._common.get("global"))
+        self.phase, self.proxy, self._live, self._ended = 0, 0, False, set()
 
     def state_dict(self) -> dict[str, Any]:
         """Position in the round, shards, and the proxies that are not live (the live one is the caller's model)."""
@@ -278,7 +328,39 @@ class ShardEnsemble:
         self.round_index, self.phase, self.proxy = state["round"], state["phase"], state["proxy"]
         self._turns, self._live = state["turns"], state["live"]
         self.shards = [shard.clone() for shard in state["shards"]]
+        self._ended = set(range(self.proxy))
         self._slots.load_state_dict(state["slots"])
+
+    def save(self) -> dict[str, Any]:
+        """The state of all processes' proxies, complete by itself: live ones are put into files too.
+
+        Every process must ask for it at once. Needs ``folder``. The ledger of each process then is that of all.
+        """
+        if self._live or self.num_shards == 1:
+            self._slots.put(f"live-{self.proxy}", _take(self._averaged | self._kept) | {"rows": self._rows})
+        self._share_ledger()
+        own = {"ended": sorted(self._ended), "slots": self._slots.state_dict()}
+        everyone = self._peers.gather(own)
+        slots = {name: file for one in everyone for name, file in one["slots"]["files"].items()}
+        version = max(one["slots"]["version"] for one in everyone)
+        ended = sorted(k for one in everyone for k in one["ended"])
+        return self.state_dict() | {"ended": ended, "slots": {"files": slots, "version": version}}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`save` gave, of any number of processes; ``model`` and all else then are as they were."""
+        self.load_state_dict(state)
+        self._ended = set(state["ended"])
+        if self.num_shards == 1:
+            live = self._slots.get("live-0")
+            _put(self._averaged | self._kept, live)
+            self._rows = live["rows"]
+            return
+        self._live = False
+        assert isinstance(self._slots, FolderSlots)
+        if self._common is not self._slots:
+            for name in ("global", "initial"):
+                self._common.put(name, load_state(self._slots.folder / state["slots"]["files"][name]))
+        _put(self._averaged, self._common.get("global"))
 
 
 def _take(parts: Mapping[str, Stateful]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The ledger: what the method saw of every training sample."""
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -68,6 +69,31 @@ class Ledger:
         """Count a redistribution of ``indices`` (int64 [M], no repeats); their skip counts restart at 0 (MSR)."""
         self.moves[indices] += 1
         self.skips_since_move[indices] = 0
+
+    def rows(self, indices: Tensor) -> dict[str, Tensor]:
+        """What is known of ``indices`` (int64 [M], no repeats), for :meth:`put_rows`."""
+        return {"counts": self._counts[:, indices], "ratios": self._ratios[:, indices]}
+
+    def put_rows(self, indices: Tensor, rows: Mapping[str, Tensor]) -> None:
+        """Put back what :meth:`rows` gave."""
+        self._counts[:, indices] = rows["counts"].to(self._counts.device)
+        self._ratios[:, indices] = rows["ratios"].to(self._ratios.device)
+
+    def share(self, indices: Tensor, sum_over_processes: Callable[[Tensor], Tensor]) -> None:
+        """Make the ledgers of all processes equal: of each sample, the row of the process that visits it. Exact.
+
+        Args:
+            indices: int64 [M], the samples that this process visits; over all processes a partition of 0..N-1.
+            sum_over_processes: of an int64 tensor on the CPU.
+        """
+        # Ratios go as the whole numbers that their bits are, so that one sum of whole numbers does it all.
+        ratios = self._ratios[:, :-1].view(torch.int32).long()
+        rows = torch.cat([self._counts[:, :-1], ratios]).cpu()
+        own = torch.zeros_like(rows)
+        own[:, indices] = rows[:, indices]
+        counts, ratios = sum_over_processes(own).tensor_split([len(self.COUNTS)])
+        self._counts[:, :-1] = counts.to(self._counts.device)
+        self._ratios[:, :-1] = ratios.int().view(torch.float32).to(self._ratios.device)
 
     def running_ratio_of(self, indices: Tensor) -> Tensor:
         """Bias-corrected running loss ratio of ``indices`` (int64 [B]), float32 [B]; NaN where never measured."""

@@ -23,6 +23,10 @@ class MemorySlots:
         # A copy, since an optimizer takes the tensors it is given as its own and changes them in place.
         return {part: clone_state(value) for part, value in state.items() if parts is None or part in parts}
 
+    def drop(self, name: str) -> None:
+        """Forget the state under ``name``, if there is one."""
+        self._states.pop(name, None)
+
     def state_dict(self) -> dict[str, Any]:
         """All states."""
         return clone_state(self._states)  # type: ignore[no-any-return]
@@ -36,13 +40,16 @@ class FolderSlots:
     """Named states in files that are never rewritten: a new version of a state is a new file.
 
     So a checkpoint need only name the files it goes with. Old versions go at once, but for those named in ``pinned``.
+    Several processes may share a folder if each has names of its own.
 
     Args:
         folder: made if it does not exist.
+        names: those of this process, whose files it takes over and clears away; None is all.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, names: Iterable[str] | None = None) -> None:
         self.folder = folder
+        self._names = None if names is None else frozenset(names)
         self.pinned: frozenset[str] = frozenset()
         self._files: dict[str, str] = {}
         folder.mkdir(parents=True, exist_ok=True)
@@ -55,8 +62,15 @@ class FolderSlots:
         old, new = self._files.get(name), f"{name}.{self._version:08d}.safetensors"
         save_state(self.folder / new, state, durable=False)
         self._files[name] = new
-        if old is not None and old not in self.pinned:
-            (self.folder / old).unlink(missing_ok=True)
+        self._remove(old)
+
+    def drop(self, name: str) -> None:
+        """Forget the state under ``name``, if there is one."""
+        self._remove(self._files.pop(name, None))
+
+    def _remove(self, file: str | None) -> None:
+        if file is not None and file not in self.pinned:
+            (self.folder / file).unlink(missing_ok=True)
 
     def get(self, name: str, parts: Sequence[str] | None = None) -> dict[str, Any]:
         """The newest state under ``name``, or only its ``parts``; empty if there is none."""
@@ -74,8 +88,11 @@ class FolderSlots:
         self.pinned = frozenset(files)
         wanted = self.pinned | set(self._files.values())
         for path in self.folder.iterdir():
-            if path.name not in wanted:
+            if path.name not in wanted and self._owns(path.name.lstrip(".").partition(".")[0]):
                 path.unlink(missing_ok=True)
+
+    def _owns(self, name: str) -> bool:
+        return self._names is None or name in self._names
 
     def state_dict(self) -> dict[str, Any]:
         """The names of the current files."""
@@ -83,6 +100,7 @@ class FolderSlots:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` gave; the files must still be there, and are pinned until the next pin."""
-        self._files, self._version = dict(state["files"]), state["version"]
+        self._files = {name: file for name, file in state["files"].items() if self._owns(name)}
+        self._version = max(self._version, state["version"])
         # Until there is a newer checkpoint, this one may be needed again.
-        self.pinned = frozenset(self._files.values())
+        self.pinned = frozenset(state["files"].values())

@@ -17,7 +17,8 @@ from unrote.neighbours.direct import least, squared_distances
 from unrote.neighbours.feature_scans import FloatScan, QuantisedScan, RangeScan, bounding_box, checked, widest
 from unrote.neighbours.images import MEMORY_BYTES, Neighbours
 from unrote.neighbours.products import bfloat16_pays, float32_products, int8_is_exact
-from unrote.neighbours.streaming import Blocks, Ranks, Rows, Saved, Stream, release
+from unrote.neighbours.streaming import Blocks, Rows, Saved, Stream, release
+from unrote.ranks import Ranks
 
 Way = Literal["int8", "bfloat16", "float32"]
 WAYS: tuple[Way, ...] = ("int8", "bfloat16", "float32")

@@ -15,7 +15,8 @@ import torch
 from unrote.neighbours.orbit import IDENTITY, Transform
 from unrote.neighbours.products import float32_products
 from unrote.neighbours.scans import IntegerScan
-from unrote.neighbours.streaming import Blocks, Ranks, Rows, Saved, Stream, release
+from unrote.neighbours.streaming import Blocks, Rows, Saved, Stream, release
+from unrote.ranks import Ranks
 
 Images = Rows  # uint8 [N, H, W, C]
 MEMORY_BYTES = 1 << 29

@@ -4,20 +4,17 @@ import hashlib
 import io
 import mmap
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from unrote.errors import InputError
 from unrote.files import write_bytes
-from unrote.neighbours.scans import Scan, State
+from unrote.neighbours.scans import Scan
+from unrote.ranks import Ranks
 
 MAX_BLOCK = 4096
 FIRST_BLOCK = 512
@@ -59,49 +56,6 @@ class Blocks:
 def _even(size: int) -> int:
     """A multiple of 64 if there is room: matrix products are up to a fifth faster."""
     return max(1, size // 64 * 64 or size)
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """This process among those that share a search. One alone unless ``here(distributed=True)``."""
-
-    rank: int = 0
-    world: int = 1
-
-    @staticmethod
-    def here(*, distributed: bool) -> "Ranks":
-        """The default process group of ``torch.distributed``, or one process.
-
-        Raises:
-            InputError: there is no process group.
-        """
-        if distributed and not dist.is_initialized():
-            raise InputError("a distributed search needs torch.distributed.init_process_group first (use torchrun)")
-        return Ranks(dist.get_rank(), dist.get_world_size()) if distributed else Ranks()
-
-    def span(self, total: int) -> range:
-        """The share of ``total`` rows that is this process's: contiguous, so that it is read in order."""
-        return range(total * self.rank // self.world, total * (self.rank + 1) // self.world)
-
-    def bar(self, label: str | None, unit: str, passes: int, total: int) -> "tqdm[Any]":
-        """A progress bar on stderr over this process's rows; quiet without a label, a terminal, or rank 0."""
-        quiet = True if label is None or self.rank else None
-        return tqdm(total=passes * len(self.span(total)), desc=label, unit=unit, leave=False, disable=quiet)
-
-    def shares(self, state: State) -> Iterator[State]:
-        """Every process's ``state``, in the order of ranks; shapes and dtypes are the same everywhere."""
-        device = "cuda" if self.world > 1 and dist.get_backend() == "nccl" else "cpu"
-        state = {name: np.array(array) for name, array in state.items()}  # the caller may merge while this goes on
-        for source in range(self.world):
-            if self.world == 1:
-                yield state
-                continue
-            received: State = {}
-            for name, array in state.items():
-                tensor = torch.from_numpy(array.copy()).to(device)
-                dist.broadcast(tensor, source)
-                received[name] = tensor.cpu().numpy()
-            yield received
 
 
 @dataclass(frozen=True)

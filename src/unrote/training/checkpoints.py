@@ -7,6 +7,7 @@ from typing import Any
 
 from unrote.errors import InputError
 from unrote.files import fsync, sha256_file, write_json
+from unrote.method.peers import Alone, Peers
 from unrote.method.slots import FolderSlots, MemorySlots
 from unrote.tensorfiles import load_state, save_state
 
@@ -23,31 +24,40 @@ class Checkpoints:
         folder: made if it does not exist.
         slots: the proxies' files.
         limit: how many checkpoints are kept.
+        peers: the processes that have files of proxies; all save and load at once.
     """
 
-    def __init__(self, folder: Path, slots: FolderSlots | MemorySlots, limit: int) -> None:
+    def __init__(self, folder: Path, slots: FolderSlots | MemorySlots, limit: int, peers: Peers | None = None) -> None:
         assert isinstance(slots, FolderSlots)
-        self._folder, self._slots, self._limit = folder, slots, limit
+        self._folder, self._slots, self._limit, self._peers = folder, slots, limit, peers or Alone()
         self._checksums: dict[str, str] = {}
         folder.mkdir(parents=True, exist_ok=True)
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Write a checkpoint and remove the oldest beyond the limit."""
-        path = self._folder / f"{step:09d}.safetensors"
-        save_state(path, state)
-        proxies = self._slots.files()
-        for name in proxies:
+        """Write a checkpoint and remove the oldest beyond the limit.
+
+        Every process brings the files of its own proxies onto the disk; the first writes ``state`` and the manifest.
+        """
+        everyone = self._peers.gather(self._own_checksums())
+        pinned: list[str] = []
+        if self._peers.rank == 0:
+            path = self._folder / f"{step:09d}.safetensors"
+            save_state(path, state)
+            proxies = {name: checksum for one in everyone for name, checksum in one.items()}
+            manifest = {"step": step, "state": sha256_file(path), "proxies": dict(sorted(proxies.items()))}
+            write_json(path.with_suffix(".json"), manifest)
+            pinned = self._prune(path.stem)
+        self._slots.pin(self._peers.gather(pinned)[0])
+        self._checksums = {name: self._checksums[name] for name in self._slots.files()}
+
+    def _own_checksums(self) -> dict[str, str]:
+        names = self._slots.files()
+        for name in names:
             if name not in self._checksums:
                 fsync(self._slots.folder / name)
                 self._checksums[name] = sha256_file(self._slots.folder / name)
         fsync(self._slots.folder)
-        manifest = {
-            "step": step,
-            "state": sha256_file(path),
-            "proxies": {name: self._checksums[name] for name in proxies},
-        }
-        write_json(path.with_suffix(".json"), manifest)
-        self._prune(path.stem)
+        return {name: self._checksums[name] for name in names}
 
     def load_newest(self) -> dict[str, Any] | None:
         """The state of the newest whole checkpoint; None if there has never been one.
@@ -55,10 +65,11 @@ class Checkpoints:
         Raises:
             InputError: if there are checkpoints and none is whole.
         """
-        manifests = sorted(self._folder.glob("*.json"), reverse=True)
+        names = self._peers.gather(sorted((path.name for path in self._folder.glob("*.json")), reverse=True))[0]
         problems = []
-        for path in manifests:
-            problem = self._problem_of(path)
+        for path in (self._folder / name for name in names):
+            found = self._peers.gather(self._problem_of(path))
+            problem = next((one for one in found if one is not None), None)
             if problem is None:
                 state: dict[str, Any] = load_state(path.with_suffix(".safetensors"))
                 return state
@@ -76,7 +87,8 @@ class Checkpoints:
             manifest = json.loads(manifest_path.read_text())
             files = {manifest_path.with_suffix(".safetensors"): manifest["state"]}
             files |= {self._slots.folder / name: checksum for name, checksum in manifest["proxies"].items()}
-            for path, checksum in files.items():
+            # The processes share the reading.
+            for path, checksum in list(files.items())[self._peers.rank :: self._peers.size]:
                 if sha256_file(path) != checksum:
                     return f"{path.name} does not match its checksum"
         except FileNotFoundError as error:
@@ -85,7 +97,8 @@ class Checkpoints:
             return f"{manifest_path.name} can't be read"
         return None
 
-    def _prune(self, newest: str) -> None:
+    def _prune(self, newest: str) -> list[str]:
+        """Remove the oldest checkpoints; the proxies' files that the others need."""
         # What is newer than the newest was damaged and gone back from: it must not take the place of a whole one.
         kept = sorted(path for path in self._folder.glob("*.json") if path.stem <= newest)[-self._limit :]
         names = {path.stem for path in kept}
@@ -99,5 +112,4 @@ class Checkpoints:
                 pinned |= set(json.loads(path.read_text())["proxies"])
             except (ValueError, KeyError, TypeError):
                 path.unlink(missing_ok=True)
-        self._slots.pin(pinned)
-        self._checksums = {name: self._checksums[name] for name in self._slots.files()}
+        return sorted(pinned)

@@ -1,12 +1,14 @@
 """The training loop, for every method: rounds, shards, steps, checkpoints."""
 
+import json
 import logging
 import math
+import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,40 +22,21 @@ from unrote.method.ensemble import Redistribution, ShardEnsemble
 from unrote.method.shards import SampleStream
 from unrote.models.making import make_task
 from unrote.seeding import derive_seed
+from unrote.training.budget import Counter, Progress, make_budget, total
 from unrote.training.checkpoints import Checkpoints
+from unrote.training.distributed import Single, is_finished, launched
+from unrote.training.journal import Journal
 from unrote.training.output import save_model, write_outputs
 from unrote.training.reference import reference_of
-from unrote.training.run import Log, Run
+from unrote.training.run import Run
 from unrote.training.step import TrainingStep
-from unrote.training.trackers import make_tracker
 
 logger = logging.getLogger("unrote")
 
 
 @dataclass
-class Counter:
-    """Samples seen and steps taken, of one proxy or of the run."""
-
-    samples: int = 0
-    steps: int = 0
-
-    def count(self, samples: int) -> None:
-        """One more step, on ``samples``."""
-        self.samples += samples
-        self.steps += 1
-
-    def state_dict(self) -> dict[str, Any]:
-        """The counts."""
-        return {"samples": self.samples, "steps": self.steps}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` gave."""
-        self.samples, self.steps = state["samples"], state["steps"]
-
-
-@dataclass
 class Meter:
-    """Sums over the steps since the last line of the log, kept on the device: reading them synchronises."""
+    """Sums over the live proxy's steps since its last line in the log, on the device: reading them synchronises."""
 
     device: torch.device
     _sums: Tensor = field(init=False)
@@ -66,10 +49,13 @@ class Meter:
         self._sums += torch.stack([losses.double().sum(), skipped.sum(), torch.ones_like(losses).sum().double()])
 
     def read(self) -> dict[str, float]:
-        """Mean loss and skipped share since the last reading."""
+        """Mean loss and skipped share since the last line."""
         loss, skipped, samples = self._sums.tolist()
+        return {"loss": loss / max(samples, 1), "skipped": skipped / max(samples, 1)}
+
+    def clear(self) -> None:
+        """There is a new line."""
         self._sums.zero_()
-        return {"loss": loss / samples, "skipped": skipped / samples}
 
     def state_dict(self) -> dict[str, Any]:
         """The sums."""
@@ -80,87 +66,54 @@ class Meter:
         self._sums.copy_(state["sums"])
 
 
-@dataclass(frozen=True)
-class Budget:
-    """How many samples are seen: epochs x N in all, shared over the proxies in proportion to their shards.
-
-    >>> budget = Budget(total=100, local=30, sizes=(6, 4))
-    >>> budget.num_rounds, budget.target(0, 3, 1.0), budget.target(1, 3, 1.0)
-    (4, 60, 40)
-    """
-
-    total: int
-    """Samples seen by all proxies."""
-    local: float
-    """Samples seen by all proxies in one round: E x N."""
-    sizes: tuple[int, ...]
-    """Shard sizes."""
-
-    @property
-    def num_rounds(self) -> int:
-        """R; the last round may be shorter than the others."""
-        # No empty last round where rounding leaves E x N just below a whole number.
-        return math.ceil(self.total / self.local - 1e-9)
-
-    def target(self, proxy: int, round_index: int, part: float) -> int:
-        """Samples that ``proxy`` has seen when ``part`` (in (0, 1]) of round ``round_index`` is over."""
-        rounds = round_index + part
-        seen = self.total if rounds >= self.num_rounds else min(self.total, math.floor(self.local * rounds))
-        # Whole numbers do not grow evenly: a proxy's share of a part can be one more than its share of all.
-        return min(self._share(proxy, seen), self._share(proxy, self.total))
-
-    def _share(self, proxy: int, seen: int) -> int:
-        before, size, total = sum(self.sizes[:proxy]), self.sizes[proxy], sum(self.sizes)
-        return seen * (before + size) // total - seen * before // total
-
-
-def make_budget(config: Config, num_samples: int, sizes: tuple[int, ...]) -> Budget:
-    """The budget of a run on ``num_samples`` images in shards of ``sizes``."""
-    total = max(1, round(config.training.epochs * num_samples))
-    # Without an ensemble a round changes nothing; its end is where a snapshot is taken.
-    alone = total / max(1, config.training.snapshots)
-    local = config.ensemble.local_epochs * num_samples if config.ensemble.enabled else alone
-    return Budget(total, local, sizes)
-
-
 def train(config: Config, images: ImageStore, run: Run, device: torch.device) -> None:
     """Train until the budget is used up, from the newest checkpoint if there is one, and write the outputs.
 
     A run that was interrupted and goes on gives the same weights, ledger and log as an undisturbed one, bit for bit on
-    the same machine with the same number of threads.
+    the same machine with the same number of threads; so does a run in several processes, and one that goes on in more
+    or fewer processes than before.
 
     Raises:
-        InputError: if the folder holds another run, or the loss is no longer finite.
+        InputError: if the folder holds another run, the loss is no longer finite, or another process has failed.
     """
-    with run.locked():
-        run.start(config, images)
-        if run.finished:
+    with _stop_requests() as stop, launched(stop) as peers, run.locked() if peers.rank == 0 else nullcontext():
+        if peers.rank == 0:
+            run.start(config, images)
+        if is_finished(run, config, images, peers):
             logger.info("%s is finished; nothing to do", run.path)
             return
-        with torch.random.fork_rng(), _stop_requests() as stop:
-            _train(config, images, run, device, stop)
+        with torch.random.fork_rng():
+            _train(config, images, run, device, peers)
 
 
-def _train(config: Config, images: ImageStore, run: Run, device: torch.device, stop: list[int]) -> None:
+def _train(config: Config, images: ImageStore, run: Run, device: torch.device, peers: Single) -> None:
     training = config.training
     torch.manual_seed(derive_seed(config.seed, "init"))
-    task = make_task(config, images, device)
-    model = task.trained
+    with peers.one_per_machine_first():
+        task = make_task(config, images, device)
 
-    proxy, whole, meter = Counter(), Counter(), Meter(device)
+    proxy, meter = Counter(), Meter(device)
     largest_shard = math.ceil(len(images) / config.num_shards)
     proxy_steps = math.ceil(training.epochs * largest_shard / training.batch_size)
     reference = reference_of(config, images)
     step = TrainingStep(config, task, len(images), device, proxy_steps, reference)
+    ledger = step.gate.ledger
+    assert ledger is not None
     msr = config.redistribution
     ensemble = ShardEnsemble(
-        model,
+        task.trained,
         step.optimizer,
         images,
         config.num_shards,
         gate=step.gate,
         ema=step.ema,
-        kept={"counter": proxy, "lr_scheduler": step.lr_scheduler, "scaler": step.scaler},
+        kept={
+            "counter": proxy,
+            "meter": meter,
+            "retry": step.retry,
+            "lr_scheduler": step.lr_scheduler,
+            "scaler": step.scaler,
+        },
         split=config.ensemble.split,
         labels=None if images.labels is None else torch.from_numpy(images.labels.copy()),
         left_out=reference,
@@ -169,85 +122,128 @@ def _train(config: Config, images: ImageStore, run: Run, device: torch.device, s
         seed=config.seed,
         folder=run.path / "proxies",
         average=task.average,
+        peers=peers,
     )
     budget = make_budget(config, len(images), tuple(len(shard) for shard in ensemble.shards))
+    progress = Progress(budget, training.batch_size)
     streams = [SampleStream(config.seed, k) for k in range(config.num_shards)]
 
-    parts = {"model": model, "optimizer": step.optimizer, "lr_scheduler": step.lr_scheduler, "scaler": step.scaler}
-    parts |= {"gate": step.gate, "ensemble": ensemble, "proxy": proxy, "whole": whole, "meter": meter}
-    parts |= {"ema": step.ema} if step.ema is not None else {}
-    checkpoints = Checkpoints(run.path / "checkpoints", ensemble.slots, training.checkpoints_total_limit)
+    checkpoints = Checkpoints(run.path / "checkpoints", ensemble.slots, training.checkpoints_total_limit, peers)
     state = checkpoints.load_newest()
+    stood = {k: Counter() for k in ensemble.mine}
     if state is not None:
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        logger.info("going on at %s of %s samples", f"{whole.samples:,}", f"{budget.total:,}")
-    log = Log(run.path / "log.jsonl", state["log_length"] if state else 0)
-    tracker = make_tracker(training.report_to, run.path, config, whole.steps)
+        ensemble.load(state["ensemble"])
+        ledger.load_state_dict(state["ledger"])
+        stood = {k: Counter(**state["proxies"][k]) for k in ensemble.mine}
+        logger.info("going on at %s of %s samples", f"{state['samples']:,}", f"{budget.total:,}")
+    peers.ticks = saved = state["steps"] if state else 0
+    journal = Journal(peers, run, config, peers.ticks, state["log"] if state else None)
 
-    def checkpoint() -> None:
-        everything = {name: part.state_dict() for name, part in parts.items()}
-        log.sync()
-        checkpoints.save(whole.steps, everything | {"log_length": log.length})
+    def checkpoint(last: bool) -> None:
+        nonlocal saved
+        if ensemble.live is not None:
+            stood[ensemble.live] = replace(proxy)
+        everyone = peers.gather([(k, asdict(counter)) for k, counter in stood.items()])
+        proxies = {k: counter for one in everyone for k, counter in one}
+        whole = total(Counter(**counter) for counter in proxies.values())
+        # One of the same step is as good; and when all is seen, the last one, of the same step, is about to come.
+        if whole.steps > saved and (last or whole.samples < budget.total):
+            if peers.rank == 0:
+                run.ownership.check()
+            parts = {"ensemble": ensemble.save(), "ledger": ledger.state_dict(), "log": journal.save()}
+            checkpoints.save(whole.steps, parts | asdict(whole) | {"proxies": proxies})
+            saved = whole.steps
 
-    started, samples_before = time.monotonic(), whole.samples
-    bar = tqdm(total=budget.total, initial=whole.samples, unit="img", desc=config.method, leave=False, disable=None)
-    with bar, closing(log), closing(tracker):
+    peers.checkpoint, peers.settle = checkpoint, journal.settle
+    started, samples_here = time.monotonic(), 0
+    share = sum(budget.target(k, budget.num_rounds, 1.0) for k in ensemble.mine)
+    bar = tqdm(
+        total=share, initial=total(stood.values()).samples, unit="img", desc=config.method, leave=False,
+        disable=True if peers.rank else None,
+    )  # fmt: skip
+    with bar, closing(journal):
         while ensemble.round_index < budget.num_rounds:
             for shard in ensemble.round():
                 k, r = shard.proxy, ensemble.round_index
                 target = budget.target(k, r, (ensemble.phase + 1) / ensemble.num_phases)
                 end = budget.target(k, budget.num_rounds, 1.0)
+                others = progress.of_others(k, r, ensemble.phase, ensemble.num_phases)
                 while proxy.samples < target:
                     # Batches are whole until the very end, so that rounds do not change how ordinary training batches.
                     size = min(training.batch_size, end - proxy.samples)
                     indices = streams[k].take(shard.indices, proxy.samples, size)
                     losses, skipped = step(indices, proxy=k, step=proxy.steps + 1)
                     proxy.count(size)
-                    whole.count(size)
+                    whole = others + proxy
                     meter.add(losses, skipped)
                     bar.update(size)
+                    samples_here += size
 
-                    # The last step too, so that no run ends well whose loss was never looked at.
-                    if whole.steps % training.log_every_steps == 0 or whole.samples == budget.total:
+                    due = whole.steps % training.log_every_steps == 0 or whole.samples == budget.total
+                    # At the end of a turn too, so that nothing is averaged that was never looked at.
+                    if due or proxy.samples >= target:
                         record: dict[str, Any] = {"step": whole.steps, "samples": whole.samples, "round": r, "proxy": k}
                         record |= meter.read() | step.gate.readings()
                         record |= {"learning_rate": step.lr_scheduler.get_last_lr()[0]}
-                        _check_finite(record, run)
-                        seconds = time.monotonic() - started
-                        rate = {"images_per_second": round((whole.samples - samples_before) / seconds, 2)}
-                        log.write(record | rate | {"time": round(time.time(), 3)})
-                        tracker.log(record | rate, whole.steps)
+                        if not (math.isfinite(record["loss"]) and _all_finite(task.trained)):
+                            _go_back(run, ensemble, step, record | {"own_step": proxy.steps})
+                            bar.update(proxy.samples + others.samples - whole.samples)
+                            continue
+                    if due:
+                        meter.clear()
+                        rate = {"images_per_second": round(samples_here / (time.monotonic() - started), 2)}
+                        journal.add(k, record | rate | {"time": round(time.time(), 3)})
                         bar.set_postfix(loss=f"{record['loss']:.4f}", skipped=f"{record['skipped']:.0%}")
-                    # Not after the last step: the checkpoint of the end would overwrite this one, of the same step.
-                    due = stop or whole.steps % training.checkpointing_steps == 0
-                    if due and whole.samples < budget.total:
-                        checkpoint()
-                        if stop:
-                            raise KeyboardInterrupt
-            if training.snapshots * (r + 1) // budget.num_rounds > training.snapshots * r // budget.num_rounds:
-                save_model(run.snapshot_folder(whole.samples), task, step.ema)
+                    if peers.step(f"proxy {k}, step {proxy.steps}") or peers.ticks % training.checkpointing_steps == 0:
+                        peers.meet()
+                stood[k] = replace(proxy)
+            finished = ensemble.round_index
+            before, after = (training.snapshots * n // budget.num_rounds for n in (finished - 1, finished))
+            if after > before and peers.rank == 0:
+                save_model(run.snapshot_folder(progress.of_all(finished).samples), task, step.ema)
 
-        checkpoint()
-    assert step.gate.ledger is not None
-    write_outputs(run, config, images, task, step.ema, step.gate.ledger, whole.steps)
+        checkpoint(last=True)
+    if peers.rank == 0:
+        write_outputs(run, config, images, task, step.ema, ledger, progress.of_all(budget.num_rounds).steps)
+    # The first process says that all is written.
+    peers.gather(None, patient=True)
 
 
-def _check_finite(record: dict[str, Any], run: Run) -> None:
-    if not math.isfinite(record["loss"]):
+def _all_finite(model: torch.nn.Module) -> bool:
+    return bool(torch.stack([weight.isfinite().all() for weight in model.parameters()]).all())
+
+
+def _go_back(run: Run, ensemble: ShardEnsemble, step: TrainingStep, record: dict[str, Any]) -> None:
+    """The live proxy has diverged: it begins its turn again, once, and draws otherwise.
+
+    Raises:
+        InputError: if it did so before, or there is one shard, which has nothing to go back to.
+    """
+    with (run.path / "diverged.jsonl").open("a") as file:
+        file.write(json.dumps(record | {"loss": str(record["loss"]), "retries": step.retry.count}) + "\n")
+    what = f"the loss of proxy {record['proxy']} is {record['loss']:g} at step {record['step']}"
+    if ensemble.num_shards == 1 or step.retry.count:
+        again = " again, after it began its turn anew" if step.retry.count else ""
         raise InputError(
-            f"{run.path}: the loss is {record['loss']} at step {record['step']}: training has diverged. Lower "
-            "training.learning_rate, or set training.mixed_precision=bf16 or no, and train into a new folder"
+            f"{run.path}: {what}{again}: training has diverged (see diverged.jsonl). Lower training.learning_rate, or "
+            "set training.mixed_precision=bf16 or no, and train into a new folder"
         )
+    ensemble.rewind()
+    step.retry.count += 1
+    logger.warning("%s: it goes back to where its turn began and draws otherwise", what)
 
 
 @contextmanager
 def _stop_requests() -> Iterator[list[int]]:
-    """SIGINT and SIGTERM fill the list; the loop then writes a checkpoint and stops. A second one stops at once."""
+    """SIGINT and SIGTERM fill the list; the loop then writes a checkpoint and stops.
+
+    A second one stops at once, but where there is a launcher, which sees to that.
+    """
     received: list[int] = []
 
     def note(number: int, _: object) -> None:
-        if received:
+        # A launcher passes on what the terminal has sent to all.
+        if received and "RANK" not in os.environ:
             raise KeyboardInterrupt
         received.append(number)
 

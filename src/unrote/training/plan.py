@@ -15,7 +15,7 @@ from unrote.data.store import ImageStore
 from unrote.errors import InputError
 from unrote.method.shards import split_shards
 from unrote.models.sizing import size_of
-from unrote.training.loop import make_budget
+from unrote.training.budget import make_budget
 from unrote.training.reference import reference_of
 
 logger = logging.getLogger("unrote")

@@ -1,7 +1,6 @@
 """The run folder: everything about one training run, and all that a later command needs to know of it."""
 
 import csv
-import fcntl
 import io
 import json
 import logging
@@ -17,6 +16,7 @@ from unrote.config import Config, changed_keys, parse, read_yaml
 from unrote.data.store import ImageStore
 from unrote.errors import InputError
 from unrote.files import write_json, write_text
+from unrote.training.ownership import Ownership
 
 logger = logging.getLogger("unrote")
 
@@ -31,6 +31,7 @@ class Run:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.ownership = Ownership(path)
 
     def __fspath__(self) -> str:
         return str(self.path)
@@ -106,11 +107,7 @@ class Run:
         if not begun and self.path.exists() and (not self.path.is_dir() or any(self.path.glob("[!.]*"))):
             raise InputError(f"--out {self.path}: is not empty and is not a run folder; choose another")
         self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(f"{self.path}: another process is training in this folder") from None
+        with self.ownership.held():
             yield
 
     def write_ledger(self, columns: Mapping[str, np.ndarray], names: Any) -> None:

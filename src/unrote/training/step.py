@@ -51,6 +51,26 @@ class Batch:
         return [self.at(part) for part in rows.tensor_split(min(count, len(rows)))]
 
 
+@dataclass
+class Retry:
+    """How often the live proxy has diverged and begun its turn again: then it draws otherwise."""
+
+    count: int = 0
+
+    @property
+    def salt(self) -> tuple[int, ...]:
+        """What seeds are made of besides proxy and step; nothing at first."""
+        return (self.count,) if self.count else ()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The count."""
+        return {"count": self.count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` gave."""
+        self.count = state["count"]
+
+
 class TrainingStep:
     """Everything a step needs, around the one model in which the proxies take turns.
 
@@ -74,6 +94,7 @@ class TrainingStep:
     ) -> None:
         training, bank = config.training, config.gate.bank
         self.config, self.task, self.device = config, task, device
+        self.retry = Retry()
         self.model, self.loss = task.trained, task.loss
         self._reference = torch.empty(0, dtype=torch.int64) if reference is None else reference
         self.gate = LossGate(
@@ -120,8 +141,8 @@ class TrainingStep:
         # It walks through all modules, so not at every step.
         if not self.task.denoiser.training:
             self.task.denoiser.train()
-        draw = generator(self.config.seed, "batch", proxy, step, device=self.device)
-        self._seed(derive_seed(self.config.seed, "dropout", proxy, step))
+        draw = generator(self.config.seed, "batch", proxy, step, *self.retry.salt, device=self.device)
+        self._seed(derive_seed(self.config.seed, "dropout", proxy, step, *self.retry.salt))
         mirrored = coin(len(indices), draw) if self.config.data.random_flip else None
         batch = self._draw(indices, mirrored, self.task.condition(indices, proxy, step), draw)
         if len(self._reference):

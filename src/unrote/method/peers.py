@@ -1,0 +1,62 @@
+"""The processes among which the proxies of an ensemble are dealt out."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
+
+from torch import Tensor
+
+Average = Callable[[Iterable[dict[str, Any]], list[float]], dict[str, Any]]
+
+
+class Peers(Protocol):
+    """What an ensemble asks of them; :class:`Alone` where there is one.
+
+    All but :meth:`mine` must be called by every process, in the same order.
+
+    Attributes:
+        rank: which of them this is, 0..size-1; 0 keeps what belongs to all.
+        size: W, how many there are.
+    """
+
+    rank: int
+    size: int
+
+    def mine(self, sizes: Sequence[int]) -> range:
+        """The proxies that this process trains, in turn; earlier processes have earlier ones. ``sizes``: of shards."""
+
+    def gather(self, message: Any) -> list[Any]:
+        """Everybody's ``message`` (what JSON can hold), by rank."""
+
+    def wait(self) -> None:
+        """Until every process is here. A process waits here when its proxies have had their turns."""
+
+    def sum(self, numbers: Tensor) -> Tensor:
+        """The sum of everybody's ``numbers``, int64 on the CPU, of equal shapes."""
+
+    def average(self, states: Iterable[dict[str, Any]], weights: list[float], average: Average) -> dict[str, Any]:
+        """``average`` of the states of all proxies, in their order; ``states`` are those of this process."""
+
+
+class Alone:
+    """No other process."""
+
+    rank, size = 0, 1
+
+    def mine(self, sizes: Sequence[int]) -> range:
+        """All of them."""
+        return range(len(sizes))
+
+    def gather(self, message: Any) -> list[Any]:
+        """The own one."""
+        return [message]
+
+    def wait(self) -> None:
+        """For nobody."""
+
+    def sum(self, numbers: Tensor) -> Tensor:
+        """The own ones."""
+        return numbers
+
+    def average(self, states: Iterable[dict[str, Any]], weights: list[float], average: Average) -> dict[str, Any]:
+        """Of the own ones, which are all."""
+        return average(states, weights)

@@ -1,0 +1,356 @@
+"""The processes of one run, as ``torchrun`` or ``accelerate launch`` start them, and how they wait for each other.
+
+Proxies are dealt out to processes. Between two averagings a process needs nothing of the others, so they do not march
+in step: each stands somewhere else in its own proxies' turns. They meet where a checkpoint is due, and where their
+proxies have had their turns. A meeting takes place through the store of ``torch.distributed``, where it can be said who
+is missing and who has failed; tensors go by gloo once everybody is there.
+"""
+
+import json
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from itertools import chain
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
+
+from unrote import __version__
+from unrote.config import Config
+from unrote.data.store import ImageStore
+from unrote.errors import InputError, first_line
+from unrote.method.assignment import assign
+from unrote.method.peers import Alone, Average
+from unrote.tensorfiles import state_from_bytes, state_to_bytes
+from unrote.training.run import Run
+
+TIMEOUT = "UNROTE_PEER_TIMEOUT"
+"""Environment variable: after so many seconds without a sign of life a process is given up. Default 1800."""
+
+CHUNK = 1 << 28
+"""Bytes sent at once."""
+
+
+class Single(Alone):
+    """One process, with the same meetings: what the loop asks of whoever trains.
+
+    Attributes:
+        checkpoint: what to do when a checkpoint is due, told whether the process then ends; set by the loop.
+        settle: what to do when all proxies have had their turns; set by the loop.
+    """
+
+    def __init__(self, stop: list[int]) -> None:
+        self.ticks = 0
+        self.checkpoint: Callable[[bool], None] = lambda last: None
+        self.settle: Callable[[], None] = lambda: None
+        self._stop = stop
+
+    def gather(self, message: Any, *, patient: bool = False) -> list[Any]:
+        """Everybody's ``message`` (what JSON can hold), by rank; ``patient`` waits however long the others take."""
+        return [message]
+
+    @contextmanager
+    def one_per_machine_first(self) -> Iterator[None]:
+        """The block is run by one process of each machine before the others, which then find what it cached."""
+        yield
+
+    def step(self, doing: str) -> bool:
+        """Count an optimizer step and look around; whether to stop. ``doing`` says where this process stands."""
+        self.ticks += 1
+        return bool(self._stop)
+
+    def meet(self, *, ended: bool = False) -> bool:
+        """Everybody comes here, for a checkpoint or because its proxies have had their turns.
+
+        Returns:
+            Whether all have ended. If not, a checkpoint has been written.
+
+        Raises:
+            KeyboardInterrupt: after the checkpoint, if any process was asked to stop.
+        """
+        everyone = self.gather({"stop": bool(self._stop), "ended": ended, "ticks": self.ticks})
+        stop = any(one["stop"] for one in everyone)
+        if stop or not all(one["ended"] for one in everyone):
+            self.checkpoint(stop)
+            if stop:
+                raise KeyboardInterrupt
+            return False
+        # Everybody has its next checkpoint after as many steps.
+        self.ticks = max(one["ticks"] for one in everyone)
+        self.settle()
+        return True
+
+    def wait(self) -> None:
+        """Until all proxies have had their turns; checkpoints of the others are written meanwhile."""
+        while not self.meet(ended=True):
+            pass
+
+
+class Group(Single):
+    """Several processes.
+
+    Args:
+        store: shared by all of them.
+        rank: of this one.
+        size: how many they are.
+        timeout: seconds after which a process that gives no sign of life is given up.
+        stop: filled when this process is asked to stop.
+    """
+
+    def __init__(self, store: Any, rank: int, size: int, timeout: float, stop: list[int]) -> None:
+        super().__init__(stop)
+        self.rank, self.size = rank, size
+        self._store, self._timeout = store, timeout
+        self._meetings, self._looked, self._told = 0, 0.0, False
+        self._blocks: list[range] = []
+
+    def mine(self, sizes: Sequence[int]) -> range:
+        """See :func:`unrote.method.assignment.assign`.
+
+        Raises:
+            InputError: if there are more processes than shards.
+        """
+        if self.size > len(sizes):
+            raise InputError(
+                f"{self.size} processes for {len(sizes)} shard{'s' * (len(sizes) > 1)}: a proxy trains in one process. "
+                f"Start {len(sizes)} or fewer, or raise ensemble.num_shards (a method without shards has one)"
+            )
+        self._blocks = assign(sizes, self.size)
+        return self._blocks[self.rank]
+
+    def step(self, doing: str) -> bool:
+        """See :meth:`Single.step`. Others are listened to once a second."""
+        self.ticks += 1
+        if self._stop:
+            if not self._told:
+                self._tell("stop", str(self.rank))
+            self._told = True
+            return True
+        if time.monotonic() - self._looked < 1:
+            return False
+        return self._look(doing)
+
+    def gather(self, message: Any, *, patient: bool = False) -> list[Any]:
+        """Everybody's ``message``; ``patient`` waits however long the others take.
+
+        Raises:
+            InputError: if another process has failed or gives no sign of life.
+        """
+        self._meetings += 1
+        name = f"meeting/{self._meetings}"
+        with self._named("meeting the other processes"):
+            self._store.set(f"{name}/{self.rank}", json.dumps(message))
+            if self._store.add(f"{name}/count", 1) == self.size:
+                self._store.set(f"{name}/all", "")
+            self._await(name, patient)
+            answers = self._store.multi_get([f"{name}/{rank}" for rank in range(self.size)])
+            # Everybody is here, so nobody reads the messages of the meeting before any more.
+            if self._meetings > 1:
+                self._store.delete_key(f"meeting/{self._meetings - 1}/{self.rank}")
+        return [json.loads(answer) for answer in answers]
+
+    @contextmanager
+    def one_per_machine_first(self) -> Iterator[None]:
+        """See :meth:`Single.one_per_machine_first`."""
+        first = os.environ.get("LOCAL_RANK", "0") == "0"
+        if not first:
+            self.gather(None, patient=True)
+        yield
+        if first:
+            self.gather(None, patient=True)
+
+    def sum(self, numbers: Tensor) -> Tensor:
+        """See :meth:`unrote.method.peers.Peers.sum`."""
+        with self._named("adding up the ledger"):
+            dist.all_reduce(numbers)
+        return numbers
+
+    def average(self, states: Iterable[dict[str, Any]], weights: list[float], average: Average) -> dict[str, Any]:
+        """Gathered and averaged by the first process in the order of the proxies, so that rounding is one process's."""
+        with self._named("averaging the proxies"):
+            if self.rank > 0:
+                for state in states:
+                    self._send(state)
+            else:
+                senders = [rank for rank, block in enumerate(self._blocks) for _ in block if rank > 0]
+                averaged = average(chain(states, map(self._receive, senders)), weights)
+            return self._broadcast(averaged if self.rank == 0 else None)  # type: ignore[no-any-return]
+
+    def _send(self, state: Any) -> None:
+        content = _as_tensor(state_to_bytes(state))
+        dist.send(torch.tensor([len(content)]), 0)
+        for part in _chunks(content):
+            dist.send(part, 0)
+
+    def _receive(self, sender: int) -> Any:
+        length = torch.zeros(1, dtype=torch.int64)
+        dist.recv(length, sender)
+        content = torch.empty(int(length), dtype=torch.uint8)
+        for part in _chunks(content):
+            dist.recv(part, sender)
+        return state_from_bytes(content.numpy().tobytes())
+
+    def _broadcast(self, state: Any) -> Any:
+        content = _as_tensor(state_to_bytes(state)) if self.rank == 0 else torch.empty(0, dtype=torch.uint8)
+        length = torch.tensor([len(content)])
+        dist.broadcast(length, 0)
+        if self.rank > 0:
+            content = torch.empty(int(length), dtype=torch.uint8)
+        for part in _chunks(content):
+            dist.broadcast(part, 0)
+        return state if self.rank == 0 else state_from_bytes(content.numpy().tobytes())
+
+    def fail(self, reason: str) -> None:
+        """Tell the others to stop because of ``reason``."""
+        with suppress(RuntimeError):
+            self._tell("failed", f"process {self.rank} failed: {reason}")
+
+    def leave(self, seconds: float) -> None:
+        """The process that has the store goes last, or the others could not read why."""
+        with suppress(RuntimeError):
+            left, end = self._store.add("left", 1), time.monotonic() + seconds
+            while self.rank == 0 and left < self.size and time.monotonic() < end:
+                time.sleep(0.02)
+                left = self._store.add("left", 0)
+
+    def _tell(self, key: str, value: str) -> None:
+        self._store.set(key, value)
+
+    def _look(self, doing: str) -> bool:
+        """Give a sign of life and listen; whether anyone was asked to stop."""
+        self._looked = time.monotonic()
+        with self._named("looking for the other processes"):
+            self._store.set(f"beat/{self.rank}", f"{self._looked} {doing}")
+            if self._store.check(["failed"]):
+                raise InputError(self._store.get("failed").decode())
+            return bool(self._store.check(["stop"]))
+
+    def _await(self, name: str, patient: bool) -> None:
+        since, seen = {rank: time.monotonic() for rank in range(self.size)}, dict.fromkeys(range(self.size), b"")
+        while True:
+            with suppress(dist.DistStoreError):
+                self._store.wait([f"{name}/all"], timedelta(seconds=1))
+                return
+            self._look("waiting for the other processes")
+            for rank in (rank for rank in since if not self._store.check([f"{name}/{rank}"])):
+                beat = self._store.get(f"beat/{rank}") if self._store.check([f"beat/{rank}"]) else b""
+                if beat != seen[rank]:
+                    seen[rank], since[rank] = beat, time.monotonic()
+                if time.monotonic() - since[rank] > self._timeout and not patient:
+                    raise InputError(self._missing(rank, beat.decode()))
+
+    def _missing(self, rank: int, beat: str) -> str:
+        last = beat.partition(" ")[2] or "starting"
+        return (
+            f"process {rank} of {self.size} has given no sign of life for {self._timeout:g} seconds, last heard of "
+            f"{last}. See what became of it, or raise {TIMEOUT} if it is only slow; the same command goes on from here"
+        )
+
+    @contextmanager
+    def _named(self, what: str) -> Iterator[None]:
+        """Errors of communication say what was going on, or the reason that another process gave."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise InputError(self._reason() or f"{what}: another process is gone ({first_line(error)})") from error
+
+    def _reason(self) -> str | None:
+        # The connection breaks at the moment the other process ends, and it gave its reason before that.
+        with suppress(RuntimeError):
+            if self._store.check(["failed"]):
+                return str(self._store.get("failed").decode())
+        return None
+
+
+def is_finished(run: Run, config: Config, images: ImageStore, peers: Single) -> bool:
+    """Whether the run has ended before; first, that all processes mean the same run and share its folder.
+
+    Raises:
+        InputError: if this process was given something else than the first, or does not see the first one's folder.
+    """
+    if peers.size == 1:
+        return run.finished
+    marker = run.path / f".shared-{secrets.token_hex(8)}"
+    if peers.rank == 0:
+        marker.touch()
+    same = {"version of unrote": __version__, "configuration": config.to_yaml(), "images": images.fingerprint}
+    theirs, seen, finished = peers.gather([same, marker.name, run.finished])[0]
+    for name, value in same.items():
+        if theirs[name] != value:
+            raise InputError(f"process {peers.rank} has another {name} than process 0: give all of them the same")
+    if not (run.path / seen).exists():
+        raise InputError(
+            f"--out {run.path}: process {peers.rank} does not see what process 0 writes there; "
+            "choose a folder on a filesystem that all machines share"
+        )
+    peers.gather(None)
+    if peers.rank == 0:
+        marker.unlink()
+    return bool(finished)
+
+
+@contextmanager
+def launched(stop: list[int]) -> Iterator[Single]:
+    """The processes that the launcher started, as its environment variables say; one where there was none.
+
+    If the block fails, the others are told why.
+
+    Raises:
+        InputError: if they do not find each other, or another one fails.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield Single(stop)
+        return
+    group, patience = _join(stop), 60.0
+    try:
+        yield group
+    except BaseException as error:
+        if not isinstance(error, KeyboardInterrupt):
+            patience = 5.0
+            group.fail(first_line(error))
+        raise
+    finally:
+        group.leave(patience)
+        dist.destroy_process_group()
+
+
+def _join(stop: list[int]) -> Group:
+    timeout = _timeout()
+    if dist.is_initialized():
+        raise InputError("torch.distributed is initialized already: train without it, each process will join by itself")
+    limit = timedelta(seconds=timeout)
+    try:
+        store, rank, size = next(rendezvous("env://", timeout=limit))
+        dist.init_process_group("gloo", store=PrefixStore("gloo", store), rank=rank, world_size=size, timeout=limit)
+    except (RuntimeError, ValueError) as error:
+        raise InputError(
+            f"the processes did not find each other at {os.environ.get('MASTER_ADDR')}: {first_line(error)}. "
+            "Start them with torchrun, or check MASTER_ADDR, MASTER_PORT, RANK and WORLD_SIZE"
+        ) from None
+    return Group(PrefixStore("unrote", store), rank, size, timeout, stop)
+
+
+def _timeout() -> float:
+    text = os.environ.get(TIMEOUT, "1800")
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 1 <= seconds < 1e9:
+        raise InputError(f"{TIMEOUT}: must be a number of seconds, at least 1, not {text!r}")
+    return seconds
+
+
+def _as_tensor(content: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
+
+
+def _chunks(content: Tensor) -> list[Tensor]:
+    return [content[start : start + CHUNK] for start in range(0, len(content), CHUNK)]

@@ -1,0 +1,169 @@
+"""A run in several processes, started as users start it, gives what one process gives, bit for bit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from toy import SETTINGS, assert_same_run, log_of, summary_of, toy_images
+from unrote.training.budget import Budget, Progress
+from unrote.training.run import Run
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+
+
+def command_of(out, data, method="iet-agc+", **changed):
+    """The training command, without what runs it."""
+    settings = SETTINGS | {"training.checkpointing_steps": 3} | changed
+    command = ["-m", "unrote", "train", "--data", str(data), "--out", str(out), "--method", method]
+    for key, value in settings.items():
+        command += ["--set", f"{key}={yaml.safe_dump(value, default_flow_style=True).splitlines()[0]}"]
+    return command
+
+
+def launch(processes, out, *arguments, timeout=60, **changed):
+    """Start the command under torchrun, or alone."""
+    how = [*TORCHRUN, str(processes)] if processes > 1 else [sys.executable]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1", "UNROTE_CACHE": str(out.parent / "cache"), "UNROTE_PEER_TIMEOUT": str(timeout),
+    }  # fmt: skip
+    command = how + command_of(out, *arguments, **changed)
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finished(process, out):
+    """Wait for the end; the run."""
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert output.count("run.json") <= 1, "one process speaks for all"
+    return Run(out)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "toy.npz"
+    np.savez(path, images=toy_images().images)
+    return path
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, data):
+    """The run in one process."""
+    out = tmp_path_factory.mktemp("alone") / "run"
+    return finished(launch(1, out, data), out)
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_the_result_does_not_depend_on_the_number_of_processes(tmp_path, data, alone, processes):
+    out = tmp_path / "run"
+    run = finished(launch(processes, out, data), out)
+    assert summary_of(run)["moved"] > 0 and {line["proxy"] for line in log_of(run)} == {0, 1, 2}
+    assert_same_run(run, alone)
+    assert not [path.name for path in out.iterdir() if path.name.startswith(".shared")]
+    manifest = json.loads(max((out / "checkpoints").glob("*.json")).read_text())
+    assert {name.split(".")[0] for name in manifest["proxies"]} == {
+        "global",
+        "initial",
+        "proxy-0",
+        "proxy-1",
+        "proxy-2",
+    }
+
+
+def test_more_processes_than_proxies_are_refused(tmp_path, data):
+    out = tmp_path / "run"
+    process = launch(2, out, data, "standard")
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode != 0
+    assert "2 processes for 1 shard" in errors
+
+
+@pytest.mark.parametrize("total", [1, 7, 100, 105, 1001])
+@pytest.mark.parametrize("local", [0.5, 30.0, 104.0, 5000.0])
+@pytest.mark.parametrize("sizes", [(1,), (9, 9, 8), (1,) * 20])
+@pytest.mark.parametrize("phases", [1, 2])
+def test_where_everyone_stands_is_what_counting_gives(total, local, sizes, phases):
+    progress = Progress(Budget(total, local, sizes), batch_size=4)
+    counts = [[0, 0] for _ in sizes]
+    for r in range(min(progress.budget.num_rounds, 10)):
+        for phase in range(phases):
+            for k in range(len(sizes)):
+                others = progress.of_others(k, r, phase, phases)
+                theirs = [count for j, count in enumerate(counts) if j != k]
+                assert [others.samples, others.steps] == [sum(column) for column in zip([0, 0], *theirs, strict=True)]
+                end = progress.budget.target(k, progress.budget.num_rounds, 1.0)
+                while counts[k][0] < progress.budget.target(k, r, (phase + 1) / phases):
+                    counts[k] = [min(counts[k][0] + 4, end), counts[k][1] + 1]
+        whole = progress.of_all(r + 1)
+        assert [whole.samples, whole.steps] == [sum(column) for column in zip(*counts, strict=True)]
+
+
+# Faults.
+
+LONG = {"training.epochs": 60, "training.log_every_steps": 2}
+
+
+def workers_of(process):
+    """Process ids by rank of what torchrun started."""
+    found = {}
+    for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        found |= {int(entry[5:]): int(pid) for entry in environment if entry.startswith(b"RANK=")}
+    return found
+
+
+def wait_for_checkpoints(out, process, count):
+    """Until there is one that is ``count`` steps further than the newest was; False if the process ended first."""
+    newest = max((int(path.stem) for path in (out / "checkpoints").glob("*.json")), default=0)
+    while process.poll() is None:
+        if any(int(path.stem) >= newest + count for path in (out / "checkpoints").glob("*.json")):
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def test_killed_stopped_and_gone_on_with_in_fewer_processes(tmp_path, data):
+    """One of three is killed; then one of two is asked to stop; then one alone goes on: the result is the same."""
+    alone, out = tmp_path / "alone", tmp_path / "run"
+    undisturbed = launch(1, alone, data, **LONG)
+    process = launch(3, out, data, **LONG)
+    assert wait_for_checkpoints(out, process, 10)
+    os.kill(workers_of(process)[1], signal.SIGKILL)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode != 0
+    process = launch(2, out, data, **LONG)
+    assert wait_for_checkpoints(out, process, 10), process.communicate()
+    steps = max(int(path.stem) for path in (out / "checkpoints").glob("*.json"))
+    workers = workers_of(process)
+    os.kill(workers[1], signal.SIGTERM)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode != 0 and errors.count("the same command goes on") >= 1, errors
+    assert max(int(path.stem) for path in (out / "checkpoints").glob("*.json")) > steps
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers.values()), "no orphans"
+    run = finished(launch(1, out, data, **LONG), out)
+    assert_same_run(run, finished(undisturbed, alone))
+
+
+def test_a_process_that_hangs_is_named(tmp_path, data):
+    process = launch(2, tmp_path / "run", data, timeout=5, **LONG | {"training.epochs": 10_000})
+    assert wait_for_checkpoints(tmp_path / "run", process, 6)
+    os.kill(workers_of(process)[1], signal.SIGSTOP)
+    _, errors = process.communicate(timeout=300)
+    assert "process 1 of 2 has given no sign of life for 5 seconds" in errors
+
+
+def test_what_one_process_fails_of_is_said_by_the_others(tmp_path, data):
+    out = tmp_path / "run"
+    process = launch(2, out, data, "iet-agc", **LONG | {"training.learning_rate": 1e30})
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode != 0
+    assert errors.count("training has diverged") >= 2
+    assert not (out / "model").exists()
+    assert (out / ".lock").read_text() == ""
