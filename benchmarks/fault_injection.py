@@ -24,7 +24,6 @@ from unrote.files import write_json
 from unrote.training.run import Run
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [sys.path[0], os.environ.get("PYTHONPATH")]))
 from forking import Job
 from toy import everything_of
 

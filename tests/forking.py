@@ -13,6 +13,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+# Where the server finds what it is to import.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+os.environ["OMP_NUM_THREADS"] = "1"
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["forking_imports"])
 INTERRUPTED, UNUSABLE = 130, 2
@@ -47,7 +50,6 @@ class Job:
         limit: int | None = None,
         **variables: str,
     ) -> None:
-        os.environ["OMP_NUM_THREADS"] = "1"
         out.parent.mkdir(parents=True, exist_ok=True)
         self._logs = [out.parent / f"{out.name}.{rank}.log" for rank in range(world)]
         common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}

@@ -1,7 +1,6 @@
 """What happens to long jobs happens to several real processes: afterwards the result is that of one calm process."""
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -19,12 +18,6 @@ from unrote.training.run import Run
 INJECTION = Path(__file__).resolve().parent.parent / "benchmarks" / "fault_injection.py"
 MANY = {"training.epochs": 8, "training.checkpointing_steps": 2}
 """26 steps in 4 rounds."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def importable():
-    """The server imports the tests' modules."""
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
 
 
 @pytest.fixture(scope="module")

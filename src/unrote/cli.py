@@ -239,14 +239,19 @@ def audit(
 ) -> None:
     """Measure what generated images copy from the training images."""
     from unrote.auditing.limits import SIMILARITY, exceeded, parse_limit
+    from unrote.device import pick_device
     from unrote.measures import audit as measure
+    from unrote.ranks import joined
 
     limits = [parse_limit(text) for text in fail_above]
     if not options["encoders"] and any(limit.measure == SIMILARITY for limit in limits):
         raise InputError("--fail-above similarity needs copy detection: add --encoder sscd")
     folder = out or Path(f"{generated.removesuffix('.npz').rstrip('/')}-report")
     unfinished = folder / ".search"
-    report = measure(generated, train, resume=unfinished, **options)
+    with joined(pick_device(options["device"])) as ranks:
+        report = measure(generated, train, resume=unfinished, distributed=ranks.world > 1, **options)
+    if ranks.rank:
+        return
     page = report.save(folder)
     shutil.rmtree(unfinished, ignore_errors=True)
     click.echo(json.dumps(report.summary) if as_json else f"{report}\n{page}")
