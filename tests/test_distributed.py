@@ -88,21 +88,24 @@ def test_more_processes_than_proxies_are_refused(tmp_path, data):
 @pytest.mark.parametrize("total", [1, 7, 100, 105, 1001])
 @pytest.mark.parametrize("local", [0.5, 30.0, 104.0, 5000.0])
 @pytest.mark.parametrize("sizes", [(1,), (9, 9, 8), (1,) * 20])
-@pytest.mark.parametrize("phases", [1, 2])
-def test_where_everyone_stands_is_what_counting_gives(total, local, sizes, phases):
-    progress = Progress(Budget(total, local, sizes), batch_size=4)
+@pytest.mark.parametrize("parts", [(1.0,), (0.5, 1.0)])
+def test_where_everyone_stands_is_what_counting_gives(total, local, sizes, parts):
+    budget = Budget(total, local, sizes)
+    progress = Progress(budget, batch_size=4)
     counts = [[0, 0] for _ in sizes]
-    for r in range(min(progress.budget.num_rounds, 10)):
-        for phase in range(phases):
+    for r in range(min(budget.num_rounds, 10)):
+        for part in parts:
             for k in range(len(sizes)):
-                others = progress.of_others(k, r, phase, phases)
+                others = progress.of_others(k, r, part)
                 theirs = [count for j, count in enumerate(counts) if j != k]
                 assert [others.samples, others.steps] == [sum(column) for column in zip([0, 0], *theirs, strict=True)]
-                end = progress.budget.target(k, progress.budget.num_rounds, 1.0)
-                while counts[k][0] < progress.budget.target(k, r, (phase + 1) / phases):
+                end = budget.target(k, budget.num_rounds, 1.0)
+                while counts[k][0] < budget.target(k, r, part):
                     counts[k] = [min(counts[k][0] + 4, end), counts[k][1] + 1]
-        whole = progress.of_all(r + 1)
-        assert [whole.samples, whole.steps] == [sum(column) for column in zip(*counts, strict=True)]
+            progress.advance(r, part)
+            assert [progress.whole.samples, progress.whole.steps] == [
+                sum(column) for column in zip(*counts, strict=True)
+            ]
 
 
 # Faults.

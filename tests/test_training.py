@@ -192,7 +192,8 @@ def test_computing_otherwise_changes_little_and_loses_nothing(tmp_path, plus, op
     run = toy_run(tmp_path / "run", "iet-agc+", **options)
     assert run.read_ledger()["visits"].sum() == 26 * 4
     found, expected = log_of(run)[0], log_of(plus)[0]
-    assert found["loss"] == pytest.approx(expected["loss"], rel=0.2), "the first steps of the same run"
+    # A line is of one proxy: the first one of a single batch, of which look-ahead may have seen other views.
+    assert found["loss"] == pytest.approx(expected["loss"], rel=0.3), "the first steps of the same run"
     assert all(tensor.isfinite().all() for tensor in weights_of(run).values())
 
 

@@ -1,6 +1,7 @@
 """What ``import unrote`` offers to train."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ from unrote.data import ImageStore
 from unrote.device import pick_device
 from unrote.training.images import training_images
 from unrote.training.loop import train as _train
-from unrote.training.plan import Plan, make_plan
+from unrote.training.plan import Plan, existing_parent, make_plan
+from unrote.training.probe import measure
 from unrote.training.run import Run
 
 
@@ -59,6 +61,28 @@ def train_config(config: Config, images: ImageStore, out: Path | str, device: st
     return run
 
 
-def plan(config: Config, data: Any, out: Path) -> Plan:
-    """Validate a run without starting it; see :func:`unrote.training.plan.make_plan`. A small disk is a warning."""
-    return make_plan(config, training_images(config, data), out, only_plan=True)
+def plan(
+    config: Config,
+    data: Any,
+    out: Path,
+    *,
+    processes: int = 1,
+    device_memory: int | None = None,
+    device: str | None = None,
+    probe: bool = False,
+) -> Plan:
+    """Validate a run without starting it; see :func:`unrote.training.plan.make_plan`. A small disk is a warning.
+
+    Args:
+        config: of the run.
+        data: anything :func:`unrote.open_images` takes.
+        out: the run folder.
+        processes: W, that the proxies are dealt out to.
+        device_memory: bytes that each process has where it computes; None does not compare.
+        device: where the run computes; by default what there is.
+        probe: time a few steps here and estimate how long the run takes.
+    """
+    images, where = training_images(config, data), pick_device(device)
+    options: dict[str, Any] = {"processes": processes, "device_memory": device_memory, "device": where.type}
+    found = make_plan(config, images, out, only_plan=True, **options)
+    return replace(found, probe=measure(config, images, existing_parent(out), where)) if probe else found

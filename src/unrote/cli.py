@@ -116,17 +116,34 @@ def _read_config(
 @click.option("--learning-rate", "training__learning_rate", type=float, help="Peak learning rate.")
 @click.option("--seed", type=int, help="Of everything random.")
 @click.option("--dry-run", is_flag=True, help="Validate everything and print the plan.")
+@click.option("--processes", type=click.IntRange(min=1), help="With --dry-run: plan for so many.")
+@click.option("--device-memory", type=float, metavar="GIB", help="With --dry-run: what each process has.")
+@click.option("--probe", is_flag=True, help="With --dry-run: time 20 steps here, to estimate the run.")
 @_device_option
 @_json_option
-def train(out: Path, dry_run: bool, device: str | None, as_json: bool, **options: Any) -> None:
+def train(
+    out: Path,
+    dry_run: bool,
+    processes: int | None,
+    device_memory: float | None,
+    probe: bool,
+    device: str | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
     """Train a diffusion model. The same command again goes on where it was interrupted."""
+    planned = {"--processes": processes, "--device-memory": device_memory, "--probe": probe}
+    useless = [flag for flag, value in planned.items() if value]
+    if useless and not dry_run:
+        raise InputError(f"{useless[0]}: is for a plan; add --dry-run (torchrun says how many processes there are)")
     config = _read_config(**options)
     from unrote.api import plan, train_config
     from unrote.training.images import training_images
 
     images = training_images(config)
     if dry_run:
-        result = plan(config, images, out)
+        memory = None if device_memory is None else int(device_memory * (1 << 30))
+        result = plan(config, images, out, processes=processes or 1, device_memory=memory, device=device, probe=probe)
         click.echo(
             json.dumps(result.to_dict() | {"config": config.model_dump(mode="json")}) if as_json else str(result)
         )
@@ -222,14 +239,19 @@ def audit(
 ) -> None:
     """Measure what generated images copy from the training images."""
     from unrote.auditing.limits import SIMILARITY, exceeded, parse_limit
+    from unrote.device import pick_device
     from unrote.measures import audit as measure
+    from unrote.ranks import joined
 
     limits = [parse_limit(text) for text in fail_above]
     if not options["encoders"] and any(limit.measure == SIMILARITY for limit in limits):
         raise InputError("--fail-above similarity needs copy detection: add --encoder sscd")
     folder = out or Path(f"{generated.removesuffix('.npz').rstrip('/')}-report")
     unfinished = folder / ".search"
-    report = measure(generated, train, resume=unfinished, **options)
+    with joined(pick_device(options["device"])) as ranks:
+        report = measure(generated, train, resume=unfinished, distributed=ranks.world > 1, **options)
+    if ranks.rank:
+        return
     page = report.save(folder)
     shutil.rmtree(unfinished, ignore_errors=True)
     click.echo(json.dumps(report.summary) if as_json else f"{report}\n{page}")

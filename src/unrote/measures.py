@@ -38,6 +38,7 @@ def audit(
     limit: int | None = None,
     device: str | None = None,
     resume: Path | None = None,
+    distributed: bool = False,
     name: str | None = None,
     **settings: Any,
 ) -> AuditReport:
@@ -54,6 +55,7 @@ def audit(
         limit: only this many training images, the fixed choice that ``data.limit`` makes.
         device: for encoders: ``cpu``, ``cuda``, …; by default what there is.
         resume: folder that keeps the progress of the searches, so that the same call goes on after it was killed.
+        distributed: see :func:`unrote.auditing.audit`.
         name: what to call the generated images.
         settings: ``num_neighbors``, ``flip``, ``max_shift``, ``scales``, ``brightness``, ``near_duplicates``,
             ``false_positive_rate`` and ``seed`` of :func:`unrote.auditing.audit`.
@@ -87,6 +89,7 @@ def audit(
         provenance=_provenance(samples),
         cache=cache_folder() / "features",
         resume=resume,
+        distributed=distributed,
         name=name or (source_run.config.method if source_run else str(samples)),
         **settings,
     )

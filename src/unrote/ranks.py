@@ -16,6 +16,10 @@ from tqdm import tqdm
 from unrote.errors import InputError, first_line
 
 
+class PeerLostError(InputError):
+    """Another process of the job is gone."""
+
+
 @dataclass(frozen=True)
 class Ranks:
     """This process among those that share the work. One alone unless ``here(distributed=True)``."""
@@ -118,7 +122,7 @@ def joined(device: torch.device) -> Iterator[Ranks]:
 
 @contextmanager
 def _together() -> Iterator[None]:
-    """What a group says when one of its processes is gone."""
+    """Raises PeerLostError where a group says that one of its processes is gone."""
     try:
         yield
     except RuntimeError as error:

@@ -17,17 +17,24 @@ SEARCHED_FOR = 33  # neighbours of an image that are looked at before its whole 
 
 @dataclass(frozen=True)
 class Search:
-    """How to search: the memory it may use, where, and the label of its progress bar (None: no bar)."""
+    """How to search: the memory it may use, where, the label of its progress bar (None: none), in several processes."""
 
     memory_bytes: int = MEMORY_BYTES
     device: str | torch.device = "cpu"
     progress: str | None = None
+    distributed: bool = False
 
     def nearest(self, queries: Rows, references: Rows, num: int = 1, what: str = "") -> tuple[np.ndarray, np.ndarray]:
         """Squared distances float64 and indices int64 [G, num], exact."""
         label = None if self.progress is None else f"{self.progress}: {what}"
         found = nearest_features(
-            queries, references, num, memory_bytes=self.memory_bytes, device=self.device, progress=label
+            queries,
+            references,
+            num,
+            memory_bytes=self.memory_bytes,
+            device=self.device,
+            distributed=self.distributed,
+            progress=label,
         )
         return found.squared, found.indices
 

@@ -113,12 +113,15 @@ def compare(
     *,
     margin: int = 0,
     resume: Path | None = None,
+    distributed: bool = False,
 ) -> View:
     """Neighbours among train, and among equally many training and held-out images."""
 
     def among(queries: ImageStore, references: References, what: str) -> Found:
         label = f"{name}: {what}"
-        return find(queries, references, num, transforms, margin=margin, label=label, resume=resume)
+        return find(
+            queries, references, num, transforms, margin=margin, label=label, resume=resume, distributed=distributed
+        )
 
     found = among(generated, train, "generated → train")
     if holdout is None:
@@ -142,6 +145,7 @@ def find(
     margin: int = 0,
     label: str | None = None,
     resume: Path | None = None,
+    distributed: bool = False,
 ) -> Found:
     """The ``num`` nearest images of every query.
 
@@ -156,7 +160,14 @@ def find(
             references.store.images if len(chosen) == len(references.store) else references.store.subset(chosen).images
         )
         found = nearest_images(
-            queries.images, images, count, transforms=transforms, margin=margin, progress=label, resume=resume
+            queries.images,
+            images,
+            count,
+            transforms=transforms,
+            margin=margin,
+            distributed=distributed,
+            progress=label,
+            resume=resume,
         )
         return _renumbered(found, chosen)
 

@@ -50,6 +50,7 @@ def audit(
     provenance: Mapping[str, Any] | None = None,
     cache: Path | None = None,
     resume: Path | None = None,
+    distributed: bool = False,
     name: str = "generated",
 ) -> AuditReport:
     """How much of the training set the generated images copy, and how good they are.
@@ -75,6 +76,8 @@ def audit(
         provenance: what made the images (sampler, steps, EMA or raw weights, ...); JSON-able, kept in the summary.
         cache: folder that keeps features; None computes them again each time.
         resume: folder that keeps the progress of the searches, so that the same call goes on after it was killed.
+        distributed: every process of the initialized ``torch.distributed`` group calls this with the same arguments;
+            they share the searches and the extraction of features, and all get the same report.
         name: what to call the generated images.
 
     Raises:
@@ -94,11 +97,12 @@ def audit(
     height, width = train.images.shape[1:3]
     transforms = orbit(flip=flip, max_shift=max_shift, scales=scales, brightness=brightness, height=height, width=width)
     references, control = _references(train, holdout, near_duplicates)
-    views = [compare("plain", generated, references, control, num_neighbors, seed, (IDENTITY,), resume=resume)]
+    shared: dict[str, Any] = {"resume": resume, "distributed": distributed}
+    views = [compare("plain", generated, references, control, num_neighbors, seed, (IDENTITY,), **shared)]
     if len(transforms) > 1:
         # What a shift brings in at the border is unknown, so no view is compared there.
         asked = (generated, references, control, num_neighbors, seed, transforms)
-        views.append(compare("orbit", *asked, margin=max_shift, resume=resume))
+        views.append(compare("orbit", *asked, margin=max_shift, **shared))
     else:
         views.append(replace(views[0], name="orbit"))
     identity = _identity(train)
@@ -115,6 +119,7 @@ def audit(
             seed=seed,
             cache=cache,
             device=device,
+            distributed=distributed,
         )
         for encoder in encoders
     }
@@ -224,19 +229,34 @@ def _space(
     seed: int,
     cache: Path | None,
     device: str,
+    distributed: bool,
 ) -> Space:
     """Everything that one encoder sees."""
     generated, train, holdout = (
         None
         if store is None
         else features(
-            encoder, store.images, digest=pixels_digest(store), cache=cache, progress=f"{encoder.key}: {role}"
+            encoder,
+            store.images,
+            digest=pixels_digest(store),
+            cache=cache,
+            progress=f"{encoder.key}: {role}",
+            distributed=distributed,
         )
         for role, store in zip(("generated", "training", "held-out"), stores, strict=True)
     )
     assert generated is not None and train is not None
     space = measure_space(
-        encoder, generated, train, holdout, identity=clusters, leaks=leaks, seed=seed, fpr=rate, device=device
+        encoder,
+        generated,
+        train,
+        holdout,
+        identity=clusters,
+        leaks=leaks,
+        seed=seed,
+        fpr=rate,
+        device=device,
+        distributed=distributed,
     )
     if prompted is None or not encoder.copy_detection:
         return space

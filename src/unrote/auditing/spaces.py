@@ -56,6 +56,7 @@ def measure_space(
     memory_bytes: int = MEMORY_BYTES,
     device: str | torch.device = "cpu",
     progress: str | None = None,
+    distributed: bool = False,
 ) -> Space:
     """Quality, similarity, authenticity and generalization from features of one encoder.
 
@@ -75,12 +76,13 @@ def measure_space(
         memory_bytes: bound on the working memory of the searches.
         device: where the searches compute.
         progress: label of progress bars on stderr; None for no bar.
+        distributed: searches are shared as in :func:`unrote.neighbours.images.nearest_images`.
 
     Raises:
         InputError: a set is empty, or its features have another dimension.
     """
     _check(encoder, generated, train, holdout, identity)
-    search = Search(memory_bytes, device, progress)
+    search = Search(memory_bytes, device, progress, distributed)
     unseen, leaked = None, np.zeros(0, dtype=bool)
     if holdout is not None:
         asked = subsample(len(holdout), MAX_ASKED, seed, "features-unseen")

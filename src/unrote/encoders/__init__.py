@@ -100,8 +100,9 @@ def features(
     digest: str | None = None,
     cache: Path | None = None,
     progress: str | None = None,
+    distributed: bool = False,
 ) -> "np.ndarray":
     """Features float32 [N, D] of all images, cached or extracted now: see :func:`unrote.encoders.cache.features`."""
     from unrote.encoders import cache as caching
 
-    return caching.features(encoder, images, digest=digest, cache=cache, progress=progress)
+    return caching.features(encoder, images, digest=digest, cache=cache, progress=progress, distributed=distributed)

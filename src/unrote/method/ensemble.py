@@ -196,6 +196,11 @@ class ShardEnsemble:
         return 2 if msr is not None and self.num_shards > 1 and self.round_index % msr.every == 0 else 1
 
     @property
+    def part(self) -> float:
+        """How much of the round is over when its current part is, in (0, 1]."""
+        return (self.phase + 1) / self.num_phases
+
+    @property
     def mine(self) -> range:
         """The proxies that this process trains."""
         return self._mine

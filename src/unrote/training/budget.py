@@ -75,44 +75,52 @@ class Budget:
         return list(accumulate(self.sizes, initial=0))
 
 
-@dataclass(frozen=True)
 class Progress:
-    """Where proxies are when each part of a round begins and ends, whichever process trains them.
+    """What every proxy has done when a part of a round begins, and will have done when it ends, whoever trains it.
 
     >>> progress = Progress(Budget(total=100, local=30, sizes=(6, 4)), batch_size=8)
-    >>> progress.of_others(1, 0, phase=0, num_phases=1)  # the first proxy has had its turn: 18 samples, whole batches
+    >>> progress.of_others(1, 0, 1.0)  # the first proxy has had its turn: 18 samples, in whole batches
     Counter(samples=24, steps=3)
+    >>> progress.advance(0, 1.0)
+    >>> progress.whole
+    Counter(samples=40, steps=5)
     """
 
-    budget: Budget
-    batch_size: int
-
-    def of(self, proxy: int, round_index: int, part: float) -> Counter:
-        """What ``proxy`` has done when ``part`` (in (0, 1]) of a round is over: whole batches until the very end."""
-        end = self.budget.target(proxy, self.budget.num_rounds, 1.0)
-        steps = -(-self.budget.target(proxy, round_index, part) // self.batch_size)
-        return Counter(min(steps * self.batch_size, end), steps)
-
-    def of_others(self, proxy: int, round_index: int, phase: int, num_phases: int) -> Counter:
-        """What the other proxies have done when ``proxy`` has its turn and they have theirs one after another.
-
-        Args:
-            proxy: k; those before it have had their turns in this part of the round.
-            round_index: the round.
-            phase: which part of it, 0..num_phases-1.
-            num_phases: in how many parts.
-        """
-        start = (round_index, phase / num_phases) if phase else (round_index - 1, 1.0)
-        end = (round_index, (phase + 1) / num_phases)
-        return total(self.of(k, *(end if k < proxy else start)) for k in self._proxies if k != proxy)
-
-    def of_all(self, num_rounds: int) -> Counter:
-        """What all have done when so many rounds are over."""
-        return total(self.of(k, num_rounds - 1, 1.0) for k in self._proxies)
+    def __init__(self, budget: Budget, batch_size: int) -> None:
+        self._budget, self._batch_size = budget, batch_size
+        self._begun = [Counter() for _ in budget.sizes]
 
     @property
-    def _proxies(self) -> range:
-        return range(len(self.budget.sizes))
+    def whole(self) -> Counter:
+        """What all have done when the current part began."""
+        return total(self._begun)
+
+    def of_others(self, proxy: int, round_index: int, part: float) -> Counter:
+        """What the other proxies have done when ``proxy`` has its turn, if they have theirs one after another.
+
+        The current part of round ``round_index`` ends when ``part`` (in (0, 1]) of it is over.
+        """
+        before = [self._end(k, round_index, part) for k in range(proxy)]
+        return total(before) + total(self._begun[proxy + 1 :])
+
+    def advance(self, round_index: int, part: float) -> None:
+        """The current part is over; see :meth:`of_others`."""
+        self._begun = [self._end(k, round_index, part) for k in range(len(self._begun))]
+
+    def _end(self, proxy: int, round_index: int, part: float) -> Counter:
+        # Batches are whole until the very end.
+        begun, target = self._begun[proxy], self._budget.target(proxy, round_index, part)
+        steps = max(0, -(-(target - begun.samples) // self._batch_size))
+        end = self._budget.target(proxy, self._budget.num_rounds, 1.0)
+        return Counter(min(begun.samples + steps * self._batch_size, end), begun.steps + steps)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What all had done when the current part began."""
+        return {"begun": [one.state_dict() for one in self._begun]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` gave."""
+        self._begun = [Counter(**one) for one in state["begun"]]
 
 
 def total(counters: Iterable[Counter]) -> Counter:

@@ -9,11 +9,13 @@ is missing and who has failed; tensors go by gloo once everybody is there.
 import json
 import os
 import secrets
+import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -110,6 +112,14 @@ class Group(Single):
         self._store, self._timeout = store, timeout
         self._meetings, self._looked, self._told = 0, 0.0, False
         self._blocks: list[range] = []
+        self._neighbours: dict[int, int] = {}
+
+    def introduce(self) -> None:
+        """Learn which of the others are on this machine: there it is seen at once if one dies."""
+        place = _place()
+        for rank, (theirs, pid) in enumerate(self.gather([place, os.getpid()])):
+            if place and theirs == place and rank != self.rank:
+                self._neighbours[rank] = pid
 
     def mine(self, sizes: Sequence[int]) -> range:
         """See :func:`unrote.method.assignment.assign`.
@@ -230,15 +240,25 @@ class Group(Single):
             self._store.set(f"beat/{self.rank}", f"{self._looked} {doing}")
             if self._store.check(["failed"]):
                 raise InputError(self._store.get("failed").decode())
+            if death := self._death():
+                raise InputError(death)
             return bool(self._store.check(["stop"]))
 
     def _await(self, name: str, patient: bool) -> None:
         since, seen = {rank: time.monotonic() for rank in range(self.size)}, dict.fromkeys(range(self.size), b"")
-        while True:
-            with suppress(dist.DistStoreError):
-                self._store.wait([f"{name}/all"], timedelta(seconds=1))
-                return
-            self._look("waiting for the other processes")
+        begun = time.monotonic()
+        while not self._store.check([f"{name}/all"]):
+            # It costs what it delays: a twentieth of the wait. The store's own wait prints a warning when it ends.
+            time.sleep(min(0.05, (time.monotonic() - begun) / 20))
+            if time.monotonic() - self._looked < 1:
+                continue
+            try:
+                self._look("waiting for the other processes")
+            except InputError:
+                # Who came last may have set out again, or ended, in between.
+                if self._store.check([f"{name}/all"]):
+                    return
+                raise
             for rank in (rank for rank in since if not self._store.check([f"{name}/{rank}"])):
                 beat = self._store.get(f"beat/{rank}") if self._store.check([f"beat/{rank}"]) else b""
                 if beat != seen[rank]:
@@ -266,6 +286,12 @@ class Group(Single):
         with suppress(RuntimeError):
             if self._store.check(["failed"]):
                 return str(self._store.get("failed").decode())
+        return self._death()
+
+    def _death(self) -> str | None:
+        for rank, pid in self._neighbours.items():
+            if not _lives(pid):
+                return f"process {rank} of {self.size} has died; the same command goes on from here"
         return None
 
 
@@ -334,7 +360,9 @@ def _join(stop: list[int]) -> Group:
             f"the processes did not find each other at {os.environ.get('MASTER_ADDR')}: {first_line(error)}. "
             "Start them with torchrun, or check MASTER_ADDR, MASTER_PORT, RANK and WORLD_SIZE"
         ) from None
-    return Group(PrefixStore("unrote", store), rank, size, timeout, stop)
+    group = Group(PrefixStore("unrote", store), rank, size, timeout, stop)
+    group.introduce()
+    return group
 
 
 def _timeout() -> float:
@@ -354,3 +382,17 @@ def _as_tensor(content: bytes) -> Tensor:
 
 def _chunks(content: Tensor) -> list[Tensor]:
     return [content[start : start + CHUNK] for start in range(0, len(content), CHUNK)]
+
+
+def _place() -> str:
+    """Where process ids mean the same: a machine, or a container on it."""
+    with suppress(OSError):
+        return f"{socket.gethostname()} {Path('/proc/self/ns/pid').readlink()}"
+    return ""
+
+
+def _lives(pid: int) -> bool:
+    # A process that was killed is there until its parent has looked at it.
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    return False

@@ -134,6 +134,7 @@ def _train(config: Config, images: ImageStore, run: Run, device: torch.device, p
     if state is not None:
         ensemble.load(state["ensemble"])
         ledger.load_state_dict(state["ledger"])
+        progress.load_state_dict(state["progress"])
         stood = {k: Counter(**state["proxies"][k]) for k in ensemble.mine}
         logger.info("going on at %s of %s samples", f"{state['samples']:,}", f"{budget.total:,}")
     peers.ticks = saved = state["steps"] if state else 0
@@ -151,10 +152,15 @@ def _train(config: Config, images: ImageStore, run: Run, device: torch.device, p
             if peers.rank == 0:
                 run.ownership.check()
             parts = {"ensemble": ensemble.save(), "ledger": ledger.state_dict(), "log": journal.save()}
+            parts |= {"progress": progress.state_dict()}
             checkpoints.save(whole.steps, parts | asdict(whole) | {"proxies": proxies})
             saved = whole.steps
 
-    peers.checkpoint, peers.settle = checkpoint, journal.settle
+    def settle() -> None:
+        progress.advance(ensemble.round_index, ensemble.part)
+        journal.settle()
+
+    peers.checkpoint, peers.settle = checkpoint, settle
     started, samples_here = time.monotonic(), 0
     share = sum(budget.target(k, budget.num_rounds, 1.0) for k in ensemble.mine)
     bar = tqdm(
@@ -165,9 +171,8 @@ def _train(config: Config, images: ImageStore, run: Run, device: torch.device, p
         while ensemble.round_index < budget.num_rounds:
             for shard in ensemble.round():
                 k, r = shard.proxy, ensemble.round_index
-                target = budget.target(k, r, (ensemble.phase + 1) / ensemble.num_phases)
-                end = budget.target(k, budget.num_rounds, 1.0)
-                others = progress.of_others(k, r, ensemble.phase, ensemble.num_phases)
+                target, end = budget.target(k, r, ensemble.part), budget.target(k, budget.num_rounds, 1.0)
+                others = progress.of_others(k, r, ensemble.part)
                 while proxy.samples < target:
                     # Batches are whole until the very end, so that rounds do not change how ordinary training batches.
                     size = min(training.batch_size, end - proxy.samples)
@@ -200,11 +205,11 @@ def _train(config: Config, images: ImageStore, run: Run, device: torch.device, p
             finished = ensemble.round_index
             before, after = (training.snapshots * n // budget.num_rounds for n in (finished - 1, finished))
             if after > before and peers.rank == 0:
-                save_model(run.snapshot_folder(progress.of_all(finished).samples), task, step.ema)
+                save_model(run.snapshot_folder(progress.whole.samples), task, step.ema)
 
         checkpoint(last=True)
     if peers.rank == 0:
-        write_outputs(run, config, images, task, step.ema, ledger, progress.of_all(budget.num_rounds).steps)
+        write_outputs(run, config, images, task, step.ema, ledger, progress.whole.steps)
     # The first process says that all is written.
     peers.gather(None, patient=True)
 

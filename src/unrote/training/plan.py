@@ -1,7 +1,6 @@
 """The plan of a run: what it will do and need, checked before the long work begins."""
 
 import logging
-import math
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +15,9 @@ from unrote.errors import InputError
 from unrote.method.shards import split_shards
 from unrote.models.sizing import size_of
 from unrote.training.budget import make_budget
+from unrote.training.pitfalls import memory_pitfall, pitfalls
+from unrote.training.placement import Placement, StateSize, place
+from unrote.training.probe import Probe
 from unrote.training.reference import reference_of
 
 logger = logging.getLogger("unrote")
@@ -46,10 +48,31 @@ class Plan:
     cache_bytes: int
     """Latents and text embeddings, in the cache folder."""
     free_disk_bytes: int
+    checkpoint_bytes: int
+    """One checkpoint: every proxy, the average, and those in the middle of their turns."""
+    placement: Placement
+    """Which process trains which proxies, its memory, and what they exchange."""
+    warnings: tuple[str, ...]
+    """What would go wrong, or worse than it need."""
+    probe: Probe | None = None
+    """What was measured in some steps, if asked for."""
+
+    @property
+    def seconds(self) -> float | None:
+        """Estimated time of the run, without what passes the network; None without a probe."""
+        if self.probe is None:
+            return None
+        parts = self.rounds * self.placement.phases
+        longest = max(
+            rank.steps * self.probe.step_seconds + rank.proxies * parts * self.probe.switch_seconds
+            for rank in self.placement.ranks
+        )
+        averaging = self.rounds * len(self.shard_sizes) * self.probe.average_seconds
+        return longest + (averaging if len(self.shard_sizes) > 1 else 0.0)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields."""
-        return asdict(self)
+        return asdict(self) | {"seconds": self.seconds}
 
     def __str__(self) -> str:
         smallest, largest = min(self.shard_sizes), max(self.shard_sizes)
@@ -66,13 +89,44 @@ class Plan:
                 f"shards       {len(self.shard_sizes)} of {size} images{apart}; {self.rounds} rounds",
                 f"budget       {self.samples_seen:,} samples seen in {self.steps:,} optimizer steps",
                 f"memory       {_size(self.state_bytes)} state + {frozen}{_size(self.activation_bytes)} activations "
-                "(estimate)",
+                f"(estimate); host {_size(max(rank.host_bytes for rank in self.placement.ranks))} at most",
                 f"disk         {_size(self.disk_bytes)} needed at most, {_size(self.free_disk_bytes)} free{cached}",
+                f"checkpoint   {_size(self.checkpoint_bytes)}",
+                *self._processes(),
+                *self._time(),
+                *(f"warning      {warning}" for warning in self.warnings),
             ]
         )
 
+    def _processes(self) -> list[str]:
+        placement, count = self.placement, len(self.placement.ranks)
+        if count == 1:
+            return []
+        return [
+            f"processes    {count}; {placement.to_text()}",
+            f"exchange     in each of {self.rounds} rounds {_size(placement.gathered_bytes)} go to rank 0, "
+            f"{_size(placement.broadcast_bytes)} to each other; {_size(placement.ledger_bytes)} of ledger",
+        ]
 
-def make_plan(config: Config, images: ImageStore, out: Path, *, only_plan: bool = False) -> Plan:
+    def _time(self) -> list[str]:
+        if self.probe is None or self.seconds is None:
+            return []
+        return [
+            f"time         {_duration(self.seconds)} (estimate without network, from {self.probe.steps} steps of "
+            f"{self.probe.step_seconds:.4g} s here)"
+        ]
+
+
+def make_plan(
+    config: Config,
+    images: ImageStore,
+    out: Path,
+    *,
+    only_plan: bool = False,
+    processes: int = 1,
+    device_memory: int | None = None,
+    device: str = "cpu",
+) -> Plan:
     """Validate a run without starting it.
 
     Args:
@@ -80,9 +134,13 @@ def make_plan(config: Config, images: ImageStore, out: Path, *, only_plan: bool 
         images: the training set.
         out: the run folder.
         only_plan: the run may take place on another machine: too small a disk here is a warning.
+        processes: W, that the proxies are dealt out to.
+        device_memory: bytes that each process has where it computes; None does not compare.
+        device: kind of device that computes: on ``cpu`` all memory is the host's.
 
     Raises:
-        InputError: if data and configuration do not fit together, or the disk is too small.
+        InputError: if data and configuration do not fit together, there are more processes than shards, or the disk is
+            too small.
     """
     labels = _labels(config, images)
     try:
@@ -99,9 +157,14 @@ def make_plan(config: Config, images: ImageStore, out: Path, *, only_plan: bool 
     sizes = tuple(len(shard) for shard in shards)
     budget = make_budget(config, len(images), sizes)
     size, training = size_of(config, images), config.training
-    weights = 4 * size.trained
-    kept = weights * (3 + training.use_ema)
-    waiting = kept * (config.num_shards + 2) if config.num_shards > 1 else 0
+    state, count = StateSize.of(config, size.trained), config.num_shards
+    placement = place(config, budget, state, size.frozen_bytes, size.activation_bytes, processes, cpu=device == "cpu")
+    checkpoint = state.kept * (count + 2 + processes if count > 1 else 1)
+    need = state.training() + size.frozen_bytes + size.activation_bytes
+    problems = list(pitfalls(config, budget, placement))
+    if device_memory is not None:
+        problem = memory_pitfall(config, need, state.training(), size.activation_bytes, device_memory)
+        problems += [] if problem is None else [problem]
     plan = Plan(
         images=len(images),
         quarantined=len(images.quarantined),
@@ -111,13 +174,16 @@ def make_plan(config: Config, images: ImageStore, out: Path, *, only_plan: bool 
         shard_sizes=sizes,
         rounds=budget.num_rounds,
         samples_seen=budget.total,
-        steps=sum(math.ceil(budget.target(k, budget.num_rounds, 1.0) / training.batch_size) for k in range(len(sizes))),
-        state_bytes=kept + weights,
+        steps=sum(rank.steps for rank in placement.ranks),
+        state_bytes=state.training(),
         frozen_bytes=size.frozen_bytes,
         activation_bytes=size.activation_bytes,
-        disk_bytes=(kept + waiting) * (training.checkpoints_total_limit + 1) + size.model_bytes,
+        disk_bytes=checkpoint * (training.checkpoints_total_limit + 1) + size.model_bytes,
         cache_bytes=size.cache_bytes,
-        free_disk_bytes=shutil.disk_usage(_existing_parent(out)).free,
+        free_disk_bytes=shutil.disk_usage(existing_parent(out)).free,
+        checkpoint_bytes=checkpoint,
+        placement=placement,
+        warnings=tuple(problems),
     )
     if plan.disk_bytes > plan.free_disk_bytes:
         problem = (
@@ -140,7 +206,8 @@ def _labels(config: Config, images: ImageStore) -> Tensor | None:
     return torch.from_numpy(images.labels.copy())
 
 
-def _existing_parent(path: Path) -> Path:
+def existing_parent(path: Path) -> Path:
+    """The nearest folder that is there, which tells the disk."""
     path = path.absolute()
     while not path.exists():
         path = path.parent
@@ -151,3 +218,10 @@ def _size(count: int) -> str:
     if count < 1 << 20:
         return f"{count / (1 << 10):.0f} KiB"
     return f"{count / (1 << 20):,.0f} MiB" if count < 10 << 30 else f"{count / (1 << 30):,.1f} GiB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min"

@@ -1,0 +1,9 @@
+"""What the server of :mod:`forking` imports once, for all processes."""
+
+import torch
+
+import toy  # noqa: F401
+import unrote.models.pixels
+import unrote.training.loop  # noqa: F401
+
+torch.set_num_threads(1)

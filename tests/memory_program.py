@@ -1,0 +1,42 @@
+"""A run in a process of its own, for test_placement: how much its memory grew, against what the plan says.
+
+Usage: memory_program.py OUT SETTINGS (JSON). Every process prints one line of JSON.
+"""
+
+import json
+import os
+import resource
+import sys
+from pathlib import Path
+
+import diffusers  # noqa: F401  what is imported is no part of the growth
+import torch
+
+from toy import SETTINGS, toy_images
+from unrote.api import train_config
+from unrote.config import load_config
+from unrote.training.plan import make_plan
+
+
+def peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def main() -> None:
+    out, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
+    images = toy_images()
+    world, rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", "1"), ("RANK", "0")))
+    tiny = load_config(method="standard", overrides=SETTINGS | {"training.epochs": 0.1})
+    if world == 1:
+        train_config(tiny, images, out / "first")  # whatever torch allocates once, and the code that it loads
+    else:
+        torch.nn.Conv2d(3, 3, 3)(torch.zeros(1, 3, 8, 8)).sum().backward()
+    before = peak_bytes()
+    config = load_config(method="iet-agc+", overrides=SETTINGS | settings)
+    planned = make_plan(config, images, out / "run", processes=world).placement.ranks[rank]
+    train_config(config, images, out / "run")
+    print(json.dumps({"rank": rank, "grown": peak_bytes() - before, "planned": planned.host_bytes}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""What happens to long jobs happens to several real processes: afterwards the result is that of one calm process."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from forking import INTERRUPTED, UNUSABLE, Job
+from toy import assert_same_run
+from unrote.config import METHODS
+from unrote.training.run import Run
+
+INJECTION = Path(__file__).resolve().parent.parent / "benchmarks" / "fault_injection.py"
+MANY = {"training.epochs": 8, "training.checkpointing_steps": 2}
+"""26 steps in 4 rounds."""
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory):
+    """One undisturbed process."""
+    out = tmp_path_factory.mktemp("calm") / "run"
+    job = Job(out, 1, settings=MANY)
+    assert job.wait() == [0], job.messages()
+    return Run(out)
+
+
+def checkpoints_in(out):
+    return sorted(int(path.stem) for path in (out / "checkpoints").glob("*.json"))
+
+
+def until(condition, job, seconds=100):
+    """Wait for ``condition`` while the job runs."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert job.running and time.monotonic() < end, job.messages()
+        time.sleep(0.005)
+
+
+def goes_on(out, world, expected):
+    job = Job(out, world, settings=MANY)
+    assert job.wait() == [0] * world, job.messages()
+    assert_same_run(Run(out), expected)
+
+
+@pytest.mark.parametrize("method", ["iet-agc", "iet-agc+"])
+def test_the_number_of_processes_changes_nothing(tmp_path, method):
+    assert METHODS[method]
+    runs = []
+    for world in (1, 2, 3):
+        job = Job(tmp_path / str(world), world, method, {"training.checkpointing_steps": 3})
+        assert job.wait() == [0] * world, job.messages()
+        runs.append(Run(tmp_path / str(world)))
+    for run in runs[1:]:
+        assert_same_run(run, runs[0])
+
+
+def test_some_random_kills(tmp_path):
+    """The benchmark that kills hundreds of times, a few times."""
+    out, seed = tmp_path / "faults.json", random.randrange(10**6)
+    command = [sys.executable, INJECTION, "--kills", "3", "--seed", str(seed), "--out", out]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
+    assert result.returncode == 0, f"seed {seed}: {result.stdout}{result.stderr}"
+    found = json.loads(out.read_text())
+    assert found["jobs_that_differ"] == 0
+    assert found["kills"] >= 3
+    assert found["undisturbed_two_processes_equal"]
+
+
+def test_a_request_to_stop_one_process_stops_all_after_a_checkpoint(tmp_path, calm):
+    out = tmp_path / "run"
+    job = Job(out, 2, settings=MANY | {"training.checkpointing_steps": 10_000})
+    until(lambda: (out / "log.jsonl").exists() and (out / "log.jsonl").stat().st_size, job)
+    job.kill([1], signal.SIGTERM)
+    assert job.wait(60) == [INTERRUPTED, INTERRUPTED], job.messages()
+    assert len(checkpoints_in(out)) == 1
+    final = Job(out, 3, settings=MANY | {"training.checkpointing_steps": 10_000})
+    assert final.wait() == [0, 0, 0], final.messages()
+    found, expected = Run(out), calm
+    for name in ("ledger.csv", "model/unet/diffusion_pytorch_model.safetensors"):
+        assert (found.path / name).read_bytes() == (expected.path / name).read_bytes()
+
+
+def test_a_process_that_stands_still_is_named(tmp_path, calm):
+    out = tmp_path / "run"
+    job = Job(out, 2, settings=MANY, UNROTE_PEER_TIMEOUT="5")
+    until(lambda: checkpoints_in(out), job)
+    job.kill([1], signal.SIGSTOP)
+    job.processes[0].join(60)
+    assert job.processes[0].exitcode == UNUSABLE, job.messages()
+    assert "process 1 of 2 has given no sign of life for 5 seconds" in job.messages()[0]
+    job.kill([1], signal.SIGCONT)
+    assert job.wait(60)[1] != 0, "it does not go on alone"
+    goes_on(out, 2, calm)
+
+
+def test_a_second_run_in_the_folder_refuses_and_the_first_goes_on(tmp_path, calm):
+    out = tmp_path / "run"
+    first = Job(out, 2, settings=MANY)
+    until(lambda: (out / "log.jsonl").exists(), first)
+    second = Job(out, 2, settings=MANY)
+    codes, messages = second.wait(60), second.messages()
+    assert codes == [UNUSABLE, UNUSABLE], messages
+    assert all("another process is training in this folder" in message for message in messages)
+    assert first.wait() == [0, 0], first.messages()
+    assert_same_run(Run(out), calm)
+
+
+def test_a_disk_that_is_full_at_a_checkpoint(tmp_path, calm):
+    """Rank 0 can't write files larger than 64 KiB: the log fits, no state does."""
+    out = tmp_path / "run"
+    first = Job(out, 2, settings=MANY)
+    until(lambda: checkpoints_in(out), first)
+    first.kill([0, 1])
+    first.wait()
+    kept = checkpoints_in(out)
+    full = Job(out, 2, settings=MANY, limit=1 << 16)
+    codes = full.wait(60)
+    assert codes[0] != 0 and codes[1] != 0, full.messages()
+    assert checkpoints_in(out) == kept, "what was whole is still there"
+    goes_on(out, 2, calm)
+    assert [path.name for path in out.rglob(".*")] == [".lock"]
