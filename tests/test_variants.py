@@ -194,3 +194,36 @@ def test_a_soft_gate_trains_on_what_a_hard_one_leaves_out(tmp_path, source):
 def test_rules_that_do_not_fit_together_are_refused(tmp_path, settings, message):
     with pytest.raises(InputError, match=message):
         toy_run(tmp_path / "run", "agc", **settings)
+
+
+# Variants of noise and targets.
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("standard", {"training__input_perturbation": 0.1, "training__timestep_bias_strategy": "later",
+                      "training__timestep_bias_multiplier": 4}),
+        ("agc", {"training__ambient_timestep": 300, "data__random_flip": True}),
+    ],
+    ids=["perturbed, later", "ambient"],
+)  # fmt: skip
+def test_variants_of_the_noise_train_and_resume_exactly(tmp_path, standard, method, settings):
+    run = assert_resumes(tmp_path, method, **settings)
+    assert all(tensor.isfinite().all() for tensor in weights_of(run).values())
+    assert largest_difference(weights_of(run), weights_of(standard)) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"training__ambient_timestep": 1000}, r"training\.ambient_timestep: must be below 1000"),
+        ({"training__ambient_timestep": 300, "training__noise_offset": 0.1}, "leave out"),
+        ({"training__ambient_timestep": 300} | AUGMENT, r"augmentation\.enabled=false"),
+        ({"training__timestep_bias_begin": 9, "training__timestep_bias_end": 9}, r"training\.timestep_bias_end: must"),
+        ({"training__timestep_bias_end": 1001}, r"training\.timestep_bias_end: must"),
+    ],
+)
+def test_noise_that_does_not_fit_is_refused(tmp_path, settings, message):
+    with pytest.raises(InputError, match=message):
+        toy_run(tmp_path / "run", **settings)

@@ -133,6 +133,20 @@ class TrainingConfig(Section):
     """γ of min-SNR weights (arXiv 2303.09556), such as 5; none weighs all alike. The gate sees losses unweighted."""
     noise_offset: NonNegativeFloat = 0.0
     """Share of noise that is one number per channel, which lets a model learn overall brightness; such as 0.05."""
+    input_perturbation: NonNegativeFloat = 0.0
+    """Std of extra noise that the network gets and is not asked for (arXiv 2301.11706, Algorithm 1), such as 0.1."""
+    timestep_bias_strategy: Literal["none", "later", "earlier", "range"] = "none"
+    """Draw some timesteps more often: the last, noisiest, or first portion of them, or from begin to end."""
+    timestep_bias_portion: Fraction = 0.25
+    """Which share of the timesteps is later or earlier."""
+    timestep_bias_multiplier: PositiveFloat = 1.0
+    """How many times as often as the others they are drawn."""
+    timestep_bias_begin: NonNegativeInt = 0
+    """First timestep of the range."""
+    timestep_bias_end: PositiveInt | None = None
+    """End of the range, itself outside of it; none is T."""
+    ambient_timestep: NonNegativeInt | None = None
+    """From this timestep on, see only one fixed noisy version of each image (arXiv 2502.21278); none never does."""
     gradient_checkpointing: bool = False
     """Compute activations twice instead of keeping them: less memory, slower."""
     mixed_precision: Precision = "no"
@@ -288,6 +302,7 @@ class Config(Section):
             raise ValueError(f"gate.bank.bins: {bins} bins for {timesteps} timesteps; use at most {timesteps}")
         if self.gate.timesteps is not None and self.gate.timesteps[1] >= timesteps:
             raise ValueError(f"gate.timesteps: {self.gate.timesteps[1]} is beyond the last timestep, {timesteps - 1}")
+        self._check_noise(timesteps)
         if self.redistribution.enabled and not (self.ensemble.enabled and self.ensemble.num_shards > 1):
             raise ValueError(
                 "redistribution.enabled moves samples between shards: enable ensemble, with num_shards > 1"
@@ -299,6 +314,21 @@ class Config(Section):
         if self.redistribution.enabled and not self.gate.enabled:
             raise ValueError("redistribution.enabled goes by skips: enable gate too")
         return self
+
+    def _check_noise(self, timesteps: int) -> None:
+        training = self.training
+        end = timesteps if training.timestep_bias_end is None else training.timestep_bias_end
+        if not training.timestep_bias_begin < end <= timesteps:
+            raise ValueError(f"training.timestep_bias_end: must lie above timestep_bias_begin, up to {timesteps}")
+        if training.ambient_timestep is None:
+            return
+        if training.ambient_timestep >= timesteps:
+            raise ValueError(f"training.ambient_timestep: must be below {timesteps}, the number of timesteps")
+        if self.model.pretrained is not None or self.augmentation.enabled or training.noise_offset:
+            raise ValueError(
+                "training.ambient_timestep: needs each image to be one and the noise to be Gaussian: leave out "
+                "model.pretrained, training.noise_offset and augmentation (augmentation.enabled=false)"
+            )
 
     @property
     def num_shards(self) -> int:
