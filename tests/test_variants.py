@@ -14,8 +14,10 @@ from toy import assert_same_run, largest_difference, log_of, summary_of, toy_ima
 from unrote.config import ModelConfig
 from unrote.data.augmentations import LABELS
 from unrote.errors import InputError
+from unrote.method.outer import OuterOptimizer
 from unrote.models.augmentation_labels import tell_of_augmentation, without_augmentation
 from unrote.models.denoiser import build_unet
+from unrote.seeding import derive_seed
 
 AUGMENT = {"augmentation__enabled": True, "augmentation__policy": "all"}
 OPERATIONS = {"augmentation__ops__brightness": 0.3, "augmentation__ops__shift": 0.25}
@@ -46,10 +48,10 @@ def interrupted_run(out, method, *, after=5, **settings):
     return toy_run(out, method, **settings)
 
 
-def assert_resumes(tmp_path, method, **settings):
+def assert_resumes(tmp_path, method, *, after=5, **settings):
     undisturbed = toy_run(tmp_path / "undisturbed", method, training__log_every_steps=1, **settings)
     # The log of an undisturbed run does not depend on when checkpoints are written.
-    assert_same_run(interrupted_run(tmp_path / "interrupted", method, **settings), undisturbed)
+    assert_same_run(interrupted_run(tmp_path / "interrupted", method, after=after, **settings), undisturbed)
     return undisturbed
 
 
@@ -227,3 +229,39 @@ def test_variants_of_the_noise_train_and_resume_exactly(tmp_path, standard, meth
 def test_noise_that_does_not_fit_is_refused(tmp_path, settings, message):
     with pytest.raises(InputError, match=message):
         toy_run(tmp_path / "run", **settings)
+
+
+# An outer optimizer over the rounds.
+
+
+def test_the_outer_optimizer_is_sgd_with_nesterov_momentum():
+    """Against torch's own, whose gradient is what each round changed."""
+    outer, velocity = OuterOptimizer(0.7, 0.9), {}
+    weight = torch.nn.Parameter(torch.randn(5))
+    start = {"weight": weight.detach().clone(), "count": torch.tensor(3)}
+    reference = torch.optim.SGD([weight], lr=0.7, momentum=0.9, nesterov=True)
+    for count in range(4):
+        average = {"weight": start["weight"] + torch.randn(5), "count": torch.tensor(count)}
+        weight.grad = weight.detach() - average["weight"]
+        reference.step()
+        start, velocity = outer.step(start, average, velocity)
+        torch.testing.assert_close(start["weight"], weight.detach())
+        assert start["count"] == count
+
+
+def test_an_ensemble_moves_by_the_outer_optimizer(tmp_path):
+    """One round at half the outer learning rate ends halfway between the start and the average."""
+    settings = {"training__epochs": 2, "training__use_ema": False}
+    plain = weights_of(toy_run(tmp_path / "plain", "iet", **settings))
+    half = weights_of(toy_run(tmp_path / "half", "iet", ensemble__outer_learning_rate=0.5, **settings))
+    torch.manual_seed(derive_seed(0, "init"))
+    config = toy_run(tmp_path / "half", "iet", ensemble__outer_learning_rate=0.5, **settings).config.model
+    start = build_unet(config, resolution=8, channels=3, num_classes=None).state_dict()
+    assert largest_difference(half, {name: (start[name] + plain[name]) / 2 for name in plain}) < 1e-6
+
+
+def test_an_ensemble_with_an_outer_optimizer_resumes_exactly(tmp_path):
+    settings = {"ensemble__outer_learning_rate": 0.7, "ensemble__outer_momentum": 0.9, "ensemble__local_epochs": 1}
+    run = assert_resumes(tmp_path, "iet-agc+", after=9, **settings)
+    plain = toy_run(tmp_path / "plain", "iet-agc+", ensemble__local_epochs=1)
+    assert largest_difference(weights_of(run, "raw"), weights_of(plain, "raw")) > 1e-3

@@ -206,6 +206,16 @@ class EnsembleConfig(Section):
     """How shards are drawn: shuffled, balanced over labels, or in order."""
     optimizer_state: Literal["per-proxy", "reset", "average"] = "per-proxy"
     """What becomes of the optimizer's moments when the weights are averaged."""
+    outer_learning_rate: PositiveFloat = 1.0
+    """How far a round moves the weights towards the proxies' average (DiLoCo, arXiv 2311.08105); 1 is there."""
+    outer_momentum: Decay = 0.0
+    """Nesterov momentum of these moves from round to round; DiLoCo has 0.9, with outer_learning_rate 0.7."""
+
+    @property
+    def outer(self) -> tuple[float, float] | None:
+        """Learning rate and momentum of the outer optimizer; None where it is plain averaging."""
+        plain = self.outer_learning_rate == 1 and self.outer_momentum == 0
+        return None if plain else (self.outer_learning_rate, self.outer_momentum)
 
 
 class RedistributionConfig(Section):
@@ -306,6 +316,10 @@ class Config(Section):
         if self.redistribution.enabled and not (self.ensemble.enabled and self.ensemble.num_shards > 1):
             raise ValueError(
                 "redistribution.enabled moves samples between shards: enable ensemble, with num_shards > 1"
+            )
+        if self.model.train == "lora" and self.model.lora.average == "product" and self.ensemble.outer:
+            raise ValueError(
+                "ensemble.outer_learning_rate and outer_momentum move factors: use model.lora.average=factors"
             )
         if self.model.train == "lora" and self.model.pretrained is None:
             raise ValueError("model.train: lora needs a model to adapt; set model.pretrained")

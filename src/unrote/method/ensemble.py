@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from unrote.method.gate import LossGate
+from unrote.method.outer import OuterOptimizer
 from unrote.method.shards import Split, Topology, redistribute, split_shards
 from unrote.method.slots import FolderSlots, MemorySlots
 from unrote.tensorfiles import weighted_average
@@ -119,6 +120,8 @@ class ShardEnsemble:
         optimizer_state: ``per-proxy`` keeps it, ``reset`` starts each round afresh, ``average`` averages the moments.
         redistribution: MSR; needs a gate with a ledger.
         seed: of the split and of the redistribution.
+        outer: how far a round moves the aggregate of the weights; by default to the proxies' average. Moving averages
+            (``ema``) and moments are averaged as they are.
         folder: keep proxies that are not live in files there, not in memory.
         average: of the proxies' states under weights that sum to 1, instead of the mean of every number.
 
@@ -141,6 +144,7 @@ class ShardEnsemble:
         labels: Tensor | None = None,
         optimizer_state: OptimizerState = "per-proxy",
         redistribution: Redistribution | None = None,
+        outer: OuterOptimizer | None = None,
         seed: int = 0,
         folder: Path | None = None,
         average: Average = weighted_average,
@@ -163,6 +167,7 @@ class ShardEnsemble:
         self._gate = gate
         self._redistribution = redistribution
         self._optimizer_state = optimizer_state
+        self._outer = outer
         self._seed = seed
         self._average = average
         self._averaged: dict[str, Stateful] = {"model": model} | ({} if ema is None else {"ema": ema})
@@ -250,6 +255,10 @@ class ShardEnsemble:
             proxies = (self._slots.get(f"proxy-{k}", parts) for k in range(self.num_shards))
             weights = [len(shard) / len(self.dataset) for shard in self.shards]
             average = self._average(proxies, weights)
+            if self._outer is not None:
+                start, velocity = self._slots.get("global", ["model"])["model"], self._slots.get("velocity")
+                average["model"], velocity = self._outer.step(start, average["model"], velocity)
+                self._slots.put("velocity", velocity)
             self._slots.put("global", average)
             _put(self._averaged, average)
         self.round_index, self.phase, self.proxy = self.round_index + 1, 0, 0
