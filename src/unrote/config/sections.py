@@ -147,6 +147,12 @@ class TrainingConfig(Section):
     """End of the range, itself outside of it; none is T."""
     ambient_timestep: NonNegativeInt | None = None
     """From this timestep on, see only one fixed noisy version of each image (arXiv 2502.21278); none never does."""
+    dp_noise_multiplier: PositiveFloat | None = None
+    """σ of DP-SGD (arXiv 1607.00133), by Opacus: noise in units of dp_max_grad_norm; none is ordinary training."""
+    dp_max_grad_norm: PositiveFloat = 1.0
+    """C of DP-SGD: each sample's gradient is scaled down to this norm, in place of max_grad_norm."""
+    dp_delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    """δ at which DP-SGD's ε is reported; below 1 / images."""
     gradient_checkpointing: bool = False
     """Compute activations twice instead of keeping them: less memory, slower."""
     mixed_precision: Precision = "no"
@@ -313,6 +319,7 @@ class Config(Section):
         if self.gate.timesteps is not None and self.gate.timesteps[1] >= timesteps:
             raise ValueError(f"gate.timesteps: {self.gate.timesteps[1]} is beyond the last timestep, {timesteps - 1}")
         self._check_noise(timesteps)
+        self._check_privacy()
         if self.redistribution.enabled and not (self.ensemble.enabled and self.ensemble.num_shards > 1):
             raise ValueError(
                 "redistribution.enabled moves samples between shards: enable ensemble, with num_shards > 1"
@@ -328,6 +335,18 @@ class Config(Section):
         if self.redistribution.enabled and not self.gate.enabled:
             raise ValueError("redistribution.enabled goes by skips: enable gate too")
         return self
+
+    def _check_privacy(self) -> None:
+        training = self.training
+        if training.dp_noise_multiplier is None:
+            return
+        parts = [part for part in ("ensemble", "gate") if getattr(self, part).enabled]
+        parts += ["augmentation"] if self.augmentation.enabled and self.augmentation.policy != "all" else []
+        parts += ["model.pretrained"] if self.model.pretrained is not None else []
+        parts += [f"training.{name}" for name in ("compile", "gradient_checkpointing") if getattr(training, name)]
+        parts += ["training.mixed_precision=fp16"] if training.mixed_precision == "fp16" else []
+        if parts:
+            raise ValueError(f"training.dp_noise_multiplier: DP-SGD does not go with {', '.join(parts)}")
 
     def _check_noise(self, timesteps: int) -> None:
         training = self.training

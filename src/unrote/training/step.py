@@ -19,6 +19,7 @@ from unrote.seeding import derive_seed, generator
 from unrote.text.mitigations import prediction_norm
 from unrote.training.ema import EMA
 from unrote.training.heap import keep_freed_memory
+from unrote.training.privacy import PrivateGradients
 from unrote.training.timesteps import timestep_weights
 
 
@@ -102,6 +103,7 @@ class TrainingStep:
         self.scaler = torch.amp.GradScaler(device.type, enabled=training.mixed_precision == "fp16")
         if training.gradient_checkpointing:
             task.denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
+        self._private = None if training.dp_noise_multiplier is None else PrivateGradients(self.model, training)
         self._forward: Any = torch.compile(task.denoiser) if training.compile else task.denoiser
         # To seed everything is to ask every kind of accelerator, which takes longer than the gate does.
         self._seed: Any = torch.default_generator.manual_seed if device.type == "cpu" else torch.manual_seed
@@ -128,6 +130,8 @@ class TrainingStep:
             losses, decision = self._train_on_kept(batch, indices, mirrored, draw)
         else:
             losses, decision = self._train_gated(batch)
+        if self._private is not None:
+            self._private.finish(len(indices), self.config.seed, proxy, step)
         if self.gate.any_kept():
             self._update(step)
         self.optimizer.zero_grad(set_to_none=True)
@@ -217,9 +221,12 @@ class TrainingStep:
                 self.gate.record(whole, torch.cat(losses), batch.timesteps, batch.indices, augmented)
             # The batch's number of kept samples is known only after its last part: then gradients are rescaled below.
             divisor = self.gate.num_kept.clamp(min=1) if len(parts) == 1 else len(batch.indices)
-            total = gated_sum(self._weighted(loss, part.timesteps), decision.weight) / divisor
+            weighted = self._weighted(loss, part.timesteps)
+            total = gated_sum(weighted, decision.weight) / divisor if self._private is None else weighted.sum()
             self.scaler.scale(total).backward()  # type: ignore[no-untyped-call]
-        if len(parts) > 1:
+            if self._private is not None:
+                self._private.add()
+        if self._private is None and len(parts) > 1:
             gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
             torch._foreach_mul_(gradients, len(batch.indices) / self.gate.num_kept.clamp(min=1))
         return torch.cat(losses), whole
@@ -263,7 +270,8 @@ class TrainingStep:
         return loss, decision
 
     def _update(self, step: int) -> None:
-        if norm := self.config.training.max_grad_norm:
+        norm = self.config.training.max_grad_norm
+        if norm and self._private is None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), norm)
         self.scaler.step(self.optimizer)
