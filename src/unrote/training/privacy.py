@@ -49,7 +49,7 @@ class PrivateGradients:
 
     def add(self) -> None:
         """Clip the gradient of each sample of the last ``backward`` to norm C, and add them up."""
-        gradients: list[Tensor] = [parameter.grad_sample for parameter in self._parameters]  # type: ignore[misc]
+        gradients: list[Tensor] = [parameter.grad_sample for parameter in self._parameters]  # type: ignore[attr-defined]
         norms = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients]).norm(dim=0)
         factors = (self._limit / norms.clamp(min=1e-12)).clamp(max=1)
         sums = [torch.einsum("n,n...->...", factors, gradient) for gradient in gradients]
