@@ -14,8 +14,10 @@ from toy import assert_same_run, largest_difference, log_of, summary_of, toy_ima
 from unrote.config import ModelConfig
 from unrote.data.augmentations import LABELS
 from unrote.errors import InputError
+from unrote.method.outer import OuterOptimizer
 from unrote.models.augmentation_labels import tell_of_augmentation, without_augmentation
 from unrote.models.denoiser import build_unet
+from unrote.seeding import derive_seed
 
 AUGMENT = {"augmentation__enabled": True, "augmentation__policy": "all"}
 OPERATIONS = {"augmentation__ops__brightness": 0.3, "augmentation__ops__shift": 0.25}
@@ -46,10 +48,10 @@ def interrupted_run(out, method, *, after=5, **settings):
     return toy_run(out, method, **settings)
 
 
-def assert_resumes(tmp_path, method, **settings):
+def assert_resumes(tmp_path, method, *, after=5, **settings):
     undisturbed = toy_run(tmp_path / "undisturbed", method, training__log_every_steps=1, **settings)
     # The log of an undisturbed run does not depend on when checkpoints are written.
-    assert_same_run(interrupted_run(tmp_path / "interrupted", method, **settings), undisturbed)
+    assert_same_run(interrupted_run(tmp_path / "interrupted", method, after=after, **settings), undisturbed)
     return undisturbed
 
 
@@ -194,3 +196,72 @@ def test_a_soft_gate_trains_on_what_a_hard_one_leaves_out(tmp_path, source):
 def test_rules_that_do_not_fit_together_are_refused(tmp_path, settings, message):
     with pytest.raises(InputError, match=message):
         toy_run(tmp_path / "run", "agc", **settings)
+
+
+# Variants of noise and targets.
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("standard", {"training__input_perturbation": 0.1, "training__timestep_bias_strategy": "later",
+                      "training__timestep_bias_multiplier": 4}),
+        ("agc", {"training__ambient_timestep": 300, "data__random_flip": True}),
+    ],
+    ids=["perturbed, later", "ambient"],
+)  # fmt: skip
+def test_variants_of_the_noise_train_and_resume_exactly(tmp_path, standard, method, settings):
+    run = assert_resumes(tmp_path, method, **settings)
+    assert all(tensor.isfinite().all() for tensor in weights_of(run).values())
+    assert largest_difference(weights_of(run), weights_of(standard)) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"training__ambient_timestep": 1000}, r"training\.ambient_timestep: must be below 1000"),
+        ({"training__ambient_timestep": 300, "training__noise_offset": 0.1}, "leave out"),
+        ({"training__ambient_timestep": 300} | AUGMENT, r"augmentation\.enabled=false"),
+        ({"training__timestep_bias_begin": 9, "training__timestep_bias_end": 9}, r"training\.timestep_bias_end: must"),
+        ({"training__timestep_bias_end": 1001}, r"training\.timestep_bias_end: must"),
+    ],
+)
+def test_noise_that_does_not_fit_is_refused(tmp_path, settings, message):
+    with pytest.raises(InputError, match=message):
+        toy_run(tmp_path / "run", **settings)
+
+
+# An outer optimizer over the rounds.
+
+
+def test_the_outer_optimizer_is_sgd_with_nesterov_momentum():
+    """Against torch's own, whose gradient is what each round changed."""
+    outer, velocity = OuterOptimizer(0.7, 0.9), {}
+    weight = torch.nn.Parameter(torch.randn(5))
+    start = {"weight": weight.detach().clone(), "count": torch.tensor(3)}
+    reference = torch.optim.SGD([weight], lr=0.7, momentum=0.9, nesterov=True)
+    for count in range(4):
+        average = {"weight": start["weight"] + torch.randn(5), "count": torch.tensor(count)}
+        weight.grad = weight.detach() - average["weight"]
+        reference.step()
+        start, velocity = outer.step(start, average, velocity)
+        torch.testing.assert_close(start["weight"], weight.detach())
+        assert start["count"] == count
+
+
+def test_an_ensemble_moves_by_the_outer_optimizer(tmp_path):
+    """One round at half the outer learning rate ends halfway between the start and the average."""
+    settings = {"training__epochs": 2, "training__use_ema": False}
+    plain = weights_of(toy_run(tmp_path / "plain", "iet", **settings))
+    half = weights_of(toy_run(tmp_path / "half", "iet", ensemble__outer_learning_rate=0.5, **settings))
+    torch.manual_seed(derive_seed(0, "init"))
+    config = toy_run(tmp_path / "half", "iet", ensemble__outer_learning_rate=0.5, **settings).config.model
+    start = build_unet(config, resolution=8, channels=3, num_classes=None).state_dict()
+    assert largest_difference(half, {name: (start[name] + plain[name]) / 2 for name in plain}) < 1e-6
+
+
+def test_an_ensemble_with_an_outer_optimizer_resumes_exactly(tmp_path):
+    settings = {"ensemble__outer_learning_rate": 0.7, "ensemble__outer_momentum": 0.9, "ensemble__local_epochs": 1}
+    run = assert_resumes(tmp_path, "iet-agc+", after=9, **settings)
+    plain = toy_run(tmp_path / "plain", "iet-agc+", ensemble__local_epochs=1)
+    assert largest_difference(weights_of(run, "raw"), weights_of(plain, "raw")) > 1e-3

@@ -146,6 +146,26 @@ class TrainingConfig(Section):
     """γ of min-SNR weights (arXiv 2303.09556), such as 5; none weighs all alike. The gate sees losses unweighted."""
     noise_offset: NonNegativeFloat = 0.0
     """Share of noise that is one number per channel, which lets a model learn overall brightness; such as 0.05."""
+    input_perturbation: NonNegativeFloat = 0.0
+    """Std of extra noise that the network gets and is not asked for (arXiv 2301.11706, Algorithm 1), such as 0.1."""
+    timestep_bias_strategy: Literal["none", "later", "earlier", "range"] = "none"
+    """Draw some timesteps more often: the last, noisiest, or first portion of them, or from begin to end."""
+    timestep_bias_portion: Fraction = 0.25
+    """Which share of the timesteps is later or earlier."""
+    timestep_bias_multiplier: PositiveFloat = 1.0
+    """How many times as often as the others they are drawn."""
+    timestep_bias_begin: NonNegativeInt = 0
+    """First timestep of the range."""
+    timestep_bias_end: PositiveInt | None = None
+    """End of the range, itself outside of it; none is T."""
+    ambient_timestep: NonNegativeInt | None = None
+    """From this timestep on, see only one fixed noisy version of each image (arXiv 2502.21278); none never does."""
+    dp_noise_multiplier: PositiveFloat | None = None
+    """σ of DP-SGD (arXiv 1607.00133), by Opacus: noise in units of dp_max_grad_norm; none is ordinary training."""
+    dp_max_grad_norm: PositiveFloat = 1.0
+    """C of DP-SGD: each sample's gradient is scaled down to this norm, in place of max_grad_norm."""
+    dp_delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    """δ at which DP-SGD's ε is reported; below 1 / images."""
     gradient_checkpointing: bool = False
     """Compute activations twice instead of keeping them: less memory, slower."""
     mixed_precision: Precision = "no"
@@ -205,6 +225,16 @@ class EnsembleConfig(Section):
     """How shards are drawn: shuffled, balanced over labels, or in order."""
     optimizer_state: Literal["per-proxy", "reset", "average"] = "per-proxy"
     """What becomes of the optimizer's moments when the weights are averaged."""
+    outer_learning_rate: PositiveFloat = 1.0
+    """How far a round moves the weights towards the proxies' average (DiLoCo, arXiv 2311.08105); 1 is there."""
+    outer_momentum: Decay = 0.0
+    """Nesterov momentum of these moves from round to round; DiLoCo has 0.9, with outer_learning_rate 0.7."""
+
+    @property
+    def outer(self) -> tuple[float, float] | None:
+        """Learning rate and momentum of the outer optimizer; None where it is plain averaging."""
+        plain = self.outer_learning_rate == 1 and self.outer_momentum == 0
+        return None if plain else (self.outer_learning_rate, self.outer_momentum)
 
 
 class RedistributionConfig(Section):
@@ -301,9 +331,15 @@ class Config(Section):
             raise ValueError(f"gate.bank.bins: {bins} bins for {timesteps} timesteps; use at most {timesteps}")
         if self.gate.timesteps is not None and self.gate.timesteps[1] >= timesteps:
             raise ValueError(f"gate.timesteps: {self.gate.timesteps[1]} is beyond the last timestep, {timesteps - 1}")
+        self._check_noise(timesteps)
+        self._check_privacy()
         if self.redistribution.enabled and not (self.ensemble.enabled and self.ensemble.num_shards > 1):
             raise ValueError(
                 "redistribution.enabled moves samples between shards: enable ensemble, with num_shards > 1"
+            )
+        if self.model.train == "lora" and self.model.lora.average == "product" and self.ensemble.outer:
+            raise ValueError(
+                "ensemble.outer_learning_rate and outer_momentum move factors: use model.lora.average=factors"
             )
         if self.model.train == "lora" and self.model.pretrained is None:
             raise ValueError("model.train: lora needs a model to adapt; set model.pretrained")
@@ -312,6 +348,33 @@ class Config(Section):
         if self.redistribution.enabled and not self.gate.enabled:
             raise ValueError("redistribution.enabled goes by skips: enable gate too")
         return self
+
+    def _check_privacy(self) -> None:
+        training = self.training
+        if training.dp_noise_multiplier is None:
+            return
+        parts = [part for part in ("ensemble", "gate") if getattr(self, part).enabled]
+        parts += ["augmentation"] if self.augmentation.enabled and self.augmentation.policy != "all" else []
+        parts += ["model.pretrained"] if self.model.pretrained is not None else []
+        parts += [f"training.{name}" for name in ("compile", "gradient_checkpointing") if getattr(training, name)]
+        parts += ["training.mixed_precision=fp16"] if training.mixed_precision == "fp16" else []
+        if parts:
+            raise ValueError(f"training.dp_noise_multiplier: DP-SGD does not go with {', '.join(parts)}")
+
+    def _check_noise(self, timesteps: int) -> None:
+        training = self.training
+        end = timesteps if training.timestep_bias_end is None else training.timestep_bias_end
+        if not training.timestep_bias_begin < end <= timesteps:
+            raise ValueError(f"training.timestep_bias_end: must lie above timestep_bias_begin, up to {timesteps}")
+        if training.ambient_timestep is None:
+            return
+        if training.ambient_timestep >= timesteps:
+            raise ValueError(f"training.ambient_timestep: must be below {timesteps}, the number of timesteps")
+        if self.model.pretrained is not None or self.augmentation.enabled or training.noise_offset:
+            raise ValueError(
+                "training.ambient_timestep: needs each image to be one and the noise to be Gaussian: leave out "
+                "model.pretrained, training.noise_offset and augmentation (augmentation.enabled=false)"
+            )
 
     @property
     def num_shards(self) -> int:

@@ -10,12 +10,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from unrote.method.gate import LossGate
+from unrote.method.outer import OuterOptimizer
 from unrote.method.peers import Alone, Average, Peers
 from unrote.method.shards import Split, Topology, redistribute, split_shards
 from unrote.method.slots import FolderSlots, MemorySlots
 from unrote.tensorfiles import load_state, weighted_average
 
 OptimizerState = Literal["per-proxy", "reset", "average"]
+COMMON = ("global", "initial", "velocity")
+"""States that belong to all proxies."""
 
 
 class Stateful(Protocol):
@@ -120,6 +123,8 @@ class ShardEnsemble:
         optimizer_state: ``per-proxy`` keeps it, ``reset`` starts each round afresh, ``average`` averages the moments.
         redistribution: MSR; needs a gate with a ledger.
         seed: of the split and of the redistribution.
+        outer: how far a round moves the aggregate of the weights; by default to the proxies' average. Moving averages
+            (``ema``) and moments are averaged as they are.
         folder: keep proxies that are not live in files there, not in memory.
         average: of the proxies' states under weights that sum to 1, instead of the mean of every number.
         peers: the processes among which the proxies are dealt out. The result does not depend on how many they are.
@@ -144,6 +149,7 @@ class ShardEnsemble:
         left_out: Tensor | None = None,
         optimizer_state: OptimizerState = "per-proxy",
         redistribution: Redistribution | None = None,
+        outer: OuterOptimizer | None = None,
         seed: int = 0,
         folder: Path | None = None,
         average: Average = weighted_average,
@@ -171,6 +177,7 @@ class ShardEnsemble:
         self._gate = gate
         self._redistribution = redistribution
         self._optimizer_state = optimizer_state
+        self._outer = outer
         self._seed = seed
         self._average = average
         self._averaged: dict[str, Stateful] = {"model": model} | ({} if ema is None else {"ema": ema})
@@ -181,7 +188,7 @@ class ShardEnsemble:
         else:
             self._kept["optimizer"] = optimizer
         names = [f"{kind}-{k}" for kind in ("proxy", "live") for k in self._mine]
-        names += ["global", "initial"] if self._peers.rank == 0 else []
+        names += COMMON if self._peers.rank == 0 else []
         self._slots = MemorySlots() if folder is None else FolderSlots(folder, names)
         # What belongs to all is kept by the first process; the others have it in memory.
         self._common = self._slots if self._peers.rank == 0 else MemorySlots()
@@ -308,6 +315,10 @@ class ShardEnsemble:
             sizes = [len(shard) for shard in self.shards]
             weights = [size / sum(sizes) for size in sizes]
             average = self._peers.average(proxies, weights, self._average)
+            if self._outer is not None:
+                start, velocity = self._common.get("global", ["model"])["model"], self._common.get("velocity")
+                average["model"], velocity = self._outer.step(start, average["model"], velocity)
+                self._common.put("velocity", velocity)
             self._common.put("global", average)
             _put(self._averaged, average)
         self.round_index, self.phase, self.proxy = self.round_index + 1, 0, 0
@@ -363,7 +374,7 @@ class ShardEnsemble:
         self._live = False
         assert isinstance(self._slots, FolderSlots)
         if self._common is not self._slots:
-            for name in ("global", "initial"):
+            for name in state["slots"]["files"].keys() & set(COMMON):
                 self._common.put(name, load_state(self._slots.folder / state["slots"]["files"][name]))
         _put(self._averaged, self._common.get("global"))
 

@@ -83,7 +83,7 @@ class DenoisingLoss:
         alphas = schedule.alphas_cumprod.to(device, torch.float32)
         self.num_timesteps = len(alphas)
         self._signal, self._noise = alphas.sqrt(), (1 - alphas).sqrt()
-        self._prediction_type: str = schedule.config.prediction_type
+        self.prediction_type: str = schedule.config.prediction_type
         self._device, self._dtype = device, dtype
 
     def __call__(
@@ -108,7 +108,7 @@ class DenoisingLoss:
         Returns:
             [B, C, H, W], in the precision of the forward pass.
         """
-        signal, sigma = self._levels(timesteps)
+        signal, sigma = self.levels(timesteps)
         noisy = signal * clean + sigma * noise
         with torch.autocast(self._device.type, self._dtype, enabled=self._dtype is not None):
             prediction: Tensor = denoiser(noisy, timesteps, **condition).sample
@@ -116,13 +116,13 @@ class DenoisingLoss:
 
     def errors(self, prediction: Tensor, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """The loss of each sample, float32 [B]."""
-        error = prediction.float() - self._target(clean, noise, *self._levels(timesteps))
+        error = prediction.float() - self._target(clean, noise, *self.levels(timesteps))
         return error.square().mean((1, 2, 3))
 
     def min_snr_weights(self, timesteps: Tensor, gamma: float) -> Tensor:
         """Weights that make the loss on the clean image count min(SNR, γ) (Hang et al. 2023, Eq. 9), float32 [B]."""
         snr: Tensor = (self._signal[timesteps] / self._noise[timesteps]).square()
-        match self._prediction_type:
+        match self.prediction_type:
             case "epsilon":
                 return (gamma / snr).clamp(max=1)
             case "sample":
@@ -130,11 +130,12 @@ class DenoisingLoss:
             case _:
                 return snr.clamp(max=gamma) / (snr + 1)
 
-    def _levels(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+    def levels(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """a = √ᾱ and s = √(1−ᾱ), how much signal and noise there is, each float32 [B, 1, 1, 1]."""
         return self._signal[timesteps].view(-1, 1, 1, 1), self._noise[timesteps].view(-1, 1, 1, 1)
 
     def _target(self, clean: Tensor, noise: Tensor, signal: Tensor, sigma: Tensor) -> Tensor:
-        match self._prediction_type:
+        match self.prediction_type:
             case "epsilon":
                 return noise
             case "sample":

@@ -19,6 +19,7 @@ from unrote.config import Config
 from unrote.data.store import ImageStore
 from unrote.errors import InputError
 from unrote.method.ensemble import Redistribution, ShardEnsemble
+from unrote.method.outer import OuterOptimizer
 from unrote.method.shards import SampleStream
 from unrote.models.making import make_task
 from unrote.seeding import derive_seed
@@ -119,6 +120,7 @@ def _train(config: Config, images: ImageStore, run: Run, device: torch.device, p
         left_out=reference,
         optimizer_state=config.ensemble.optimizer_state,
         redistribution=Redistribution(msr.fraction, msr.topology, msr.every) if msr.enabled else None,
+        outer=OuterOptimizer(*config.ensemble.outer) if config.ensemble.outer else None,
         seed=config.seed,
         folder=run.path / "proxies",
         average=task.average,

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 from unrote import __version__
 from unrote.config import Config
@@ -11,6 +12,7 @@ from unrote.method.ledger import Ledger
 from unrote.models.task import Task
 from unrote.training.card import model_card
 from unrote.training.ema import EMA
+from unrote.training.privacy import privacy_spent
 from unrote.training.run import Run
 
 
@@ -23,8 +25,21 @@ def write_outputs(
     save_model(run.model_folder, task, ema)
     visits, skips = int(columns["visits"].sum()), int(columns["skips"].sum())
     write_text(run.path / "README.md", model_card(config, images, visits, skips))
-    summary = {"samples_seen": visits, "steps": steps, "skipped": skips, "augmented": int(columns["augmented"].sum())}
-    write_json(run.path / "run.json", {"unrote": __version__, **summary, "moved": int(columns["moves"].sum())})
+    summary: dict[str, Any] = {
+        "samples_seen": visits,
+        "steps": steps,
+        "skipped": skips,
+        "augmented": int(columns["augmented"].sum()),
+    }
+    write_json(
+        run.path / "run.json",
+        {
+            "unrote": __version__,
+            **summary,
+            "moved": int(columns["moves"].sum()),
+            **privacy_spent(config.training, len(images), steps),
+        },
+    )
 
 
 def save_model(folder: Path, task: Task, ema: EMA | None) -> None:

@@ -8,16 +8,19 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
 from unrote.config import Config
-from unrote.data.augmentations import coin
+from unrote.data.augmentations import coin, mirror
 from unrote.method.augment import augmentation_strength
 from unrote.method.bank import LossBank
 from unrote.method.gate import Decision, LossGate, gated_sum
 from unrote.method.ledger import Ledger
+from unrote.models.ambient import Ambient
 from unrote.models.task import Condition, Task, rows_of
 from unrote.seeding import derive_seed, generator
 from unrote.text.mitigations import prediction_norm
 from unrote.training.ema import EMA
 from unrote.training.heap import keep_freed_memory
+from unrote.training.privacy import PrivateGradients
+from unrote.training.timesteps import timestep_weights
 
 
 @dataclass
@@ -33,14 +36,19 @@ class Batch:
     augmented: Tensor
     """bool [B], whether ``clean`` is an augmented view."""
     noise: Tensor
+    """What the denoiser is to find."""
     timesteps: Tensor
+    shown: Tensor
+    """The noise that is in what the denoiser sees; ``noise`` itself but for some baselines."""
+    fixed: Tensor | None
+    """The images' own noise, see :class:`unrote.models.ambient.Ambient`."""
 
     def at(self, rows: Tensor) -> "Batch":
         """The samples at ``rows``."""
         condition = rows_of(self.condition, rows)
         return Batch(
             self.indices[rows], self.clean[rows], condition, self.augmented[rows], self.noise[rows],
-            self.timesteps[rows],
+            self.timesteps[rows], self.shown[rows], None if self.fixed is None else self.fixed[rows],
         )  # fmt: skip
 
     def parts(self, count: int) -> "list[Batch]":
@@ -105,6 +113,9 @@ class TrainingStep:
             update_bank=len(self._reference) == 0,
             **config.gate.rule,
         )
+        n = training.ambient_timestep
+        self._ambient = None if n is None else Ambient(self.loss, n, config.seed)
+        self._timestep_weights = timestep_weights(training, self.loss.num_timesteps)
         self.ema = EMA(self.model, training.ema_decay) if training.use_ema else None
         kind = torch.optim.Adam if training.optimizer == "adam" else torch.optim.AdamW
         self.optimizer = kind(
@@ -124,6 +135,7 @@ class TrainingStep:
         self.scaler = torch.amp.GradScaler(device.type, enabled=training.mixed_precision == "fp16")
         if training.gradient_checkpointing:
             task.denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
+        self._private = None if training.dp_noise_multiplier is None else PrivateGradients(self.model, training)
         self._forward: Any = torch.compile(task.denoiser) if training.compile else task.denoiser
         # To seed everything is to ask every kind of accelerator, which takes longer than the gate does.
         self._seed: Any = torch.default_generator.manual_seed if device.type == "cpu" else torch.manual_seed
@@ -152,6 +164,8 @@ class TrainingStep:
             losses, decision = self._train_on_kept(batch, indices, mirrored, draw)
         else:
             losses, decision = self._train_gated(batch)
+        if self._private is not None:
+            self._private.finish(len(indices), self.config.seed, proxy, step)
         if self.gate.any_kept():
             self._update(step)
         self.optimizer.zero_grad(set_to_none=True)
@@ -168,7 +182,7 @@ class TrainingStep:
             strength = self._strength(self.gate.ledger.running_ratio_of(moved))
             clean, condition = self.task.augmented(clean, condition, indices, mirrored, strength, draw)
             augmented = strength > 0
-        return Batch(moved, clean, condition, augmented, *self._noise_for(clean, draw))
+        return Batch(moved, clean, condition, augmented, *self._noise_for(clean, indices, mirrored, draw))
 
     def _watch_reference(self, count: int, proxy: int, step: int) -> None:
         """Fold the losses of ``count`` images that are never trained on into the bank."""
@@ -179,17 +193,35 @@ class TrainingStep:
         indices = self._reference[chosen]
         mirrored = coin(count, draw) if self.config.data.random_flip else None
         clean, condition = self.task.clean(indices, mirrored, draw), self.task.condition(indices, proxy, step)
-        noise, timesteps = self._noise_for(clean, draw)
+        untouched = torch.zeros(count, dtype=torch.bool, device=self.device)
+        noised = self._noise_for(clean, indices, mirrored, draw)
+        batch = Batch(indices.to(self.device), clean, condition, untouched, *noised)
         with torch.no_grad():
-            losses = self.loss(self._forward, clean, noise, timesteps, condition)
-        self.gate.bank.update(timesteps, losses)
+            losses = self._errors(self._predict(batch, condition), batch)
+        self.gate.bank.update(batch.timesteps, losses)
 
-    def _noise_for(self, clean: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor]:
+    def _noise_for(
+        self, clean: Tensor, indices: Tensor, mirrored: Tensor | None, draw: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """The last four fields of a batch."""
         noise = torch.randn(clean.shape, generator=draw, device=self.device)
-        timesteps = torch.randint(self.loss.num_timesteps, (len(clean),), generator=draw, device=self.device)
+        timesteps = self._timesteps(len(clean), draw)
         if offset := self.config.training.noise_offset:
             noise += offset * torch.randn((*clean.shape[:2], 1, 1), generator=draw, device=self.device)
-        return noise, timesteps
+        shown, fixed = noise, None
+        if self._ambient is not None:
+            fixed = self._ambient.fixed_noise(indices, clean.shape, self.device)
+            # A mirrored image is to have its noise mirrored, or two noisy versions of it would be seen.
+            fixed = fixed if mirrored is None else mirror(fixed, mirrored)
+            shown = self._ambient.noise(noise, fixed, timesteps)
+        if std := self.config.training.input_perturbation:
+            shown = shown + std * torch.randn(clean.shape, generator=draw, device=self.device)
+        return noise, timesteps, shown, fixed
+
+    def _timesteps(self, count: int, draw: torch.Generator) -> Tensor:
+        if self._timestep_weights is None:
+            return torch.randint(self.loss.num_timesteps, (count,), generator=draw, device=self.device)
+        return torch.multinomial(self._timestep_weights.to(self.device), count, replacement=True, generator=draw)
 
     def _strength(self, ratio: Tensor) -> Tensor:
         """TAA: how strongly each sample is augmented, by how near its ratio is to the threshold."""
@@ -199,12 +231,17 @@ class TrainingStep:
         return augmentation_strength(ratio, policy=taa.policy, skip_ratio=skip_ratio, beta=taa.beta)
 
     def _predict(self, batch: Batch, condition: Condition) -> Tensor:
-        return self.loss.predict(self._forward, batch.clean, batch.noise, batch.timesteps, condition)
+        return self.loss.predict(self._forward, batch.clean, batch.shown, batch.timesteps, condition)
+
+    def _errors(self, prediction: Tensor, batch: Batch) -> Tensor:
+        if self._ambient is None or batch.fixed is None:
+            return self.loss.errors(prediction, batch.clean, batch.noise, batch.timesteps)
+        return self._ambient.errors(prediction, batch.clean, batch.noise, batch.fixed, batch.timesteps)
 
     def _judge(self, batch: Batch) -> tuple[Tensor, Decision]:
         """The loss of each sample, and whether it is kept: by the gate, and by what the text changes."""
         prediction = self._predict(batch, batch.condition)
-        loss = self.loss.errors(prediction, batch.clean, batch.noise, batch.timesteps)
+        loss = self._errors(prediction, batch)
         decision = self.gate.decide(loss, batch.timesteps, batch.indices)
         if (limit := self.config.text.max_prediction_norm) is not None:
             with torch.no_grad():
@@ -234,9 +271,12 @@ class TrainingStep:
                 self.gate.record(whole, torch.cat(losses), batch.timesteps, batch.indices, augmented)
             # The batch's number of kept samples is known only after its last part: then gradients are rescaled below.
             divisor = self.gate.num_kept.clamp(min=1) if len(parts) == 1 else len(batch.indices)
-            total = gated_sum(self._weighted(loss, part.timesteps), decision.weight) / divisor
+            weighted = self._weighted(loss, part.timesteps)
+            total = gated_sum(weighted, decision.weight) / divisor if self._private is None else weighted.sum()
             self.scaler.scale(total).backward()  # type: ignore[no-untyped-call]
-        if len(parts) > 1:
+            if self._private is not None:
+                self._private.add()
+        if self._private is None and len(parts) > 1:
             gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
             torch._foreach_mul_(gradients, len(batch.indices) / self.gate.num_kept.clamp(min=1))
         return torch.cat(losses), whole
@@ -256,7 +296,7 @@ class TrainingStep:
         strength = self._strength(decision.ratio)
         clean, condition = self.task.augmented(batch.clean, batch.condition, indices, mirrored, strength, draw)
         augmented = (strength > 0) & decision.keep
-        noise, timesteps = self._noise_for(clean, draw)
+        noise, timesteps, shown, fixed = self._noise_for(clean, indices, mirrored, draw)
         fresh = augmented.view(-1, 1, 1, 1)
         view = Batch(
             batch.indices,
@@ -265,6 +305,8 @@ class TrainingStep:
             augmented,
             torch.where(fresh, noise, batch.noise),
             torch.where(augmented, timesteps, batch.timesteps),
+            torch.where(fresh, shown, batch.shown),
+            fixed,
         )
         self.gate.record(decision, loss, batch.timesteps, batch.indices, augmented)
         # One synchronisation a step buys the whole cost of the skipped samples.
@@ -272,13 +314,14 @@ class TrainingStep:
         if len(kept):
             parts = view.at(kept).parts(accumulation)
             for part, weight in zip(parts, decision.weight[kept].tensor_split(len(parts)), strict=True):
-                losses = self.loss(self._forward, part.clean, part.noise, part.timesteps, part.condition)
+                losses = self._errors(self._predict(part, part.condition), part)
                 total = (self._weighted(losses, part.timesteps) * weight).sum() / self.gate.num_kept.clamp(min=1)
                 self.scaler.scale(total).backward()  # type: ignore[no-untyped-call]
         return loss, decision
 
     def _update(self, step: int) -> None:
-        if norm := self.config.training.max_grad_norm:
+        norm = self.config.training.max_grad_norm
+        if norm and self._private is None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), norm)
         self.scaler.step(self.optimizer)
