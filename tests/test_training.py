@@ -500,3 +500,8 @@ def test_snapshots_are_models_of_the_way_and_change_nothing(tmp_path, standard, 
     final = weights_of(run)
     assert all(torch.equal(last[name], final[name]) for name in final)
     assert any(not torch.equal(first[name], final[name]) for name in final)
+
+
+def test_as_many_snapshots_as_asked_for_where_the_budget_does_not_divide(tmp_path):
+    run = toy_run(tmp_path / "run", training__snapshots=5, training__epochs=3.97)
+    assert len(list((run.path / "snapshots").iterdir())) == 5
