@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unrote.data.augmentations import augment, coin, mirror
+from unrote.data.augmentations import LABELS, coin, mirror
+from unrote.data.augmentations import augment as augment_and_tell
 from unrote.method.augment import augmentation_strength
 
 EVERYTHING = {
@@ -22,6 +23,11 @@ EVERYTHING = {
     "cutout": 0.4,
 }
 ONE_EACH = [{name: value} for name, value in EVERYTHING.items()]
+
+
+def augment(*arguments, **operations):
+    """The views alone."""
+    return augment_and_tell(*arguments, **operations)[0]
 
 
 def draw_of(seed=0):
@@ -48,6 +54,7 @@ def test_strengths_by_formula(ratios, skip_ratio, beta):
             assert proximity == pytest.approx(math.exp(-5 * abs(ratio / skip_ratio - 1)), rel=1e-4)
         else:
             assert (in_band, proximity) == (0.0, 0.0)
+    assert augmentation_strength(torch.tensor(ratios), policy="all", **options).tolist() == [1.0] * len(ratios)
 
 
 @pytest.mark.parametrize("operations", [EVERYTHING, *ONE_EACH], ids=["all", *EVERYTHING])
@@ -222,3 +229,75 @@ def test_cutout_greys_one_square_and_leaves_the_rest():
 def test_one_pixel_high_images_can_be_shifted():
     images = pictures(4, 3, 1, 7)
     assert augment(images, torch.ones(4), draw_of(), shift=0.5, flip=True).shape == images.shape
+
+
+# The labels say what was done: the view follows from the image and them.
+
+
+def column(labels, name):
+    return labels[:, LABELS.index(name)]
+
+
+@pytest.mark.parametrize("strength", [0.0, 1.0])
+def test_labels_are_zero_for_the_untouched_and_fill_their_range(strength):
+    images = pictures(300)
+    _, labels = augment_and_tell(images, torch.full((300,), strength), draw_of(), **EVERYTHING)
+    assert labels.shape == (300, len(LABELS))
+    if not strength:
+        assert not labels.any()
+        return
+    assert (labels.amax(0) > 0.9).all()
+    assert labels.abs().max() <= 1.2, "a shift in whole pixels may be rounded beyond its largest share"
+    signed = [name for name in LABELS if name not in ("flip", "cutout")]
+    assert all(column(labels, name).min() < -0.9 for name in signed)
+
+
+@pytest.mark.parametrize("name", EVERYTHING)
+def test_only_what_was_done_is_told(name):
+    _, labels = augment_and_tell(pictures(64), torch.ones(64), draw_of(), **{name: EVERYTHING[name]})
+    told = {label for label in LABELS if column(labels, label).any()}
+    assert told == {"shift": {"shift_y", "shift_x"}, "cutout": {"cutout", "cutout_y", "cutout_x"}}.get(name, {name})
+
+
+def test_flip_and_shift_follow_from_the_labels():
+    images, share = pictures(100, 3, 8, 10), 0.3
+    views, labels = augment_and_tell(images, torch.rand(100, generator=draw_of(3)), draw_of(), flip=True, shift=share)
+    for image, view, row in zip(images, views, labels, strict=True):
+        flip, down, right = row[:3].tolist()
+        expected = shifted(image, round(down * share * 8), round(right * share * 10))
+        assert torch.equal(view, expected.flip(-1) if flip else expected)
+
+
+def test_colours_follow_from_the_labels():
+    images, strength = pictures(50) / 4, torch.rand(50, generator=draw_of(3))
+    for name, centre_of in [
+        ("brightness", None),
+        ("contrast", lambda image: image.mean()),
+        ("saturation", lambda image: image.mean(0, keepdim=True)),
+    ]:
+        views, labels = augment_and_tell(images, strength, draw_of(), **{name: 0.4})
+        for image, view, amount in zip(images, views, column(labels, name), strict=True):
+            if centre_of is None:
+                expected = image + 0.8 * amount
+            else:
+                expected = centre_of(image) + (1 + 0.4 * amount) * (image - centre_of(image))
+            torch.testing.assert_close(view, expected)
+
+
+def test_rotation_and_size_follow_from_the_labels():
+    start = blob(64, 64, 31.5, 31.5 + 10)
+    views, labels = augment_and_tell(start.expand(40, -1, -1, -1), torch.ones(40), draw_of(), rotate=40.0, scale=0.2)
+    for view, turn, size in zip(
+        views, column(labels, "rotate").tolist(), column(labels, "scale").tolist(), strict=True
+    ):
+        down, right = centre(view)
+        assert math.hypot(down - 31.5, right - 31.5) == pytest.approx(10 * (1 + 0.2 * size), abs=0.15)
+        assert math.degrees(math.atan2(down - 31.5, right - 31.5)) == pytest.approx(-40 * turn, abs=1)
+
+
+def test_the_square_that_is_cut_out_follows_from_the_labels():
+    views, labels = augment_and_tell(torch.full((30, 3, 16, 16), 0.7), torch.ones(30), draw_of(), cutout=0.25)
+    position = (torch.arange(16) + 0.5) / 16 * 2 - 1
+    for view, y, x in zip(views, column(labels, "cutout_y"), column(labels, "cutout_x"), strict=True):
+        inside = ((position - y).abs() < 0.25).view(-1, 1) & ((position - x).abs() < 0.25)
+        assert torch.equal(view[0] == 0, inside)

@@ -298,3 +298,113 @@ def test_state_of_another_size_is_refused():
         LossBank(10).load_state_dict(LossBank(11).state_dict())
     with pytest.raises(RuntimeError):
         Ledger(10).load_state_dict(Ledger(11).state_dict())
+
+
+# Variants of the rule.
+
+
+def visited_gate(skip_ratio=0.5, **rule):
+    """Of 10 timesteps: the bank says 2 everywhere; of 4 samples the ledger knows ratios of 0 and 1 only."""
+    gate = LossGate(10, skip_ratio, bank=LossBank(10, decay=0.0), ledger=Ledger(4), **rule)
+    gate.bank.update(torch.arange(10), torch.full((10,), 2.0))
+    gate.ledger.record(torch.tensor([0, 0, 1]), torch.tensor([0.3, 0.4, 5.0]), torch.zeros(3, dtype=torch.bool))
+    return gate
+
+
+def test_a_soft_gate_weighs_by_loss_over_threshold_and_its_gradient_is_that_of_the_weighted_mean():
+    gate, t = visited_gate(0.8, soft=True), torch.tensor([1, 2, 3, 4])
+    losses = torch.tensor([0.4, 1.6, 7.0, 0.0], requires_grad=True)
+    loss = gate(losses, t, torch.tensor([0, 1, 2, 3]))
+    loss.backward()
+    weights = [0.4 / 1.6, 1.0, 1.0, 0.0]
+    assert loss.item() == pytest.approx((0.4 * weights[0] + 1.6 + 7.0) / sum(weights))
+    np.testing.assert_allclose(losses.grad, [w / sum(weights) for w in weights], rtol=1e-6)
+    assert gate.num_kept == sum(weights)
+    assert gate.ledger.skips.tolist() == [1, 0, 0, 1], "what is below the threshold counts, whatever its weight"
+
+
+def test_a_soft_gate_below_a_weight_of_one_in_all_does_not_scale_its_gradient_up():
+    gate = visited_gate(0.5, soft=True)
+    losses = torch.tensor([0.1, 0.2], requires_grad=True)
+    assert gate(losses, torch.tensor([1, 2]), torch.tensor([0, 1])).item() == pytest.approx(0.1 * 0.1 + 0.2 * 0.2)
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_history_judges_by_the_image_and_not_by_this_draw(soft):
+    gate = visited_gate(0.5, signal="history", soft=soft)
+    # Running ratios: 0.3 and 0.4 folded, 5.0, and two of which nothing is known.
+    folded = (RUNNING_DECAY * 0.3 + 0.4) / (RUNNING_DECAY + 1)
+    decision = gate.decide(torch.tensor([100.0, 1e-9, 1e-9, 100.0]), torch.arange(4), torch.arange(4))
+    np.testing.assert_allclose(decision.weight, [folded / 0.5 if soft else 0.0, 1, 1, 1], rtol=1e-6)
+    assert decision.skipped.tolist() == [True, False, False, False]
+    np.testing.assert_allclose(decision.ratio, [50, 5e-10, 5e-10, 50], rtol=1e-6)
+
+
+def test_skipping_at_some_timesteps_only():
+    gate = visited_gate(timesteps=(3, 5))
+    decision = gate.decide(torch.full((10,), 0.1), torch.arange(10), torch.zeros(10, dtype=torch.int64))
+    assert decision.keep.tolist() == [not 3 <= t <= 5 for t in range(10)]
+
+
+def test_an_absolute_limit_needs_no_bank():
+    gate = LossGate(10, 0.5, absolute=0.3)
+    losses = torch.tensor([0.1, 0.3, 0.29, math.nan])
+    assert gate.decide(losses, torch.arange(4)).keep.tolist() == [False, True, False, True]
+    assert LossGate(10, 0.5, absolute=0.3, soft=True).decide(losses, torch.arange(4)).weight[0] == pytest.approx(1 / 3)
+
+
+@settings(deadline=None, max_examples=60)
+@given(batches=batches, target=st.sampled_from([0.0, 0.3, 1.0]), first=st.integers(0, 6), history=st.booleans())
+def test_an_adaptive_skip_ratio_equals_a_loop_over_samples(batches, target, first, history):
+    rate, reference = 0.5, 0.7
+    gate = LossGate(
+        TIMESTEPS, reference, ledger=Ledger(SAMPLES), timesteps=(first, TIMESTEPS - 1), target_skip_rate=target,
+        adaptation_rate=rate, signal="history" if history else "sample",
+    )  # fmt: skip
+    for batch in batches:
+        t, index, loss, _ = (torch.tensor(column) for column in zip(*batch, strict=True))
+        measured = gate.ledger.measured.clone()
+        decision = gate.decide(loss, t, index)
+        gate.record(decision, loss, t, index)
+        total = 0.0
+        for row, (step, position, _, _) in enumerate(batch):
+            known = measured[position] > 0 if history else math.isfinite(decision.ratio[row])
+            if known and step >= first:
+                total += target - float(decision.skipped[row])
+        reference = min(max(reference * math.exp(rate * total / len(batch)), 1e-3), 1e3)
+        assert float(gate.skip_ratio) == pytest.approx(reference, rel=1e-4)
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("target", [0.1, 0.5])
+def test_an_adaptive_skip_ratio_comes_to_skip_the_wanted_share(soft, target):
+    gate, draw = LossGate(10, 0.5, soft=soft, target_skip_rate=target), torch.Generator().manual_seed(0)
+    skipped = []
+    for _ in range(600):
+        t = torch.randint(10, (32,), generator=draw)
+        losses = (1 + t) * torch.rand(32, generator=draw).exp()
+        decision = gate.decide(losses, t)
+        gate.record(decision, losses, t)
+        skipped.append(decision.skipped.float().mean())
+    assert torch.stack(skipped[300:]).mean() == pytest.approx(target, abs=0.02)
+
+
+def test_the_state_of_an_adaptive_skip_ratio_round_trips():
+    first, second = (LossGate(10, 0.5, target_skip_rate=0.3, adaptation_rate=1.0) for _ in range(2))
+    for _ in range(3):
+        first(torch.rand(8), torch.arange(8))
+    assert float(first.skip_ratio) != 0.5
+    second.load_state_dict(first.state_dict())
+    assert second.readings() == first.readings() == {"skip_ratio": float(first.skip_ratio)}
+    before = float(second.skip_ratio)
+    first(torch.rand(8), torch.arange(8))
+    assert float(second.skip_ratio) == before
+    assert LossGate(10).readings() == {}
+
+
+def test_history_without_a_ledger_is_refused():
+    with pytest.raises(ValueError, match="ledger="):
+        LossGate(10, signal="history")
+    gate = LossGate(10, signal="history", ledger=Ledger(4))
+    with pytest.raises(ValueError, match="as indices"):
+        gate.decide(torch.ones(2), torch.tensor([1, 2]))

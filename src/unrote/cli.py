@@ -252,6 +252,34 @@ def scan(data: str, out: Path, as_json: bool, **options: Any) -> None:
 
 
 @cli.command()
+@click.argument("what", metavar="STUDY.yaml|RUN...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the results; again goes on.")
+@click.option("--only", multiple=True, metavar="REGIME/METHOD/SEED", help="Only such cells; * is any; may be repeated.")
+@click.option("--keep", is_flag=True, help="Of a study: keep the run folders.")
+@click.option("--train", metavar="DATA", help="Of runs: the training images [those of the first run].")
+@click.option("--holdout", metavar="DATA", help="Of runs: images of the same kind that none was trained on.")
+@click.option("--num", default=512, show_default=True, help="Of runs: samples per snapshot.")
+@click.option("--steps", default=50, show_default=True, help="Of runs: denoising steps, by DDIM.")
+@click.option("--encoder", "encoders", multiple=True, metavar="NAME[=PATH]", help="Feature space, as of audit.")
+@click.option("--threads", type=int, help="Threads of torch.")
+@_device_option
+@_json_option
+def compare(
+    what: tuple[Path, ...], out: Path, threads: int | None, device: str | None, as_json: bool, **options: Any
+) -> None:
+    """Compare methods along training: all of a STUDY file, or finished RUNs, the first of which is the baseline."""
+    import torch
+
+    from unrote.device import pick_device
+    from unrote.study.results import compare as make
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    result = make(what, out, device=pick_device(device), **options)
+    click.echo(json.dumps(result) if as_json else f"{(out / 'study.md').read_text()}\n{out / 'study.html'}")
+
+
+@cli.command()
 @click.argument("run", metavar="RUN")
 @click.option("--holdout", required=True, metavar="DATA", help="Images of the same kind that were not trained on.")
 @click.option("--seed", default=0, show_default=True, help="Of the bootstrap.")

@@ -10,7 +10,8 @@ from typing import Any, cast
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from unrote.config.sections import METHODS, PARTS, Config, Section
+from unrote.config.base import Section
+from unrote.config.sections import METHODS, PARTS, Config
 from unrote.errors import InputError
 
 logger = logging.getLogger("unrote")

@@ -1,12 +1,10 @@
 """What a training run can be told: every field is documented where it is declared."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import yaml
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -15,8 +13,9 @@ from pydantic import (
     model_validator,
 )
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Decay = Annotated[float, Field(ge=0, lt=1)]
+from unrote.config.base import Decay, Fraction, Section
+from unrote.config.gate import GateConfig
+
 # YAML reads a plain `no` as false.
 Precision = Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(lambda value: "no" if value is False else value)]
 
@@ -31,17 +30,6 @@ METHODS: dict[str, tuple[str, ...]] = {
     "iet-agc+": ("ensemble", "gate", "redistribution", "augmentation"),
 }
 """Which parts each method turns on."""
-
-
-class Section(BaseModel):
-    """A part of the configuration: unknown keys are errors, values are fixed once read."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _empty_sets_nothing(cls, values: Any) -> Any:
-        return {} if values is None else values
 
 
 class DataConfig(Section):
@@ -206,30 +194,6 @@ class EnsembleConfig(Section):
     """What becomes of the optimizer's moments when the weights are averaged."""
 
 
-class BankConfig(Section):
-    """AGC's memory bank of the usual loss per timestep."""
-
-    decay: Decay = 0.8
-    """γ, decay of the bank per visit."""
-    bins: PositiveInt | None = None
-    """Pool the timesteps into this many bins; none is one bin per timestep."""
-    smooth: NonNegativeInt = 0
-    """Half-width, in bins, of the window the bank is read through."""
-    warm_start: bool = False
-    """Correct the bank for having started at 0."""
-
-
-class GateConfig(Section):
-    """AGC, anti-gradient control (arXiv 2407.15328 §3.2)."""
-
-    enabled: bool = False
-    """Skip samples with an abnormally low loss."""
-    skip_ratio: PositiveFloat = 0.5
-    """λ: skip below λ times the usual loss at the timestep. 0.5 from scratch, 0.8 for fine-tuning."""
-    bank: BankConfig = BankConfig()
-    """The memory bank."""
-
-
 class RedistributionConfig(Section):
     """MSR, memory-samples redistribution (arXiv 2502.09434)."""
 
@@ -269,8 +233,10 @@ class AugmentationConfig(Section):
 
     enabled: bool = False
     """Train on an augmented view of samples whose loss ratio is near the threshold."""
-    policy: Literal["band", "proximity"] = "band"
-    """band augments below β·λ; proximity the more, the nearer to λ."""
+    policy: Literal["band", "proximity", "all"] = "band"
+    """band augments below β·λ; proximity the more, the nearer to λ; all augments every sample, whatever its ratio."""
+    labels: bool = False
+    """Tell the denoiser what was done to a sample, so that it does not show when sampling (arXiv 2206.00364 §5)."""
     ratio_source: Literal["ledger", "lookahead"] = "ledger"
     """Take the loss ratio from the sample's earlier visits, or from an extra forward pass."""
     beta: Annotated[float, Field(ge=1)] = 1.5
@@ -320,12 +286,16 @@ class Config(Section):
         bins, timesteps = self.gate.bank.bins, self.model.num_train_timesteps
         if bins is not None and bins > timesteps:
             raise ValueError(f"gate.bank.bins: {bins} bins for {timesteps} timesteps; use at most {timesteps}")
+        if self.gate.timesteps is not None and self.gate.timesteps[1] >= timesteps:
+            raise ValueError(f"gate.timesteps: {self.gate.timesteps[1]} is beyond the last timestep, {timesteps - 1}")
         if self.redistribution.enabled and not (self.ensemble.enabled and self.ensemble.num_shards > 1):
             raise ValueError(
                 "redistribution.enabled moves samples between shards: enable ensemble, with num_shards > 1"
             )
         if self.model.train == "lora" and self.model.pretrained is None:
             raise ValueError("model.train: lora needs a model to adapt; set model.pretrained")
+        if self.augmentation.enabled and self.augmentation.labels and self.model.pretrained is not None:
+            raise ValueError("augmentation.labels: a pretrained model can't be told; set augmentation.labels=false")
         if self.redistribution.enabled and not self.gate.enabled:
             raise ValueError("redistribution.enabled goes by skips: enable gate too")
         return self

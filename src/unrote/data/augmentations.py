@@ -6,6 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+LABELS = (
+    "flip", "shift_y", "shift_x", "rotate", "scale", "brightness", "contrast", "saturation", "cutout", "cutout_y",
+    "cutout_x",
+)  # fmt: skip
+"""What :func:`augment` tells of each view, in this order."""
+
 
 def augment(
     images: Tensor,
@@ -20,8 +26,8 @@ def augment(
     contrast: float = 0.0,
     saturation: float = 0.0,
     cutout: float = 0.0,
-) -> Tensor:
-    """An augmented view of each image.
+) -> tuple[Tensor, Tensor]:
+    """An augmented view of each image, and what was done to it.
 
     Args:
         images: float32 [B, C, H, W] in [-1, 1].
@@ -37,30 +43,42 @@ def augment(
         cutout: side of the square that becomes mid-grey, as a share of the image's side.
 
     Returns:
-        float32 [B, C, H, W] in [-1, 1]; images of strength 0 are untouched.
+        The views, float32 [B, C, H, W] in [-1, 1], images of strength 0 untouched; and the labels, float32
+        [B, len(LABELS)], each the share of its range that was used, about -1 to 1, and 0 where nothing was done
+        (Karras et al. 2022, Table 6).
     """
+    done: dict[str, Tensor] = {}
 
-    def uniform(limit: float) -> Tensor:
+    def uniform(name: str, limit: float) -> Tensor:
         """Per sample in ±limit · strength, shape [B, 1, 1, 1]."""
-        u = torch.rand(len(images), generator=draw, device=images.device) * 2 - 1
-        return (u * strength * limit).view(-1, 1, 1, 1)
+        share = (torch.rand(len(images), generator=draw, device=images.device) * 2 - 1) * strength
+        if limit:
+            done[name] = share
+        return (share * limit).view(-1, 1, 1, 1)
 
     out = images
     if flip or shift:
-        out = _flip_and_shift(out, strength if flip else 0 * strength, strength * shift, draw)
+        out = _flip_and_shift(out, strength if flip else 0 * strength, strength * shift, draw, done)
+        for name, side in (("shift_y", images.shape[2]), ("shift_x", images.shape[3])):
+            done[name] = done[name] / (shift * side or 1.0)
     if rotate or scale:
-        out = _rotate_and_scale(out, uniform(math.radians(rotate)).flatten(), 1 + uniform(scale).flatten())
+        angle, size = uniform("rotate", math.radians(rotate)).flatten(), 1 + uniform("scale", scale).flatten()
+        out = _rotate_and_scale(out, angle, size)
     if brightness:
-        out = out + uniform(2 * brightness)
+        out = out + uniform("brightness", 2 * brightness)
     if contrast:
         mean = out.mean((1, 2, 3), keepdim=True)
-        out = mean + (out - mean) * (1 + uniform(contrast))
+        out = mean + (out - mean) * (1 + uniform("contrast", contrast))
     if saturation and images.shape[1] > 1:
         grey = out.mean(1, keepdim=True)
-        out = grey + (out - grey) * (1 + uniform(saturation))
+        out = grey + (out - grey) * (1 + uniform("saturation", saturation))
     if cutout:
-        out = torch.where(_squares(images, strength * cutout, draw), 0.0, out)
-    return torch.where(strength.view(-1, 1, 1, 1) > 0, out.clamp(-1, 1), images)
+        out = torch.where(_squares(images, strength * cutout, draw, done), 0.0, out)
+        for name in ("cutout", "cutout_y", "cutout_x"):
+            done[name] = done[name] * strength
+    view = torch.where(strength.view(-1, 1, 1, 1) > 0, out.clamp(-1, 1), images)
+    nothing = torch.zeros_like(strength)
+    return view, torch.stack([done.get(name, nothing) for name in LABELS], 1)
 
 
 def mirror(images: Tensor, which: Tensor) -> Tensor:
@@ -73,12 +91,17 @@ def coin(count: int, draw: torch.Generator) -> Tensor:
     return torch.rand(count, generator=draw, device=draw.device) < 0.5
 
 
-def _flip_and_shift(images: Tensor, flip_strength: Tensor, reach: Tensor, draw: torch.Generator) -> Tensor:
+def _flip_and_shift(
+    images: Tensor, flip_strength: Tensor, reach: Tensor, draw: torch.Generator, done: dict[str, Tensor]
+) -> Tensor:
+    """The views; ``done`` gets what was flipped, 1 or 0, and the shifts in pixels."""
     batch, _, height, width = images.shape
     coin, down, right = torch.rand(3, batch, generator=draw, device=images.device)
-    rows = _reflected(height, ((down * 2 - 1) * reach * height).round().long())
-    columns = _reflected(width, ((right * 2 - 1) * reach * width).round().long())
-    columns = torch.where((coin < flip_strength / 2).unsqueeze(1), columns.flip(1), columns)
+    shift_y, shift_x = ((down * 2 - 1) * reach * height).round(), ((right * 2 - 1) * reach * width).round()
+    rows, columns = _reflected(height, shift_y.long()), _reflected(width, shift_x.long())
+    flipped = coin < flip_strength / 2
+    columns = torch.where(flipped.unsqueeze(1), columns.flip(1), columns)
+    done |= {"flip": flipped.float(), "shift_y": shift_y, "shift_x": shift_x}
     samples = torch.arange(batch, device=images.device).view(-1, 1, 1)
     return images.permute(0, 2, 3, 1)[samples, rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2)
 
@@ -100,10 +123,11 @@ def _rotate_and_scale(images: Tensor, angle: Tensor, size: Tensor) -> Tensor:
     return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
 
 
-def _squares(images: Tensor, share: Tensor, draw: torch.Generator) -> Tensor:
-    """Mask [B, 1, H, W] of one square per image whose side is ``share`` [B] of the image's."""
+def _squares(images: Tensor, share: Tensor, draw: torch.Generator, done: dict[str, Tensor]) -> Tensor:
+    """Mask [B, 1, H, W] of one square per image whose side is ``share`` [B] of the image's; ``done`` gets where."""
     batch, _, height, width = images.shape
     centre = torch.rand(2, batch, 1, generator=draw, device=images.device)
+    done |= {"cutout": torch.ones_like(share), "cutout_y": 2 * centre[0, :, 0] - 1, "cutout_x": 2 * centre[1, :, 0] - 1}
     rows = (torch.arange(height, device=images.device) + 0.5) / height
     columns = (torch.arange(width, device=images.device) + 0.5) / width
     inside_rows = (rows - centre[0]).abs() < share.unsqueeze(1) / 2

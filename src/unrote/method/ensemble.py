@@ -111,11 +111,12 @@ class ShardEnsemble:
         optimizer: over parameters of ``model``.
         dataset: a map-style data set; only its length is used here.
         num_shards: K; 1 is ordinary training.
-        gate: its memory bank becomes per-proxy; its ledger tells redistribution what was skipped.
+        gate: bank and adaptive λ become per-proxy; its ledger tells redistribution what was skipped.
         ema: the moving average of the weights, averaged as the weights are.
         kept: further per-proxy state, e.g. ``{"lr_scheduler": scheduler}``.
         split: see :func:`unrote.method.shards.split_shards`.
         labels: int64 [N], for the stratified split.
+        left_out: int64 [M], positions that are in no shard.
         optimizer_state: ``per-proxy`` keeps it, ``reset`` starts each round afresh, ``average`` averages the moments.
         redistribution: MSR; needs a gate with a ledger.
         seed: of the split and of the redistribution.
@@ -139,6 +140,7 @@ class ShardEnsemble:
         kept: Mapping[str, Stateful] | None = None,
         split: Split = "iid",
         labels: Tensor | None = None,
+        left_out: Tensor | None = None,
         optimizer_state: OptimizerState = "per-proxy",
         redistribution: Redistribution | None = None,
         seed: int = 0,
@@ -154,7 +156,7 @@ class ShardEnsemble:
             raise ValueError(f"the ledger is for {gate.ledger.num_samples} samples, the data set has {len(dataset)}")
         self.dataset = dataset
         self.num_shards = num_shards
-        self.shards = split_shards(len(dataset), num_shards, split, seed=seed, labels=labels)
+        self.shards = split_shards(len(dataset), num_shards, split, seed=seed, labels=labels, left_out=left_out)
         self.round_index = 0
         self.phase = 0
         self.proxy = 0
@@ -166,7 +168,7 @@ class ShardEnsemble:
         self._seed = seed
         self._average = average
         self._averaged: dict[str, Stateful] = {"model": model} | ({} if ema is None else {"ema": ema})
-        self._kept: dict[str, Stateful] = dict(kept or {}) | ({} if gate is None else {"bank": gate.bank})
+        self._kept: dict[str, Stateful] = dict(kept or {}) | ({} if gate is None else gate.of_proxy())
         self._moments = _Moments(optimizer)
         if optimizer_state == "average":
             self._averaged["moments"], self._kept["groups"] = self._moments, _Groups(optimizer)
@@ -248,7 +250,8 @@ class ShardEnsemble:
         if self.num_shards > 1:
             parts = list(self._averaged)
             proxies = (self._slots.get(f"proxy-{k}", parts) for k in range(self.num_shards))
-            weights = [len(shard) / len(self.dataset) for shard in self.shards]
+            sizes = [len(shard) for shard in self.shards]
+            weights = [size / sum(sizes) for size in sizes]
             average = self._average(proxies, weights)
             self._slots.put("global", average)
             _put(self._averaged, average)

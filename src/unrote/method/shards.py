@@ -13,7 +13,13 @@ Topology = Literal["ring", "shuffled-ring"]
 
 
 def split_shards(
-    num_samples: int, num_shards: int, split: Split = "iid", *, seed: int = 0, labels: Tensor | None = None
+    num_samples: int,
+    num_shards: int,
+    split: Split = "iid",
+    *,
+    seed: int = 0,
+    labels: Tensor | None = None,
+    left_out: Tensor | None = None,
 ) -> list[Tensor]:
     """Split samples 0..N-1 into K shards whose sizes differ by at most one (IET, arXiv 2407.15328 §3.1).
 
@@ -23,15 +29,21 @@ def split_shards(
         split: ``iid`` shuffles, ``stratified`` also balances the labels, ``contiguous`` keeps the order.
         seed: of the shuffle.
         labels: int64 [N], needed by ``stratified``.
+        left_out: int64 [M], samples that come into no shard.
 
     Returns:
         K sorted int64 tensors of positions in the data set.
 
     Raises:
-        ValueError: if there are fewer samples than shards, or ``stratified`` has no labels.
+        ValueError: if fewer samples than shards are not left out, or ``stratified`` has no labels.
     """
     if not 1 <= num_shards <= num_samples:
         raise ValueError(f"num_shards must be between 1 and the number of samples, {num_samples}, not {num_shards}")
+    if left_out is not None and len(left_out):
+        mask = torch.ones(num_samples, dtype=torch.bool).index_fill_(0, left_out, False)
+        kept = mask.nonzero().flatten()
+        parts = split_shards(len(kept), num_shards, split, seed=seed, labels=None if labels is None else labels[kept])
+        return [kept[part] for part in parts]
     if split == "stratified" and labels is None:
         raise ValueError('split "stratified" needs a label for every sample; use "iid" for data without labels')
     if split == "contiguous":

@@ -8,8 +8,9 @@ from diffusers import DDPMPipeline
 from torch import Tensor
 
 from unrote.config import Config
-from unrote.data.augmentations import augment, mirror
+from unrote.data.augmentations import LABELS, augment, mirror
 from unrote.data.store import ImageStore
+from unrote.models.augmentation_labels import tell_of_augmentation, without_augmentation
 from unrote.models.denoiser import DenoisingLoss, autocast_dtype, build_schedule, build_unet, memory_format
 from unrote.models.task import RAW_VARIANT, Condition
 from unrote.tensorfiles import weighted_average
@@ -30,6 +31,9 @@ class Pixels:
         _, height, _, channels = images.images.shape
         num_classes = len(images.class_names or ()) if config.model.class_conditional else None
         self.denoiser = build_unet(config.model, resolution=height, channels=channels, num_classes=num_classes)
+        self._told = config.augmentation.enabled and config.augmentation.labels
+        if self._told:
+            tell_of_augmentation(self.denoiser, len(LABELS))
         self.denoiser.to(device, memory_format=self._memory_format)
         self.trained = self.denoiser
         self.loss = DenoisingLoss(build_schedule(config.model), device, autocast_dtype(config.training))
@@ -44,18 +48,29 @@ class Pixels:
         return clean if mirrored is None else mirror(clean, mirrored)
 
     def augmented(
-        self, clean: Tensor, indices: Tensor, mirrored: Tensor | None, strength: Tensor, draw: torch.Generator
-    ) -> Tensor:
+        self,
+        clean: Tensor,
+        condition: Condition,
+        indices: Tensor,
+        mirrored: Tensor | None,
+        strength: Tensor,
+        draw: torch.Generator,
+    ) -> tuple[Tensor, Condition]:
         """Augmented pixels."""
-        view = augment(clean, strength, draw, **self._config.augmentation.ops.model_dump())
+        view, labels = augment(clean, strength, draw, **self._config.augmentation.ops.model_dump())
         # Picking pixels changes how they lie in memory, and convolutions are slower in another layout than the weights.
-        return view.contiguous(memory_format=self._memory_format)
+        view = view.contiguous(memory_format=self._memory_format)
+        if self._told:
+            condition = {"class_labels": {**condition["class_labels"], "augmentation": labels}}
+        return view, condition
 
     def condition(self, indices: Tensor, proxy: int, step: int) -> Condition:
-        """The labels, for a class-conditional model."""
-        if self._labels is None:
-            return {}
-        return {"class_labels": self._labels[indices].to(self._device, non_blocking=True)}
+        """The labels, for a class-conditional model; and no augmentation, for a model that is told of it."""
+        classes = None if self._labels is None else self._labels[indices].to(self._device, non_blocking=True)
+        if self._told:
+            told = {"augmentation": torch.zeros(len(indices), len(LABELS), device=self._device)}
+            return {"class_labels": told if classes is None else told | {"classes": classes}}
+        return {} if classes is None else {"class_labels": classes}
 
     def unsteered(self, condition: Condition) -> Condition:
         """The same: there is no text."""
@@ -65,11 +80,13 @@ class Pixels:
 
     def save(self, folder: Path) -> None:
         """Write a DDPMPipeline."""
-        DDPMPipeline(self.denoiser, build_schedule(self._config.model)).save_pretrained(folder)
+        with without_augmentation(self.denoiser):
+            DDPMPipeline(self.denoiser, build_schedule(self._config.model)).save_pretrained(folder)
 
     def save_raw(self, folder: Path) -> None:
         """Write the UNet's weights as a variant."""
-        self.denoiser.save_pretrained(folder / "unet", variant=RAW_VARIANT)
+        with without_augmentation(self.denoiser):
+            self.denoiser.save_pretrained(folder / "unet", variant=RAW_VARIANT)
 
 
 def as_floats(rows: np.ndarray, device: torch.device, layout: torch.memory_format = torch.contiguous_format) -> Tensor:

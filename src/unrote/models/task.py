@@ -44,9 +44,18 @@ class Task(Protocol):
         """
 
     def augmented(
-        self, clean: Tensor, indices: Tensor, mirrored: Tensor | None, strength: Tensor, draw: torch.Generator
-    ) -> Tensor:
-        """``clean`` with the images of ``strength`` > 0 (float32 [B]) in an augmented view; see :meth:`clean`."""
+        self,
+        clean: Tensor,
+        condition: Condition,
+        indices: Tensor,
+        mirrored: Tensor | None,
+        strength: Tensor,
+        draw: torch.Generator,
+    ) -> tuple[Tensor, Condition]:
+        """``clean`` with the images of ``strength`` > 0 (float32 [B]) in an augmented view; see :meth:`clean`.
+
+        And ``condition``, to which a model that is told of augmentation gets that added.
+        """
 
     def condition(self, indices: Tensor, proxy: int, step: int) -> Condition:
         """What the denoiser is told of the images ``indices`` (int64 [B], on the CPU) in this step of this proxy."""

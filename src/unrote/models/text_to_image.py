@@ -96,16 +96,22 @@ class TextToImage:
         return pixels if mirrored is None else mirror(pixels, mirrored)
 
     def augmented(
-        self, clean: Tensor, indices: Tensor, mirrored: Tensor | None, strength: Tensor, draw: torch.Generator
-    ) -> Tensor:
+        self,
+        clean: Tensor,
+        condition: Condition,
+        indices: Tensor,
+        mirrored: Tensor | None,
+        strength: Tensor,
+        draw: torch.Generator,
+    ) -> tuple[Tensor, Condition]:
         """Latents of augmented pixels, encoded now: there are too many views of an image to keep them."""
         rows = (strength > 0).nonzero().flatten()
         if not len(rows):
-            return clean
+            return clean, condition
         ops = self._config.augmentation.ops.model_dump()
-        view = augment(self._pixels(indices, mirrored), strength, draw, **ops)
+        view, _ = augment(self._pixels(indices, mirrored), strength, draw, **ops)
         latents = self._latents.drawn(self._latents.moments(view[rows]), draw)
-        return clean.index_copy(0, rows, latents)
+        return clean.index_copy(0, rows, latents), condition
 
     def condition(self, indices: Tensor, proxy: int, step: int) -> Condition:
         """Embedded texts, and for SDXL the pooled text and the image's size."""

@@ -22,6 +22,7 @@ from unrote.models.making import make_task
 from unrote.seeding import derive_seed
 from unrote.training.checkpoints import Checkpoints
 from unrote.training.output import save_model, write_outputs
+from unrote.training.reference import reference_of
 from unrote.training.run import Log, Run
 from unrote.training.step import TrainingStep
 from unrote.training.trackers import make_tracker
@@ -149,7 +150,8 @@ def _train(config: Config, images: ImageStore, run: Run, device: torch.device, s
     proxy, whole, meter = Counter(), Counter(), Meter(device)
     largest_shard = math.ceil(len(images) / config.num_shards)
     proxy_steps = math.ceil(training.epochs * largest_shard / training.batch_size)
-    step = TrainingStep(config, task, len(images), device, proxy_steps)
+    reference = reference_of(config, images)
+    step = TrainingStep(config, task, len(images), device, proxy_steps, reference)
     msr = config.redistribution
     ensemble = ShardEnsemble(
         model,
@@ -161,6 +163,7 @@ def _train(config: Config, images: ImageStore, run: Run, device: torch.device, s
         kept={"counter": proxy, "lr_scheduler": step.lr_scheduler, "scaler": step.scaler},
         split=config.ensemble.split,
         labels=None if images.labels is None else torch.from_numpy(images.labels.copy()),
+        left_out=reference,
         optimizer_state=config.ensemble.optimizer_state,
         redistribution=Redistribution(msr.fraction, msr.topology, msr.every) if msr.enabled else None,
         seed=config.seed,
@@ -208,7 +211,8 @@ def _train(config: Config, images: ImageStore, run: Run, device: torch.device, s
                     # The last step too, so that no run ends well whose loss was never looked at.
                     if whole.steps % training.log_every_steps == 0 or whole.samples == budget.total:
                         record: dict[str, Any] = {"step": whole.steps, "samples": whole.samples, "round": r, "proxy": k}
-                        record |= meter.read() | {"learning_rate": step.lr_scheduler.get_last_lr()[0]}
+                        record |= meter.read() | step.gate.readings()
+                        record |= {"learning_rate": step.lr_scheduler.get_last_lr()[0]}
                         _check_finite(record, run)
                         seconds = time.monotonic() - started
                         rate = {"images_per_second": round((whole.samples - samples_before) / seconds, 2)}

@@ -16,6 +16,7 @@ from unrote.errors import InputError
 from unrote.method.shards import split_shards
 from unrote.models.sizing import size_of
 from unrote.training.loop import make_budget
+from unrote.training.reference import reference_of
 
 logger = logging.getLogger("unrote")
 
@@ -82,7 +83,14 @@ def make_plan(config: Config, images: ImageStore, out: Path, *, only_plan: bool 
     """
     labels = _labels(config, images)
     try:
-        shards = split_shards(len(images), config.num_shards, config.ensemble.split, seed=config.seed, labels=labels)
+        shards = split_shards(
+            len(images),
+            config.num_shards,
+            config.ensemble.split,
+            seed=config.seed,
+            labels=labels,
+            left_out=reference_of(config, images),
+        )
     except ValueError as error:
         raise InputError(str(error)) from None
     sizes = tuple(len(shard) for shard in shards)

@@ -60,17 +60,29 @@ class TrainingStep:
         num_samples: N.
         device: where to compute.
         proxy_steps: how many steps the longest-running proxy takes, for the learning-rate schedule.
+        reference: int64 [M], images that are never trained on; if there are any, the bank holds their losses.
     """
 
-    def __init__(self, config: Config, task: Task, num_samples: int, device: torch.device, proxy_steps: int) -> None:
+    def __init__(
+        self,
+        config: Config,
+        task: Task,
+        num_samples: int,
+        device: torch.device,
+        proxy_steps: int,
+        reference: Tensor | None = None,
+    ) -> None:
         training, bank = config.training, config.gate.bank
         self.config, self.task, self.device = config, task, device
         self.model, self.loss = task.trained, task.loss
+        self._reference = torch.empty(0, dtype=torch.int64) if reference is None else reference
         self.gate = LossGate(
             self.loss.num_timesteps,
             config.skip_ratio,
             bank=LossBank(self.loss.num_timesteps, **bank.model_dump(), device=device),
             ledger=Ledger(num_samples, device),
+            update_bank=len(self._reference) == 0,
+            **config.gate.rule,
         )
         self.ema = EMA(self.model, training.ema_decay) if training.use_ema else None
         kind = torch.optim.Adam if training.optimizer == "adam" else torch.optim.AdamW
@@ -112,6 +124,8 @@ class TrainingStep:
         self._seed(derive_seed(self.config.seed, "dropout", proxy, step))
         mirrored = coin(len(indices), draw) if self.config.data.random_flip else None
         batch = self._draw(indices, mirrored, self.task.condition(indices, proxy, step), draw)
+        if len(self._reference):
+            self._watch_reference(max(1, round(self.config.gate.reference * len(indices))), proxy, step)
         lookahead = self.config.augmentation.enabled and self.config.augmentation.ratio_source == "lookahead"
         if lookahead:
             losses, decision = self._train_on_kept(batch, indices, mirrored, draw)
@@ -121,7 +135,7 @@ class TrainingStep:
             self._update(step)
         self.optimizer.zero_grad(set_to_none=True)
         self.lr_scheduler.step()
-        return losses, ~decision.keep
+        return losses, decision.skipped
 
     def _draw(self, indices: Tensor, mirrored: Tensor | None, condition: Condition, draw: torch.Generator) -> Batch:
         taa = self.config.augmentation
@@ -131,8 +145,23 @@ class TrainingStep:
         if taa.enabled and taa.ratio_source == "ledger":
             assert self.gate.ledger is not None
             strength = self._strength(self.gate.ledger.running_ratio_of(moved))
-            clean, augmented = self.task.augmented(clean, indices, mirrored, strength, draw), strength > 0
+            clean, condition = self.task.augmented(clean, condition, indices, mirrored, strength, draw)
+            augmented = strength > 0
         return Batch(moved, clean, condition, augmented, *self._noise_for(clean, draw))
+
+    def _watch_reference(self, count: int, proxy: int, step: int) -> None:
+        """Fold the losses of ``count`` images that are never trained on into the bank."""
+        draw = generator(self.config.seed, "reference", proxy, step, device=self.device)
+        chosen = torch.randint(
+            len(self._reference), (count,), generator=generator(self.config.seed, "chosen", proxy, step)
+        )
+        indices = self._reference[chosen]
+        mirrored = coin(count, draw) if self.config.data.random_flip else None
+        clean, condition = self.task.clean(indices, mirrored, draw), self.task.condition(indices, proxy, step)
+        noise, timesteps = self._noise_for(clean, draw)
+        with torch.no_grad():
+            losses = self.loss(self._forward, clean, noise, timesteps, condition)
+        self.gate.bank.update(timesteps, losses)
 
     def _noise_for(self, clean: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor]:
         noise = torch.randn(clean.shape, generator=draw, device=self.device)
@@ -144,7 +173,9 @@ class TrainingStep:
     def _strength(self, ratio: Tensor) -> Tensor:
         """TAA: how strongly each sample is augmented, by how near its ratio is to the threshold."""
         taa = self.config.augmentation
-        return augmentation_strength(ratio, policy=taa.policy, skip_ratio=self.config.gate.skip_ratio, beta=taa.beta)
+        # λ of the settings, so that there is one without a gate too; or as it has adapted.
+        skip_ratio = self.config.gate.skip_ratio if self.gate.adaptive is None else self.gate.skip_ratio
+        return augmentation_strength(ratio, policy=taa.policy, skip_ratio=skip_ratio, beta=taa.beta)
 
     def _predict(self, batch: Batch, condition: Condition) -> Tensor:
         return self.loss.predict(self._forward, batch.clean, batch.noise, batch.timesteps, condition)
@@ -153,12 +184,12 @@ class TrainingStep:
         """The loss of each sample, and whether it is kept: by the gate, and by what the text changes."""
         prediction = self._predict(batch, batch.condition)
         loss = self.loss.errors(prediction, batch.clean, batch.noise, batch.timesteps)
-        decision = self.gate.decide(loss, batch.timesteps)
+        decision = self.gate.decide(loss, batch.timesteps, batch.indices)
         if (limit := self.config.text.max_prediction_norm) is not None:
             with torch.no_grad():
                 free = self._predict(batch, self.task.unsteered(batch.condition))
             # What is not a number is kept, so that a diverging model is seen.
-            decision = Decision(decision.keep & ~(prediction_norm(prediction, free) >= limit), decision.ratio)
+            decision = Decision(decision.weight * ~(prediction_norm(prediction, free) >= limit), decision.ratio)
         return loss, decision
 
     def _weighted(self, loss: Tensor, timesteps: Tensor) -> Tensor:
@@ -182,7 +213,7 @@ class TrainingStep:
                 self.gate.record(whole, torch.cat(losses), batch.timesteps, batch.indices, augmented)
             # The batch's number of kept samples is known only after its last part: then gradients are rescaled below.
             divisor = self.gate.num_kept.clamp(min=1) if len(parts) == 1 else len(batch.indices)
-            total = gated_sum(self._weighted(loss, part.timesteps), decision.keep) / divisor
+            total = gated_sum(self._weighted(loss, part.timesteps), decision.weight) / divisor
             self.scaler.scale(total).backward()  # type: ignore[no-untyped-call]
         if len(parts) > 1:
             gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
@@ -202,14 +233,14 @@ class TrainingStep:
         loss = torch.cat([losses for losses, _ in judged])
         decision = Decision(*(torch.cat(column) for column in zip(*(one for _, one in judged), strict=True)))
         strength = self._strength(decision.ratio)
-        clean = self.task.augmented(batch.clean, indices, mirrored, strength, draw)
+        clean, condition = self.task.augmented(batch.clean, batch.condition, indices, mirrored, strength, draw)
         augmented = (strength > 0) & decision.keep
         noise, timesteps = self._noise_for(clean, draw)
         fresh = augmented.view(-1, 1, 1, 1)
         view = Batch(
             batch.indices,
             torch.where(fresh, clean, batch.clean),
-            batch.condition,
+            condition,
             augmented,
             torch.where(fresh, noise, batch.noise),
             torch.where(augmented, timesteps, batch.timesteps),
@@ -218,9 +249,10 @@ class TrainingStep:
         # One synchronisation a step buys the whole cost of the skipped samples.
         kept = decision.keep.nonzero().flatten()
         if len(kept):
-            for part in view.at(kept).parts(accumulation):
+            parts = view.at(kept).parts(accumulation)
+            for part, weight in zip(parts, decision.weight[kept].tensor_split(len(parts)), strict=True):
                 losses = self.loss(self._forward, part.clean, part.noise, part.timesteps, part.condition)
-                total = self._weighted(losses, part.timesteps).sum() / len(kept)
+                total = (self._weighted(losses, part.timesteps) * weight).sum() / self.gate.num_kept.clamp(min=1)
                 self.scaler.scale(total).backward()  # type: ignore[no-untyped-call]
         return loss, decision
 

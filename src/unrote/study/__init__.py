@@ -1,0 +1,1 @@
+"""Mitigations compared under one protocol: equal samples seen, equal model, measured along training."""

@@ -1,0 +1,217 @@
+"""A cell: one method of a regime on one seed, trained, sampled at every snapshot and measured."""
+
+import fcntl
+import hashlib
+import json
+import logging
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from unrote.api import train_config
+from unrote.config import Config
+from unrote.data import ImageStore
+from unrote.errors import InputError
+from unrote.files import atomic_path, write_json
+from unrote.sampling import sample
+from unrote.study.measure import Yardstick
+from unrote.study.plan import SamplingPlan
+from unrote.training.run import Run
+
+logger = logging.getLogger("unrote")
+
+SHEET_SIDE = 8
+"""Images a side of a sheet."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Where one cell is kept, and what it is.
+
+    Attributes:
+        regime: name in the study.
+        method: name in the study.
+        seed: of the images and of training.
+        config: what is trained.
+        sampling: how its snapshots are sampled.
+        images: what is trained on, by fingerprint.
+        root: the study's folder.
+    """
+
+    regime: str
+    method: str
+    seed: int
+    config: Config
+    sampling: SamplingPlan
+    images: str
+    root: Path
+
+    @property
+    def label(self) -> str:
+        """As ``--only`` names it."""
+        return f"{self.regime}/{self.method}/{self.seed}"
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Everything that the samples depend on: settings that differ from their defaults, images, sampling."""
+        return {
+            "settings": self.config.model_dump(mode="json", exclude_defaults=True, exclude={"method", "preset"}),
+            "sampling": self.sampling.model_dump(mode="json"),
+            "images": self.images,
+        }
+
+    @property
+    def folder(self) -> "Folder":
+        """Named by the hash of the identity, so that equal cells are one and renaming a method costs nothing."""
+        text = json.dumps(self.identity, sort_keys=True)
+        return Folder(self.root / "cells" / hashlib.sha256(text.encode()).hexdigest()[:20], self.label)
+
+
+@dataclass(frozen=True)
+class Folder:
+    """What is kept of a cell: samples and sheets of its snapshots, its costs, its points.
+
+    Attributes:
+        path: the folder.
+        label: what it is, for people.
+    """
+
+    path: Path
+    label: str
+
+    @property
+    def trained(self) -> dict[str, Any] | None:
+        """Costs and snapshots, if it is trained and sampled."""
+        file = self.path / "trained.json"
+        return json.loads(file.read_text()) if file.exists() else None
+
+    def samples_file(self, seen: int) -> Path:
+        """The samples of the snapshot after so many samples seen."""
+        return self.path / f"samples-{seen:09d}.npz"
+
+    def sheet_file(self, seen: int) -> Path:
+        """The first of these samples as a picture."""
+        return self.path / f"sheet-{seen:09d}.png"
+
+    def points(self, yardstick: Yardstick) -> list[dict[str, Any]] | None:
+        """The measured points, earliest first, if they are measured by this yardstick."""
+        file = self.path / "points.json"
+        if not file.exists():
+            return None
+        written = json.loads(file.read_text())
+        return list(written["points"]) if written["yardstick"] == yardstick.key else None
+
+    def sample(self, models: Mapping[int, Path], how: SamplingPlan, seed: int, device: torch.device) -> None:
+        """Sample models by samples seen; what is there is not made again."""
+        for seen, model in sorted(models.items()):
+            target = self.samples_file(seen)
+            if not target.exists():
+                sample(
+                    model,
+                    how.num,
+                    seed=seed,
+                    out=target,
+                    sampler=how.sampler,
+                    steps=how.steps,
+                    batch_size=how.batch_size,
+                    device=device,
+                )
+            write_sheet(self.sheet_file(seen), read_samples(target))
+
+    def measure(self, yardstick: Yardstick) -> list[dict[str, Any]]:
+        """The points of what is trained and sampled; measured once by each yardstick."""
+        points = self.points(yardstick)
+        if points is None:
+            trained = self.trained
+            assert trained is not None
+            points = [
+                {"samples_seen": seen, **yardstick.measure(read_samples(self.samples_file(seen)))}
+                for seen in trained["snapshots"]
+            ]
+            write_json(self.path / "points.json", {"label": self.label, "yardstick": yardstick.key, "points": points})
+        return points
+
+
+@contextmanager
+def claimed(folder: Folder) -> Iterator[bool]:
+    """Whether the cell is ours; not if another process works on it."""
+    folder.path.mkdir(parents=True, exist_ok=True)
+    with (folder.path / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def train_cell(cell: Cell, images: ImageStore, device: torch.device, *, keep: bool = False) -> None:
+    """Train and sample a claimed cell, from where it was interrupted; the run folder goes when that is done."""
+    folder = cell.folder
+    if folder.trained is not None:
+        return
+    write_json(folder.path / "cell.json", {"label": cell.label, **cell.identity})
+    run = Run(folder.path / "run")
+    with _timed(folder.path / "time.json"):
+        train_config(cell.config, images, run.path, str(device))
+    models = snapshots_of(run)
+    folder.sample(models, cell.sampling, cell.seed, device)
+    cost = json.loads((folder.path / "time.json").read_text())
+    write_json(folder.path / "trained.json", counts_of(run) | cost | {"snapshots": sorted(models)})
+    if not keep:
+        shutil.rmtree(run.path)
+
+
+def snapshots_of(run: Run) -> dict[int, Path]:
+    """The models of a finished run by samples seen: its snapshots, or else the final one."""
+    folder = run.path / "snapshots"
+    found = {int(path.name): path for path in folder.iterdir()} if folder.is_dir() else {}
+    return found or {counts_of(run)["samples_seen"]: run.model_folder}
+
+
+def counts_of(run: Run) -> dict[str, int]:
+    """Samples seen and skipped by a finished run."""
+    summary = json.loads((run.path / "run.json").read_text())
+    return {key: summary[key] for key in ("samples_seen", "skipped")}
+
+
+def read_samples(file: Path) -> np.ndarray:
+    """Samples uint8 [G, H, W, C]. Raises InputError if the file is not there or damaged."""
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            images: np.ndarray = arrays["images"]
+            return images
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{file}: can't be read ({error}); remove its folder to compute the cell again") from None
+
+
+def write_sheet(file: Path, samples: np.ndarray) -> None:
+    """A PNG of the first samples, 8 by 8."""
+    count = min(len(samples), SHEET_SIDE**2)
+    _, height, width, channels = samples.shape
+    sheet = np.full((SHEET_SIDE * (height + 1), SHEET_SIDE * (width + 1), channels), 255, np.uint8)
+    for place, image in enumerate(samples[:count]):
+        top, left = place // SHEET_SIDE * (height + 1), place % SHEET_SIDE * (width + 1)
+        sheet[top : top + height, left : left + width] = image
+    with atomic_path(file, durable=False) as temporary:
+        Image.fromarray(sheet.squeeze(-1) if channels == 1 else sheet).save(temporary, "PNG")
+
+
+@contextmanager
+def _timed(file: Path) -> Iterator[None]:
+    """Add the wall-clock and processor seconds of the block to those in ``file``, also if it is interrupted."""
+    before = json.loads(file.read_text()) if file.exists() else {"wall_seconds": 0.0, "cpu_seconds": 0.0}
+    wall, processor = time.monotonic(), time.process_time()
+    try:
+        yield
+    finally:
+        spent = {"wall_seconds": time.monotonic() - wall, "cpu_seconds": time.process_time() - processor}
+        write_json(file, {key: before[key] + spent[key] for key in before})

@@ -1,0 +1,174 @@
+"""A study from its file to its points: every cell once, however often and by how many processes it is started."""
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unrote.encoders import Encoder
+from unrote.encoders.random_conv import RandomConvEncoder
+from unrote.errors import InputError
+from unrote.study.cells import Cell, claimed, train_cell
+from unrote.study.classifier import trained_classifier
+from unrote.study.measure import Yardstick
+from unrote.study.plan import ImagesPlan, Study
+from unrote.study.subjects import Subjects, choose_subjects, encoder_images
+
+logger = logging.getLogger("unrote")
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What all methods of a regime and seed share: images and yardstick, found when they are needed."""
+
+    study: Study
+    regime: str
+    seed: int
+    root: Path
+    encoders: tuple[Encoder, ...] = ()
+
+    @cached_property
+    def subjects(self) -> Subjects:
+        """The images."""
+        return choose_subjects(self.study.regimes[self.regime].images, self.seed)
+
+    @cached_property
+    def yardstick(self) -> Yardstick:
+        """What the methods' samples are measured by."""
+        spaces = (*self.encoders, *quality_spaces(self.study.regimes[self.regime].images))
+        return Yardstick(self.subjects, spaces, self.root / "cache")
+
+    def cell(self, method: str) -> Cell:
+        """The cell of ``method``."""
+        train = self.subjects.train
+        config = self.study.config(self.regime, method, self.seed, len(train))
+        sampling = self.study.regimes[self.regime].sampling
+        return Cell(self.regime, method, self.seed, config, sampling, train.fingerprint, self.root)
+
+
+@lru_cache
+def quality_spaces(plan: ImagesPlan) -> tuple[Encoder, ...]:
+    """Feature spaces that quality is measured in, the primary one first."""
+    images = encoder_images(plan)
+    classifier = None if images is None else trained_classifier(images)
+    return (RandomConvEncoder(),) if classifier is None else (classifier, RandomConvEncoder())
+
+
+def run_study(
+    study: Study,
+    root: Path,
+    *,
+    device: torch.device,
+    only: Sequence[str] = (),
+    keep: bool = False,
+    encoders: Sequence[Encoder] = (),
+) -> dict[str, Any]:
+    """Compute the cells that are not there yet; the same call again goes on.
+
+    Args:
+        study: what is compared.
+        root: the study's folder; several processes may share it, each takes cells that no other works on.
+        device: where to train and sample.
+        only: parts ``regime``, ``regime/method`` or ``regime/method/seed``, ``*`` for any: only those are computed.
+        keep: keep the run folders.
+        encoders: feature spaces of quality besides the classifier and random convolutions; the first one is primary.
+
+    Returns:
+        The study, every measured cell, of this call or of others, and the labels of those that are missing; JSON-able.
+
+    Raises:
+        InputError: images or settings are unusable, or ``only`` fits no cell.
+    """
+    wanted = [Wanted.parse(text) for text in only] or [Wanted()]
+    grounds = [Ground(study, regime, seed, root, tuple(encoders)) for seed in study.seeds for regime in study.regimes]
+    todo = [
+        (ground, method)
+        for ground in grounds
+        for method in study.methods_of(ground.regime)
+        if any(one.fits(ground.regime, method, ground.seed) for one in wanted)
+    ]
+    if not todo:
+        raise InputError(f"--only {' '.join(only)}: fits no cell; write REGIME/METHOD/SEED, * for any")
+    for number, (ground, method) in enumerate(todo, 1):
+        compute(ground, method, f"{number} of {len(todo)}", device, keep=keep)
+    return collect(study, grounds, root)
+
+
+def compute(ground: Ground, method: str, number: str, device: torch.device, *, keep: bool) -> None:
+    """Train and measure one cell, unless that is done or another process is at it."""
+    cell = ground.cell(method)
+    folder = cell.folder
+    if folder.trained is not None and folder.points(ground.yardstick) is not None:
+        return
+    started = time.monotonic()
+    with claimed(folder) as ours:
+        if not ours:
+            logger.info("%s (%s): another process is at it", cell.label, number)
+            return
+        train_cell(cell, ground.subjects.train, device, keep=keep)
+        between = time.monotonic()
+        last = folder.measure(ground.yardstick)[-1]
+    logger.info(
+        "%s (%s): %.0f s, of which measuring %.1f; at the end %.1f %% near-copies of %d images, Fréchet distance %.2f",
+        cell.label,
+        number,
+        time.monotonic() - started,
+        time.monotonic() - between,
+        100 * last["memorization"]["orbit"]["fraction"],
+        last["memorization"]["orbit"]["distinct"],
+        frechet(last),
+    )
+
+
+def collect(study: Study, grounds: Sequence[Ground], root: Path) -> dict[str, Any]:
+    """Every measured cell, and what is missing."""
+    cells, floors, missing = [], [], []
+    for ground in grounds:
+        there = False
+        for method in study.methods_of(ground.regime):
+            cell = ground.cell(method)
+            folder = cell.folder
+            cost = folder.trained
+            points = None if cost is None else folder.points(ground.yardstick)
+            if cost is None or points is None:
+                missing.append(cell.label)
+                continue
+            there = True
+            names = {"regime": cell.regime, "method": cell.method, "seed": cell.seed, "folder": folder.path.name}
+            cells.append({**names, **cost, "points": points})
+        if there:
+            floors.append({"regime": ground.regime, "seed": ground.seed, **ground.yardstick.floor})
+    return {"study": study.model_dump(mode="json"), "cells": cells, "floors": floors, "missing": missing}
+
+
+def frechet(point: dict[str, Any]) -> float:
+    """The Fréchet distance of a point in its primary space."""
+    quality = point["quality"]
+    return float(quality[quality["primary"]]["frechet_distance"]["value"])
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A part of ``--only``."""
+
+    regime: str = "*"
+    method: str = "*"
+    seed: str = "*"
+
+    @staticmethod
+    def parse(text: str) -> "Wanted":
+        """``regime/method/seed``; what is left out at the end is any."""
+        parts = [part or "*" for part in text.split("/")]
+        if len(parts) > 3:
+            raise InputError(f"--only {text}: write REGIME/METHOD/SEED, * for any")
+        return Wanted(*parts)
+
+    def fits(self, regime: str, method: str, seed: int) -> bool:
+        """Whether a cell is wanted."""
+        pairs = ((self.regime, regime), (self.method, method), (self.seed, str(seed)))
+        return all(wanted in ("*", there) for wanted, there in pairs)

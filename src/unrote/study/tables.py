@@ -1,0 +1,86 @@
+"""The study's numbers as text: what Markdown and the page both show."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+COLUMNS = (
+    "method",
+    "seeds",
+    "near-copies at equal quality",
+    "÷ standard",
+    "images extracted",
+    "÷ standard",
+    "best Fréchet distance",
+    "distance at equal memorization ÷ standard",
+    "area ÷ standard",
+    "CPU time ÷ standard",
+    "dominated by",
+)
+
+
+def table(summary: Mapping[str, Any], space: str) -> list[list[str]]:
+    """The cells of :data:`COLUMNS` for every method, as text."""
+    measures = summary["spaces"][space]
+    extracted = measures["extracted"]
+    return [
+        [
+            method,
+            str(row["seeds"]),
+            percents(row["at_equal_quality"]),
+            number(row["at_equal_quality_ratio"]),
+            number(extracted[method]["at_equal_quality"], 1),
+            number(extracted[method]["at_equal_quality_ratio"]),
+            number(row["best_distance"]),
+            number(row["distance_at_equal_memorization_ratio"]),
+            number(row["area_ratio"]),
+            number(summary["costs"][method]["cpu_ratio"]),
+            listed(row["dominated_by"]),
+        ]
+        for method, row in measures["near-copies"].items()
+    ]
+
+
+def number(estimate: Mapping[str, Any] | None, digits: int = 2) -> str:
+    """``1.23 (1.10–1.40)``; a dash where there is none: not reached on every seed."""
+    if estimate is None:
+        return "–"
+    return f"{estimate['value']:.{digits}f}" + _interval(estimate, lambda end: f"{end:.{digits}f}")
+
+
+def percents(estimate: Mapping[str, Any] | None) -> str:
+    """Likewise, of a share."""
+    if estimate is None:
+        return "–"
+    return f"{100 * estimate['value']:.1f} %" + _interval(estimate, lambda end: f"{100 * end:.1f}")
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names with commas, or ``none``."""
+    return ", ".join(names) or "none"
+
+
+def _interval(estimate: Mapping[str, Any], words: Callable[[float], str]) -> str:
+    interval = estimate["interval"]
+    return "" if interval is None else f" ({words(interval[0])}–{words(interval[1])})"
+
+
+def floor_lines(floors: Sequence[Mapping[str, Any]], space: str) -> list[str]:
+    """What real images score, averaged over seeds, in sentences."""
+    if not floors:
+        return []
+    control, train = (
+        float(np.mean([floor[role][space]["frechet_distance"]["value"] for floor in floors]))
+        for role in ("control", "train")
+    )
+    below = [floor["unseen_below"]["fraction"] for floor in floors]
+    lines = [
+        f"Real images: Fréchet distance of the held-out control {control:.2f}, of the training images {train:.2f}; "
+        f"{100 * float(np.mean(below)):.1f} % of the control would count as near-copies."
+    ]
+    accuracies = {floor["classifier_accuracy"] for floor in floors if floor.get("classifier_accuracy") is not None}
+    if accuracies:
+        found = ", ".join(f"{100 * accuracy:.1f} %" for accuracy in sorted(accuracies))
+        lines.append(f"The classifier whose features these are is right on {found} of other images.")
+    return lines
