@@ -74,9 +74,9 @@ class PixelIndex:
             raise InputError(f"threshold of a copy filter: a ratio lies in (0, 1], not at {threshold:g}")
         height, width = train.images.shape[1:3]
         self.train, self.threshold, self.num_neighbors = train, threshold, num_neighbors
-        self._margin = min(max_shift, (min(height, width) - 1) // 2)
+        self.margin = min(max_shift, (min(height, width) - 1) // 2)
         shape = {"height": height, "width": width}
-        self.views = orbit(flip=flip, max_shift=self._margin, scales=SCALES, brightness=BRIGHTNESS, **shape)
+        self.views = orbit(flip=flip, max_shift=self.margin, scales=SCALES, brightness=BRIGHTNESS, **shape)
         self.references = References(train, near_clusters(train))
 
     def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -87,7 +87,7 @@ class PixelIndex:
     def ratios(self, images: np.ndarray) -> tuple[dict[Definition, np.ndarray], np.ndarray]:
         """Ratios of both definitions, float64 [B] each, and the nearest training images, int64 [B]."""
         queries = in_memory_store(images, source="generated")
-        found = find(queries, self.references, self.num_neighbors, self.views, margin=self._margin).distinct
+        found = find(queries, self.references, self.num_neighbors, self.views, margin=self.margin).distinct
         both: tuple[Definition, ...] = ("l2", "squared-l2")
         return {definition: neighbour_ratio(found, definition) for definition in both}, found.indices[:, 0]
 
