@@ -5,7 +5,7 @@ import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from diffusers import (
 )
 from numpy.typing import NDArray
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from tqdm import tqdm
 
@@ -31,7 +32,13 @@ from unrote.text.generation import PromptDenoiser, load_text_to_image
 from unrote.text.prompts import Prompt, read_prompts
 from unrote.training.run import Run
 
+if TYPE_CHECKING:
+    from unrote.guards.copy_filter import CopyFilter
+
 logger = logging.getLogger("unrote")
+
+NOTE = "unrote"
+"""The text of a PNG file that says what a copy filter found."""
 
 Sampler = Literal["ddim", "ddpm", "dpm-solver++"]
 Weights = Literal["ema", "raw"]
@@ -52,6 +59,7 @@ def sample(
     negative_prompt: str | None = None,
     resolution: int | None = None,
     batch_size: int | None = None,
+    guards: Sequence[str] = (),
     device: torch.device | str = "cpu",
 ) -> Path:
     """Generate images 0..num-1; what is already in ``out`` is not made again.
@@ -75,6 +83,8 @@ def sample(
         negative_prompt: with prompts: what guidance leads away from; by default the empty text.
         resolution: with prompts: height and width in pixels; by default what a run was trained at, or the pipeline's.
         batch_size: images denoised at once; by default 32, with prompts 4.
+        guards: what keeps training images from coming back, as ``NAME[:key=value,…]`` each; see docs/guards.md. Image i
+            depends on them too.
         device: where to compute.
 
     Returns:
@@ -121,6 +131,11 @@ def sample(
             negative_prompt=negative_prompt,
             size=_size(resolution, run),
         )
+    guarding = None
+    if guards:
+        from unrote.guards.making import make_guards  # the searches of an audit, which sampling alone does not need
+
+        guarding = make_guards(guards, denoise, run, seed=seed, device=device)
     settings = {
         "model": str(source),
         "model_sha256": weights_hash(*denoise.networks),
@@ -130,14 +145,20 @@ def sample(
         "eta": eta,
         "seed": seed,
         "batch_size": batch_size,
+        "guards": None if guarding is None else guarding.settings(),
         **denoise.settings,
     }
-    _generate(denoise, num, batch_size, settings, target)
+    _generate(denoise, num, batch_size, settings, target, None if guarding is None else guarding.copy_filter)
     return target
 
 
 def _generate(
-    denoise: "Denoiser | PromptDenoiser", num: int, batch_size: int, settings: dict[str, Any], target: Path
+    denoise: "Denoiser | PromptDenoiser",
+    num: int,
+    batch_size: int,
+    settings: dict[str, Any],
+    target: Path,
+    copy_filter: "CopyFilter | None" = None,
 ) -> None:
     """Make the images that are not there yet, and what is written beside them."""
     folder = target.with_name(target.name + ".parts") if target.suffix == ".npz" else target
@@ -146,12 +167,20 @@ def _generate(
         for first in range(0, num, batch_size):
             wanted = range(first, min(first + batch_size, num))
             if not all((folder / _file_name(i)).exists() for i in wanted):
-                pixels = denoise(range(first, first + batch_size))
-                _write_images(folder, wanted, pixels)
+                batch, notes = range(first, first + batch_size), None
+                if copy_filter is None:
+                    pixels = denoise(batch)
+                else:
+                    pixels, notes = copy_filter(denoise, batch)
+                _write_images(folder, wanted, pixels, notes)
             bar.update(len(wanted))
     # A folder may hold more than were asked for now; every image in it has its line.
     made = range(num) if folder != target else sorted(int(path.stem) for path in folder.glob("[0-9]*.png"))
-    rows = [{"index": i, "seed": settings["seed"], "file": _file_name(i)} | denoise.label_of(i) for i in made]
+    rows = []
+    for i in made:
+        note = {} if copy_filter is None else _read_note(folder / _file_name(i))
+        label = denoise.label_of(i, note.get("attempt", 0))
+        rows.append({"index": i, "seed": settings["seed"], "file": _file_name(i)} | label | note)
     _write_lines(folder / "samples.jsonl", rows)
     captions = [{"file_name": row["file"], "text": row["prompt"]} for row in rows if "prompt" in row]
     if captions:
@@ -211,20 +240,22 @@ class Denoiser:
     def __init__(self, unet: Any, schedule: Any, sampler: Sampler, steps: int, eta: float, seed: int) -> None:
         self._unet, self._seed = unet, seed
         self._scheduler = make_scheduler(schedule, sampler, steps)
+        self.shape: tuple[int, int, int] = (*[unet.config.sample_size] * 2, unet.config.in_channels)
         self._eta = {"eta": eta} if sampler == "ddim" else {}
         self.networks, self.settings = (unet,), dict[str, Any]()
 
-    def label_of(self, index: int) -> dict[str, Any]:
+    def label_of(self, index: int, attempt: int = 0) -> dict[str, Any]:
         """``{"label": …}`` of image ``index``, classes in turn; empty for an unconditional model."""
         classes = self._unet.config.num_class_embeds
         return {"label": index % classes} if classes else {}
 
     @torch.inference_mode()
-    def __call__(self, indices: Sequence[int]) -> NDArray[np.uint8]:
-        """The images ``indices``, uint8 [B, H, W, C]."""
+    def __call__(self, indices: Sequence[int], attempt: int = 0) -> NDArray[np.uint8]:
+        """The images ``indices``, uint8 [B, H, W, C]; another ``attempt`` gives others."""
         config, device = self._unet.config, self._unet.device
         shape = (1, config.in_channels, config.sample_size, config.sample_size)
-        draws = [generator(self._seed, "sample", index) for index in indices]
+        again = ("attempt", attempt) if attempt else ()
+        draws = [generator(self._seed, "sample", index, *again) for index in indices]
         images = torch.cat([torch.randn(shape, generator=draw) for draw in draws]).to(device)
         images = images * self._scheduler.init_noise_sigma
         labels = [row["label"] for row in map(self.label_of, indices) if row]
@@ -332,10 +363,22 @@ def _file_name(index: int) -> str:
     return f"{index:06d}.png"
 
 
-def _write_images(folder: Path, wanted: range, pixels: NDArray[np.uint8]) -> None:
-    for index, image in zip(wanted, pixels, strict=False):
+def _write_images(
+    folder: Path, wanted: range, pixels: NDArray[np.uint8], notes: Sequence[dict[str, Any]] | None
+) -> None:
+    """One PNG each. A note lies in the file itself, so that neither is ever there without the other."""
+    for row, (index, image) in enumerate(zip(wanted, pixels, strict=False)):
+        text = PngInfo()
+        if notes is not None:
+            text.add_text(NOTE, json.dumps(notes[row]))
         with atomic_path(folder / _file_name(index), durable=False) as temporary:
-            Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(temporary, "PNG")
+            Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(temporary, "PNG", pnginfo=text)
+
+
+def _read_note(file: Path) -> dict[str, Any]:
+    with Image.open(file) as image:
+        note: dict[str, Any] = json.loads(image.info[NOTE])
+    return note
 
 
 def _write_lines(file: Path, rows: Sequence[dict[str, Any]]) -> None:

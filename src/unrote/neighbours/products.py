@@ -58,8 +58,8 @@ def integer_norms(rows: Tensor) -> Tensor:
     total = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
     # On a processor a piece stays in its cache, which is six times as fast.
     step = 256 if rows.device.type == "cpu" else max(1, len(rows))
-    for piece, sums in zip(rows.split(step), total.split(step), strict=True):
-        for chunk in piece.split(EXACT_CHUNK, 1):
+    for piece, sums in zip(torch.split(rows, step), torch.split(total, step), strict=True):
+        for chunk in torch.split(piece, EXACT_CHUNK, 1):
             sums += chunk.float().square_().sum(1).long()
     return total
 

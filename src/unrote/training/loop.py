@@ -21,6 +21,7 @@ from unrote.method.shards import SampleStream
 from unrote.models.making import make_task
 from unrote.seeding import derive_seed
 from unrote.training.checkpoints import Checkpoints
+from unrote.training.monitor import make_monitor
 from unrote.training.output import save_model, write_outputs
 from unrote.training.reference import reference_of
 from unrote.training.run import Log, Run
@@ -119,7 +120,8 @@ def make_budget(config: Config, num_samples: int, sizes: tuple[int, ...]) -> Bud
     total = max(1, round(config.training.epochs * num_samples))
     # Without an ensemble a round changes nothing; its end is where a snapshot is taken.
     alone = total / max(1, config.training.snapshots)
-    local = config.ensemble.local_epochs * num_samples if config.ensemble.enabled else alone
+    rounds = config.ensemble.enabled or config.monitor.every > 0
+    local = config.ensemble.local_epochs * num_samples if rounds else alone
     return Budget(total, local, sizes)
 
 
@@ -176,6 +178,8 @@ def _train(config: Config, images: ImageStore, run: Run, device: torch.device, s
     parts = {"model": model, "optimizer": step.optimizer, "lr_scheduler": step.lr_scheduler, "scaler": step.scaler}
     parts |= {"gate": step.gate, "ensemble": ensemble, "proxy": proxy, "whole": whole, "meter": meter}
     parts |= {"ema": step.ema} if step.ema is not None else {}
+    monitor = make_monitor(config, images, run, task, step.ema, budget)
+    parts |= {"monitor": monitor} if monitor is not None else {}
     checkpoints = Checkpoints(run.path / "checkpoints", ensemble.slots, training.checkpoints_total_limit)
     state = checkpoints.load_newest()
     if state is not None:
@@ -193,7 +197,7 @@ def _train(config: Config, images: ImageStore, run: Run, device: torch.device, s
     started, samples_before = time.monotonic(), whole.samples
     bar = tqdm(total=budget.total, initial=whole.samples, unit="img", desc=config.method, leave=False, disable=None)
     with bar, closing(log), closing(tracker):
-        while ensemble.round_index < budget.num_rounds:
+        while ensemble.round_index < budget.num_rounds and not (monitor and monitor.stopped):
             for shard in ensemble.round():
                 k, r = shard.proxy, ensemble.round_index
                 target = budget.target(k, r, (ensemble.phase + 1) / ensemble.num_phases)
@@ -228,7 +232,12 @@ def _train(config: Config, images: ImageStore, run: Run, device: torch.device, s
             if training.snapshots * (r + 1) // budget.num_rounds > training.snapshots * r // budget.num_rounds:
                 save_model(run.snapshot_folder(whole.samples), task, step.ema)
 
+            if monitor is not None:
+                monitor.look(ensemble.round_index, whole.samples, whole.steps, log, tracker)
+
         checkpoint()
+    if monitor is not None:
+        monitor.put_back_best()
     assert step.gate.ledger is not None
     write_outputs(run, config, images, task, step.ema, step.gate.ledger, whole.steps)
 
