@@ -19,3 +19,11 @@ def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
     tiny_stable_diffusion(folder / "tokenizer", vae_levels=2).save_pretrained(folder / "sd")
     return folder / "sd"
+
+
+@pytest.fixture(scope="session")
+def memorizing(tmp_path_factory):
+    """A run that has learned about half of its samples by rote; its training images are ``pictures(16)``."""
+    from memorizing import memorizing_run
+
+    return memorizing_run(tmp_path_factory.mktemp("memorizing"))

@@ -182,6 +182,13 @@ def _after_training(out: Path, config: Config, summary: dict[str, Any]) -> str:
 @click.option("--negative-prompt", metavar="TEXT", help="With prompts: what to lead away from.")
 @click.option("--resolution", type=int, help="With prompts: height and width [as trained].")
 @click.option("--batch-size", type=int, help="Images denoised at once [32; with prompts 4].")
+@click.option(
+    "--guard",
+    "guards",
+    multiple=True,
+    metavar="NAME[:KEY=VALUE,…]",
+    help="Keep copies back: docs/guards.md; repeatable.",
+)
 @_device_option
 def sample(model: str, out: Path | None, device: str | None, **options: Any) -> None:
     """Generate images. What is already there is not made again."""

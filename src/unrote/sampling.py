@@ -5,7 +5,7 @@ import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from diffusers import (
 )
 from numpy.typing import NDArray
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from tqdm import tqdm
 
@@ -32,7 +33,13 @@ from unrote.text.generation import PromptDenoiser, load_text_to_image
 from unrote.text.prompts import Prompt, read_prompts
 from unrote.training.run import Run
 
+if TYPE_CHECKING:
+    from unrote.guards.copy_filter import CopyFilter
+
 logger = logging.getLogger("unrote")
+
+NOTE = "unrote"
+"""The text of a PNG file that says what a copy filter found."""
 
 Sampler = Literal["ddim", "ddpm", "dpm-solver++"]
 Weights = Literal["ema", "raw"]
@@ -53,6 +60,7 @@ def sample(
     negative_prompt: str | None = None,
     resolution: int | None = None,
     batch_size: int | None = None,
+    guards: Sequence[str] = (),
     device: torch.device | str = "cpu",
     distributed: bool = False,
 ) -> Path:
@@ -77,6 +85,8 @@ def sample(
         negative_prompt: with prompts: what guidance leads away from; by default the empty text.
         resolution: with prompts: height and width in pixels; by default what a run was trained at, or the pipeline's.
         batch_size: images denoised at once; by default 32, with prompts 4.
+        guards: what keeps training images from coming back, as ``NAME[:key=value,…]`` each; see docs/guards.md. Image i
+            depends on them too.
         device: where to compute.
         distributed: every process of the initialized ``torch.distributed`` group calls this with the same arguments and
             makes its share of the batches; ``out`` is a folder that all of them see.
@@ -126,6 +136,11 @@ def sample(
             negative_prompt=negative_prompt,
             size=_size(resolution, run),
         )
+    guarding = None
+    if guards:
+        from unrote.guards.making import make_guards  # the searches of an audit, which sampling alone does not need
+
+        guarding = make_guards(guards, denoise, run, seed=seed, device=device)
     settings = {
         "model": str(source),
         "model_sha256": weights_hash(*denoise.networks),
@@ -135,9 +150,11 @@ def sample(
         "eta": eta,
         "seed": seed,
         "batch_size": batch_size,
+        "guards": None if guarding is None else guarding.settings(),
         **denoise.settings,
     }
-    _generate(denoise, num, batch_size, settings, target, ranks)
+    copy_filter = None if guarding is None else guarding.copy_filter
+    _generate(denoise, num, batch_size, settings, target, ranks, copy_filter)
     return target
 
 
@@ -148,6 +165,7 @@ def _generate(
     settings: dict[str, Any],
     target: Path,
     ranks: Ranks,
+    copy_filter: "CopyFilter | None",
 ) -> None:
     """Make the images that are not there yet, and what is written beside them."""
     folder = target.with_name(target.name + ".parts") if target.suffix == ".npz" else target
@@ -162,22 +180,37 @@ def _generate(
     quiet = True if ranks.rank else None
     with tqdm(total=sum(map(len, mine)), unit="img", desc="sampling", leave=False, disable=quiet) as bar:
         for wanted in mine:
-            pixels = denoise(range(wanted.start, wanted.start + batch_size))
-            _write_images(folder, wanted, pixels)
+            batch, notes = range(wanted.start, wanted.start + batch_size), None
+            if copy_filter is None:
+                pixels = denoise(batch)
+            else:
+                pixels, notes = copy_filter(denoise, batch)
+            _write_images(folder, wanted, pixels, notes)
             bar.update(len(wanted))
     ranks.barrier()
     if ranks.rank == 0:
-        _list(denoise, num, settings, folder, target)
+        _list(denoise, num, settings, folder, target, filtered=copy_filter is not None)
     # Nobody returns before everything is there.
     ranks.barrier()
 
 
-def _list(denoise: "Denoiser | PromptDenoiser", num: int, settings: dict[str, Any], folder: Path, target: Path) -> None:
+def _list(
+    denoise: "Denoiser | PromptDenoiser",
+    num: int,
+    settings: dict[str, Any],
+    folder: Path,
+    target: Path,
+    *,
+    filtered: bool,
+) -> None:
     """Write a line for every image, and pack the images if they go into one file."""
     # A folder may hold more than were asked for now; every image in it has its line.
     found = {int(path.stem) for path in folder.glob("[0-9]*.png")} if folder == target else set[int]()
-    made = sorted(found | set(range(num)))
-    rows = [{"index": i, "seed": settings["seed"], "file": _file_name(i)} | denoise.label_of(i) for i in made]
+    rows = []
+    for i in sorted(found | set(range(num))):
+        note = {} if not filtered else _read_note(folder / _file_name(i))
+        label = denoise.label_of(i, note.get("attempt", 0))
+        rows.append({"index": i, "seed": settings["seed"], "file": _file_name(i)} | label | note)
     _write_lines(folder / "samples.jsonl", rows)
     captions = [{"file_name": row["file"], "text": row["prompt"]} for row in rows if "prompt" in row]
     if captions:
@@ -237,20 +270,22 @@ class Denoiser:
     def __init__(self, unet: Any, schedule: Any, sampler: Sampler, steps: int, eta: float, seed: int) -> None:
         self._unet, self._seed = unet, seed
         self._scheduler = make_scheduler(schedule, sampler, steps)
+        self.shape: tuple[int, int, int] = (*[unet.config.sample_size] * 2, unet.config.in_channels)
         self._eta = {"eta": eta} if sampler == "ddim" else {}
         self.networks, self.settings = (unet,), dict[str, Any]()
 
-    def label_of(self, index: int) -> dict[str, Any]:
+    def label_of(self, index: int, attempt: int = 0) -> dict[str, Any]:
         """``{"label": …}`` of image ``index``, classes in turn; empty for an unconditional model."""
         classes = self._unet.config.num_class_embeds
         return {"label": index % classes} if classes else {}
 
     @torch.inference_mode()
-    def __call__(self, indices: Sequence[int]) -> NDArray[np.uint8]:
-        """The images ``indices``, uint8 [B, H, W, C]."""
+    def __call__(self, indices: Sequence[int], attempt: int = 0) -> NDArray[np.uint8]:
+        """The images ``indices``, uint8 [B, H, W, C]; another ``attempt`` gives others."""
         config, device = self._unet.config, self._unet.device
         shape = (1, config.in_channels, config.sample_size, config.sample_size)
-        draws = [generator(self._seed, "sample", index) for index in indices]
+        again = ("attempt", attempt) if attempt else ()
+        draws = [generator(self._seed, "sample", index, *again) for index in indices]
         images = torch.cat([torch.randn(shape, generator=draw) for draw in draws]).to(device)
         images = images * self._scheduler.init_noise_sigma
         labels = [row["label"] for row in map(self.label_of, indices) if row]
@@ -358,10 +393,22 @@ def _file_name(index: int) -> str:
     return f"{index:06d}.png"
 
 
-def _write_images(folder: Path, wanted: range, pixels: NDArray[np.uint8]) -> None:
-    for index, image in zip(wanted, pixels, strict=False):
+def _write_images(
+    folder: Path, wanted: range, pixels: NDArray[np.uint8], notes: Sequence[dict[str, Any]] | None
+) -> None:
+    """One PNG each. A note lies in the file itself, so that neither is ever there without the other."""
+    for row, (index, image) in enumerate(zip(wanted, pixels, strict=False)):
+        text = PngInfo()
+        if notes is not None:
+            text.add_text(NOTE, json.dumps(notes[row]))
         with atomic_path(folder / _file_name(index), durable=False) as temporary:
-            Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(temporary, "PNG")
+            Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(temporary, "PNG", pnginfo=text)
+
+
+def _read_note(file: Path) -> dict[str, Any]:
+    with Image.open(file) as image:
+        note: dict[str, Any] = json.loads(image.info[NOTE])
+    return note
 
 
 def _write_lines(file: Path, rows: Sequence[dict[str, Any]]) -> None:

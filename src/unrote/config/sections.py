@@ -15,6 +15,7 @@ from pydantic import (
 
 from unrote.config.base import Decay, Fraction, Section
 from unrote.config.gate import GateConfig
+from unrote.config.limits import parse_stop_rule
 
 # YAML reads a plain `no` as false.
 Precision = Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(lambda value: "no" if value is False else value)]
@@ -288,6 +289,38 @@ class AugmentationConfig(Section):
     """What an augmentation may do."""
 
 
+class MonitorConfig(Section):
+    """Looking at samples while training; a pixel model only. Nothing of it changes what is learned."""
+
+    every: NonNegativeInt = 0
+    """Rounds between two looks; 0 never looks. Without an ensemble a round is ensemble.local_epochs all the same."""
+    samples: PositiveInt = 64
+    """Images that a look samples, always from the same noise."""
+    steps: PositiveInt = 25
+    """DDIM steps of a look; must divide model.num_train_timesteps."""
+    max_overhead: Annotated[float, Field(gt=0)] = 0.05
+    """Look more rarely than every so many rounds where looks would take more than this share of training's work."""
+    stop_when: str | None = None
+    """Stop at a look where this holds, such as mq@0.5 > 0.01; none never stops."""
+    keep_best: Literal["none", "pareto"] = "none"
+    """pareto finishes with the weights of the look of least Fréchet distance among those not beyond stop_when."""
+    holdout: str | None = None
+    """Images that are not trained on, which the Fréchet distance is measured to; NAME[:SPLIT], folder or .npz."""
+
+    @model_validator(mode="after")
+    def _rules_fit_together(self) -> "MonitorConfig":
+        if self.stop_when is not None:
+            try:
+                parse_stop_rule(self.stop_when)
+            except ValueError as error:
+                raise ValueError(f"stop_when: {error}") from None
+        if self.every == 0 and (self.stop_when is not None or self.keep_best != "none"):
+            raise ValueError("stop_when and keep_best need looks: set every to 1 or more")
+        if self.keep_best == "pareto" and (self.stop_when is None or self.holdout is None):
+            raise ValueError("keep_best: pareto needs stop_when, which says what is too much, and holdout")
+        return self
+
+
 class Config(Section):
     """A whole training run."""
 
@@ -313,6 +346,8 @@ class Config(Section):
     """MSR."""
     augmentation: AugmentationConfig = AugmentationConfig()
     """TAA."""
+    monitor: MonitorConfig = MonitorConfig()
+    """Looks at samples along the way."""
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> "Config":
@@ -345,6 +380,10 @@ class Config(Section):
             raise ValueError("model.train: lora needs a model to adapt; set model.pretrained")
         if self.augmentation.enabled and self.augmentation.labels and self.model.pretrained is not None:
             raise ValueError("augmentation.labels: a pretrained model can't be told; set augmentation.labels=false")
+        if self.monitor.every and self.model.pretrained is not None:
+            raise ValueError("monitor.every: only models without text are monitored; audit snapshots instead")
+        if self.monitor.every and self.model.num_train_timesteps % self.monitor.steps:
+            raise ValueError(f"monitor.steps: must divide model.num_train_timesteps, {self.model.num_train_timesteps}")
         if self.redistribution.enabled and not self.gate.enabled:
             raise ValueError("redistribution.enabled goes by skips: enable gate too")
         return self

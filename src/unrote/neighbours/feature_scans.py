@@ -238,8 +238,10 @@ class QuantisedScan:
 
     def add(self, first: int, references: np.ndarray) -> None:
         """Take in float32 rows [b, D]."""
-        rounded, errors = self.rounded(checked(references))
+        rounded, errors = self.rounded(references)
         greatest = errors.amax(1)
+        if not greatest.isfinite().all():
+            checked(references)
         # What is kept is at most so much farther than it seems, what is dropped at most so much nearer.
         self.scan.add(first, rounded, 2 * self.errors + self.greatest[1] + greatest[0])
         self.greatest = torch.maximum(self.greatest, greatest)

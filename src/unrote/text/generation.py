@@ -89,26 +89,41 @@ class PromptDenoiser:
         self._negative = negative_prompt
         height, width = size or (None, None)
         guidance = {"guidance_scale": guidance_scale}
-        self._options = {**guidance, "num_inference_steps": steps, "eta": eta, "height": height, "width": width}
+        self._options: dict[str, Any] = {
+            **guidance,
+            "num_inference_steps": steps,
+            "eta": eta,
+            "height": height,
+            "width": width,
+        }
         self.networks = tuple(part for name in NETWORKS if (part := getattr(pipeline, name, None)) is not None)
         texts = digest_of([(prompt.text, prompt.seed) for prompt in prompts])
         self.settings = {**guidance, "negative_prompt": negative_prompt, "size": size and list(size)}
         self.settings |= {"prompts": len(prompts), "prompts_sha256": texts}
 
-    def label_of(self, index: int) -> dict[str, Any]:
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of the images."""
+        unet, scale = self._pipeline.unet, self._pipeline.vae_scale_factor
+        side = unet.config.sample_size
+        height, width = (scale * n for n in ((side, side) if isinstance(side, int) else side))
+        asked = self._options
+        return asked["height"] or height, asked["width"] or width, self._pipeline.vae.config.out_channels
+
+    def label_of(self, index: int, attempt: int = 0) -> dict[str, Any]:
         """Prompt of image ``index``, its origin if known, and the generator's seed that gives it in plain diffusers."""
         prompt = self._prompt(index)
         origin = {} if prompt.origin is None else {"origin": prompt.origin}
-        return {"prompt": prompt.text, **origin, "generator_seed": self._generator_seed(index)}
+        return {"prompt": prompt.text, **origin, "generator_seed": self._generator_seed(index, attempt)}
 
     @torch.inference_mode()
-    def __call__(self, indices: Sequence[int]) -> NDArray[np.uint8]:
-        """The images ``indices``, uint8 [B, H, W, 3]."""
+    def __call__(self, indices: Sequence[int], attempt: int = 0) -> NDArray[np.uint8]:
+        """The images ``indices``, uint8 [B, H, W, 3]; another ``attempt`` gives others."""
         result = self._pipeline(
             prompt=[self._prompt(index).text for index in indices],
             negative_prompt=None if self._negative is None else [self._negative] * len(indices),
             # On the CPU whatever the device, so that noise does not depend on it.
-            generator=[torch.Generator().manual_seed(self._generator_seed(index)) for index in indices],
+            generator=[torch.Generator().manual_seed(self._generator_seed(index, attempt)) for index in indices],
             output_type="np",
             **self._options,
         )
@@ -117,10 +132,11 @@ class PromptDenoiser:
     def _prompt(self, index: int) -> Prompt:
         return self._prompts[index % len(self._prompts)]
 
-    def _generator_seed(self, index: int) -> int:
+    def _generator_seed(self, index: int, attempt: int) -> int:
         own = self._prompt(index).seed
         # A seed of its own is counted on, so that a prompt's second image is another one.
-        return derive_seed(self._seed, "sample", index) if own is None else own + index // len(self._prompts)
+        first = derive_seed(self._seed, "sample", index) if own is None else own + index // len(self._prompts)
+        return derive_seed(first, "attempt", attempt) if attempt else first
 
 
 def _check_pipeline(pipeline: Any) -> None:

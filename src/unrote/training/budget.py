@@ -133,5 +133,6 @@ def make_budget(config: Config, num_samples: int, sizes: tuple[int, ...]) -> Bud
     total = max(1, round(config.training.epochs * num_samples))
     # Without an ensemble a round changes nothing; its end is where a snapshot is taken.
     alone = total / max(1, config.training.snapshots)
-    local = config.ensemble.local_epochs * num_samples if config.ensemble.enabled else alone
+    rounds = config.ensemble.enabled or config.monitor.every > 0
+    local = config.ensemble.local_epochs * num_samples if rounds else alone
     return Budget(total, local, sizes)

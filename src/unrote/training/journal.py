@@ -39,6 +39,12 @@ class Journal:
         if self._log is not None:
             self._write(proxy)
 
+    def note(self, record: Record, scalars: dict[str, float]) -> None:
+        """A line of the run between two rounds, and the numbers in it; only the first process writes it."""
+        if self._log is not None:
+            self._log.write(record)
+            self._tracker.log(scalars, record["step"])
+
     def settle(self) -> None:
         """All proxies have had their turns: everything is written. Every process must call it at once."""
         self._waiting = self._everybodys()

@@ -27,6 +27,7 @@ from unrote.training.budget import Counter, Progress, make_budget, total
 from unrote.training.checkpoints import Checkpoints
 from unrote.training.distributed import Single, is_finished, launched
 from unrote.training.journal import Journal
+from unrote.training.monitor import make_monitor
 from unrote.training.output import save_model, write_outputs
 from unrote.training.reference import reference_of
 from unrote.training.run import Run
@@ -130,6 +131,7 @@ def _train(config: Config, images: ImageStore, run: Run, device: torch.device, p
     progress = Progress(budget, training.batch_size)
     streams = [SampleStream(config.seed, k) for k in range(config.num_shards)]
 
+    monitor = make_monitor(config, images, run, task, step.ema, budget)
     checkpoints = Checkpoints(run.path / "checkpoints", ensemble.slots, training.checkpoints_total_limit, peers)
     state = checkpoints.load_newest()
     stood = {k: Counter() for k in ensemble.mine}
@@ -137,6 +139,8 @@ def _train(config: Config, images: ImageStore, run: Run, device: torch.device, p
         ensemble.load(state["ensemble"])
         ledger.load_state_dict(state["ledger"])
         progress.load_state_dict(state["progress"])
+        if monitor is not None:
+            monitor.load_state_dict(state["monitor"])
         stood = {k: Counter(**state["proxies"][k]) for k in ensemble.mine}
         logger.info("going on at %s of %s samples", f"{state['samples']:,}", f"{budget.total:,}")
     peers.ticks = saved = state["steps"] if state else 0
@@ -155,6 +159,7 @@ def _train(config: Config, images: ImageStore, run: Run, device: torch.device, p
                 run.ownership.check()
             parts = {"ensemble": ensemble.save(), "ledger": ledger.state_dict(), "log": journal.save()}
             parts |= {"progress": progress.state_dict()}
+            parts |= {} if monitor is None else {"monitor": monitor.state_dict()}
             checkpoints.save(whole.steps, parts | asdict(whole) | {"proxies": proxies})
             saved = whole.steps
 
@@ -170,7 +175,7 @@ def _train(config: Config, images: ImageStore, run: Run, device: torch.device, p
         disable=True if peers.rank else None,
     )  # fmt: skip
     with bar, closing(journal):
-        while ensemble.round_index < budget.num_rounds:
+        while ensemble.round_index < budget.num_rounds and not (monitor and monitor.stopped):
             for shard in ensemble.round():
                 k, r = shard.proxy, ensemble.round_index
                 target, end = budget.target(k, r, ensemble.part), budget.target(k, budget.num_rounds, 1.0)
@@ -209,8 +214,15 @@ def _train(config: Config, images: ImageStore, run: Run, device: torch.device, p
             if after > before and peers.rank == 0:
                 save_model(run.snapshot_folder(progress.whole.samples), task, step.ema)
 
+            if monitor is not None:
+                if peers.rank == 0:
+                    monitor.look(ensemble.round_index, progress.whole.samples, progress.whole.steps, journal)
+                monitor.load_state_dict(peers.gather(monitor.state_dict())[0])
+
         checkpoint(last=True)
     if peers.rank == 0:
+        if monitor is not None:
+            monitor.put_back_best()
         write_outputs(run, config, images, task, step.ema, ledger, progress.whole.steps)
     # The first process says that all is written.
     peers.gather(None, patient=True)

@@ -1,0 +1,68 @@
+"""The fast part of an audit, for looks at samples while training: copies by pixels, and a Fréchet distance."""
+
+from typing import Any
+
+import numpy as np
+
+from unrote.auditing.compare import find
+from unrote.auditing.frechet import Moments, frechet_with_influence
+from unrote.auditing.intervals import fraction
+from unrote.auditing.limits import MEASURES
+from unrote.auditing.memorization import HEADLINE, neighbour_ratio
+from unrote.data.store import ImageStore, in_memory_store
+from unrote.encoders.random_conv import RandomConvEncoder
+from unrote.errors import InputError
+from unrote.guards.index import PixelIndex
+from unrote.neighbours.orbit import IDENTITY
+
+
+class QuickAudit:
+    """Few samples against all training images. The same numbers as an audit of these samples would find.
+
+    Args:
+        train: the training images; their clusters of near-duplicates are found once.
+        holdout: images that were not trained on, for the Fréchet distance in random convolutions; None for none. With
+            few samples it is biased upward: compare looks at equally many samples only.
+
+    Raises:
+        InputError: the held-out images have another shape, or there are fewer than two.
+    """
+
+    def __init__(self, train: ImageStore, holdout: ImageStore | None = None) -> None:
+        self.index = PixelIndex(train)
+        self._encoder, self._reference = RandomConvEncoder(), None
+        if holdout is not None:
+            if holdout.images.shape[1:] != train.images.shape[1:] or len(holdout) < 2:
+                raise InputError(
+                    f"{holdout.source}: takes two images or more of the training images' size and channels"
+                )
+            self._reference = Moments.of(self._encoder(np.asarray(holdout.images[:])))
+
+    def __call__(
+        self, images: np.ndarray, measure: str, threshold: float | None
+    ) -> tuple[dict[str, Any], float | None]:
+        """What is found in uint8 images [n, H, W, C].
+
+        Args:
+            images: the samples.
+            measure: one of :data:`unrote.config.limits.MONITORED`.
+            threshold: of the neighbour ratio; None for ``exact``.
+
+        Returns:
+            ``copied`` (near-copies as the audit counts them), the measure, each a count with its interval; and the
+            Fréchet distance, None without held-out images.
+        """
+        queries, index = in_memory_store(images, source="samples"), self.index
+        orbit = find(queries, index.references, index.num_neighbors, index.views, margin=index.margin)
+        if measure == "exact":
+            beyond = orbit.plain.squared[:, 0] == 0
+        else:
+            view, definition = MEASURES[measure]
+            plain = find(queries, index.references, index.num_neighbors, (IDENTITY,)) if view == "plain" else orbit
+            beyond = neighbour_ratio(plain.plain, definition) < threshold
+        copied = neighbour_ratio(orbit.distinct, "squared-l2") < HEADLINE["squared-l2"]
+        distance = None
+        if self._reference is not None and len(images) > 1:
+            distance = frechet_with_influence(self._encoder(images), self._reference)[0]
+        counts = {"copied": copied, "measured": beyond}
+        return {name: fraction(int(found.sum()), len(images)) for name, found in counts.items()}, distance

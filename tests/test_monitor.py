@@ -1,0 +1,225 @@
+"""Looks while training: they change nothing that is learned, say what an audit would, and stop and keep as told."""
+
+import json
+import logging
+
+import numpy as np
+import pytest
+
+from memorizing import LONG, pictures, save
+from toy import assert_same_run, everything_of, toy_images, toy_run, weights_of
+from unrote.api import train
+from unrote.auditing import audit
+from unrote.auditing.extracted import near_copies
+from unrote.auditing.limits import MEASURES, parse_limit
+from unrote.config import load_config
+from unrote.config.limits import MONITORED, StopRule, parse_stop_rule
+from unrote.data import open_images
+from unrote.errors import InputError
+from unrote.guards.quick import QuickAudit
+from unrote.sampling import sample
+from unrote.training.monitor import rounds_between
+from unrote.training.run import Run
+
+LOOKS = {"monitor__every": 1, "monitor__samples": 6, "monitor__steps": 4, "monitor__max_overhead": 100.0}
+
+
+def looks_of(run):
+    records = [json.loads(line) for line in (run.path / "log.jsonl").read_text().splitlines()]
+    return [record for record in records if "monitor" in record]
+
+
+def decisions_of(run):
+    return json.loads((run.path / "monitor.json").read_text())
+
+
+@pytest.mark.parametrize("method", ["standard", "iet-agc+"])
+def test_looking_changes_nothing_that_is_learned(tmp_path, method):
+    alone = toy_run(tmp_path / "alone", method)
+    watched = toy_run(tmp_path / "watched", method, **LOOKS)
+    assert len(looks_of(watched)) == 2
+    for name, content in everything_of(alone).items():
+        if name != "log":
+            assert everything_of(watched)[name] == content, name
+
+
+def test_a_look_says_what_an_audit_of_the_snapshot_says(tmp_path):
+    data = save(tmp_path, pictures(16))
+    settings = LONG | {"training.epochs": 160, "training.snapshots": 2, "ensemble.local_epochs": 80}
+    settings |= {"monitor.every": 1, "monitor.samples": 40, "monitor.steps": 10, "monitor.max_overhead": 9.0}
+    settings |= {"monitor.stop_when": "mq-orbit-squared@0.4 > 0.99"}
+    run = train(data, out=tmp_path / "run", method="standard", settings=settings)
+    looks = looks_of(run)
+    assert [look["samples"] for look in looks] == [1280, 2560]
+    for look in looks:
+        folder = sample(run.snapshot_folder(look["samples"]), 40, steps=10, out=tmp_path / str(look["samples"]))
+        report = audit(open_images(folder, resolution=None), pictures(16))
+        expected = parse_limit("mq-orbit-squared@0.4=0").measured(report)
+        assert look["monitor"]["mq-orbit-squared@0.4"] == expected["fraction"]
+        assert look["monitor"]["interval"] == list(expected["interval"])
+        assert look["monitor"]["copied"] == near_copies(report.pairs).mean()
+    assert looks[1]["monitor"]["copied"] > looks[0]["monitor"]["copied"] or looks[1]["monitor"]["copied"] > 0
+    assert decisions_of(run) == {
+        "stop_when": "mq-orbit-squared@0.4 > 0.99",
+        "stopped": False,
+        "model_samples": 2560,
+        "looks": [{key: value for key, value in look.items() if key != "time"} for look in looks],
+    }
+
+
+@pytest.mark.parametrize("measure", MONITORED)
+def test_every_measure_is_that_of_the_audits_limits(measure):
+    train_set = pictures(20)
+    copies = train_set.images[:5].copy()
+    copies[1:3] = copies[1:3, :, ::-1]
+    images = np.concatenate([copies, pictures(15, seed=3).images])
+    threshold = None if measure == "exact" else 0.6
+    counts, distance = QuickAudit(train_set)(images, measure, threshold)
+    report = audit(_store(images), train_set)
+    written = measure if threshold is None else f"{measure}@{threshold}"
+    expected = parse_limit(f"{written}=0").measured(report)
+    assert {key: counts["measured"][key] for key in ("count", "total")} == {"count": expected["count"], "total": 20}
+    assert counts["measured"]["count"] > 0
+    assert distance is None
+
+
+def _store(images):
+    from unrote.data import in_memory_store
+
+    return in_memory_store(images, source="samples")
+
+
+def test_the_frechet_distance_is_that_of_the_audit():
+    images, holdout = pictures(40, seed=3), pictures(40, seed=4)
+    _, distance = QuickAudit(pictures(40), holdout)(images.images, "exact", None)
+    quality = audit(images, pictures(40), holdout).summary["spaces"]["random-conv"]["quality"]
+    assert distance == pytest.approx(quality["generated"]["frechet_distance"]["value"], rel=1e-9)
+
+
+def test_what_can_be_monitored_is_a_limit_of_the_audit():
+    assert set(MONITORED) == {*MEASURES, "exact"}
+
+
+ALWAYS = {**LOOKS, "monitor__stop_when": "mq@1.0 > 0", "ensemble__local_epochs": 1}
+
+
+def test_it_stops_when_told_and_is_finished(tmp_path, caplog):
+    run = toy_run(tmp_path / "run", **ALWAYS)
+    (look,) = looks_of(run)
+    assert look["monitor"]["stop"]
+    assert look["samples"] < 40, "of 104"
+    assert run.finished
+    assert decisions_of(run)["stopped"]
+    assert json.loads((run.path / "run.json").read_text())["samples_seen"] == look["samples"]
+    with caplog.at_level(logging.INFO, "unrote"):
+        toy_run(tmp_path / "run", **ALWAYS)
+    assert "nothing to do" in caplog.text
+
+
+def test_stopped_in_the_middle_and_gone_on_it_is_the_same_run(tmp_path, monkeypatch):
+    """Killed at each look, just before and just after it is made; checkpoints lie between looks."""
+    from unrote.training.monitor import Monitor
+
+    holdout = tmp_path / "holdout.npz"
+    np.savez(holdout, images=toy_images(12, seed=5).images)
+    settings = {**LOOKS, "monitor__stop_when": "mq@0.9 > 0.9", "monitor__keep_best": "pareto"}
+    settings |= {"monitor__holdout": str(holdout), "training__checkpointing_steps": 2, "ensemble__local_epochs": 0.5}
+    expected = toy_run(tmp_path / "undisturbed", **settings)
+    assert len(looks_of(expected)) == 8
+
+    class Killed(BaseException):
+        pass
+
+    whole = Monitor.look
+
+    def deadly(self, rounds, samples, step, log, tracker):
+        if rounds == deadly.at and not deadly.after:
+            raise Killed
+        whole(self, rounds, samples, step, log, tracker)
+        if rounds == deadly.at:
+            raise Killed
+
+    monkeypatch.setattr(Monitor, "look", deadly)
+    for deadly.at, deadly.after in ((1, True), (3, False), (5, True), (8, False), (8, True)):
+        with pytest.raises(Killed):
+            toy_run(tmp_path / "disturbed", **settings)
+    monkeypatch.undo()
+    found = toy_run(tmp_path / "disturbed", **settings)
+    assert_same_run(found, expected)
+    assert decisions_of(found) == decisions_of(expected)
+
+
+def test_pareto_finishes_with_the_look_nearest_to_real_images_among_those_allowed(tmp_path):
+    data = save(tmp_path, pictures(16))
+    np.savez(tmp_path / "holdout.npz", images=pictures(60, seed=9).images)
+    settings = LONG | {"training.epochs": 240, "training.snapshots": 8, "ensemble.local_epochs": 30}
+    settings |= {"monitor.every": 1, "monitor.samples": 32, "monitor.steps": 10, "monitor.max_overhead": 9.0}
+    settings |= {"monitor.stop_when": "mq-orbit-squared@0.33 > 0.25", "monitor.keep_best": "pareto"}
+    settings |= {"monitor.holdout": str(tmp_path / "holdout.npz")}
+    run = train(data, out=tmp_path / "run", method="standard", settings=settings)
+    looks = looks_of(run)
+    shares = [look["monitor"]["mq-orbit-squared@0.33"] for look in looks]
+    assert all(share <= 0.25 for share in shares[:-1])
+    allowed = [look for look, share in zip(looks, shares, strict=True) if share <= 0.25]
+    best = min(allowed, key=lambda look: look["monitor"]["frechet"])
+    assert len(allowed) > 1
+    assert decisions_of(run)["model_samples"] == best["samples"]
+    if shares[-1] > 0.25:
+        assert decisions_of(run)["stopped"]
+        assert best is not looks[-1]
+    snapshot = Run(tmp_path / "run").snapshot_folder(best["samples"])
+    for variant in (None, "raw"):
+        name = f"diffusion_pytorch_model{'' if variant is None else '.' + variant}.safetensors"
+        assert (run.model_folder / "unet" / name).read_bytes() == (snapshot / "unet" / name).read_bytes()
+
+
+def test_where_every_look_is_beyond_the_least_copied_is_kept(tmp_path):
+    np.savez(tmp_path / "holdout.npz", images=toy_images(12, seed=5).images)
+    more = {"monitor__keep_best": "pareto", "monitor__holdout": str(tmp_path / "holdout.npz")}
+    run = toy_run(tmp_path / "run", **{**ALWAYS, **more})
+    assert decisions_of(run)["model_samples"] == looks_of(run)[0]["samples"]
+    assert weights_of(run)
+
+
+def test_looks_are_rarer_where_they_would_cost_too_much():
+    settings = {"monitor.every": 2, "monitor.samples": 60, "monitor.steps": 50}
+    config = load_config(method="standard", overrides=settings)
+    assert rounds_between(config, 20_000) == 2, "3,000 forward passes for every 120,000 of training"
+    assert rounds_between(config, 10_000) == 2, "3,000 of 60,000: exactly 5 %"
+    assert rounds_between(config, 1_000) == 20
+    assert rounds_between(load_config(method="standard", overrides=settings | {"monitor.max_overhead": 0.5}), 1000) == 2
+
+
+def test_a_stop_rule_is_read_as_it_is_written():
+    assert parse_stop_rule("mq@0.5 > 0.01") == StopRule("mq", 0.5, 0.01)
+    assert parse_stop_rule(" mq-orbit-squared@.33>0 ") == StopRule("mq-orbit-squared", 0.33, 0.0)
+    assert parse_stop_rule("exact > 1e-3") == StopRule("exact", None, 0.001)
+    assert [parse_stop_rule(f"{label} > 0").label for label in ("mq@0.5", "exact")] == ["mq@0.5", "exact"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"stop_when": "mq > 0.1"}, "write MEASURE@RATIO > SHARE"),
+        ({"stop_when": "mq@0.5 < 0.1"}, "write MEASURE@RATIO > SHARE"),
+        ({"stop_when": "similarity@0.5 > 0.1"}, "MEASURE one of mq"),
+        ({"stop_when": "mq@1.5 > 0.1"}, "lies in"),
+        ({"stop_when": "mq@0.5 > 1"}, "no share below 1"),
+        ({"stop_when": "mq@0.5 > 0.01", "every": 0}, "set every to 1 or more"),
+        ({"keep_best": "pareto"}, "needs stop_when"),
+        ({"keep_best": "pareto", "stop_when": "mq@0.5 > 0.01"}, "and holdout"),
+        ({"steps": 7}, "must divide model.num_train_timesteps, 1000"),
+    ],
+)
+def test_wrong_settings_are_named_with_the_way_out(settings, message):
+    overrides = {f"monitor.{key}": value for key, value in ({"every": 1} | settings).items()}
+    with pytest.raises(InputError, match=message):
+        load_config(method="standard", overrides=overrides)
+
+
+def test_held_out_images_that_do_not_fit_are_refused_before_training(tmp_path):
+    np.savez(tmp_path / "holdout.npz", images=toy_images(1).images)
+    with pytest.raises(InputError, match="two images or more"):
+        toy_run(tmp_path / "run", **LOOKS, monitor__holdout=str(tmp_path / "holdout.npz"))
+    with pytest.raises(InputError, match=r"monitor\.holdout: "):
+        toy_run(tmp_path / "other", **LOOKS, monitor__holdout=str(tmp_path / "nothing.npz"))
