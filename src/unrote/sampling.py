@@ -240,6 +240,7 @@ class Denoiser:
     def __init__(self, unet: Any, schedule: Any, sampler: Sampler, steps: int, eta: float, seed: int) -> None:
         self._unet, self._seed = unet, seed
         self._scheduler = make_scheduler(schedule, sampler, steps)
+        self.guided = (unet, self._scheduler, 1.0)
         self.shape: tuple[int, int, int] = (*[unet.config.sample_size] * 2, unet.config.in_channels)
         self._eta = {"eta": eta} if sampler == "ddim" else {}
         self.networks, self.settings = (unet,), dict[str, Any]()
