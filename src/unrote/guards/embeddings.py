@@ -44,7 +44,7 @@ class PromptOptimization:
             free = unet(x, time, encoder_hidden_states=empty[None]).sample.detach()
             for _ in range(self.steps):
                 norm = prediction_norm(unet(x, time, encoder_hidden_states=changed[None]).sample, free)
-                if float(norm) < self.target:
+                if float(norm.detach()) < self.target:
                     break
                 (changed.grad,) = torch.autograd.grad(norm.sum(), changed)
                 optimizer.step()
