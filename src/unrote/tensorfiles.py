@@ -67,6 +67,17 @@ def clone_state(state: Any) -> Any:
     return state
 
 
+def beside(old: Any, state: Any) -> Any:
+    """``state`` with its tensors on the devices of those of ``old``, a state of the same structure."""
+    if isinstance(old, Tensor) and isinstance(state, Tensor):
+        return state.to(old.device)
+    if isinstance(old, dict) and isinstance(state, dict):
+        return {key: beside(old.get(key), value) for key, value in state.items()}
+    if isinstance(old, list | tuple) and isinstance(state, list | tuple) and len(old) == len(state):
+        return type(state)(beside(*pair) for pair in zip(old, state, strict=True))
+    return state
+
+
 def _flatten(state: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(state, Tensor):
         # The number keeps apart what a path can't: the keys 1 and "1", or "a/b" and a dict in a dict.

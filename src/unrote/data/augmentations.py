@@ -10,7 +10,7 @@ from torch import Tensor
 def augment(
     images: Tensor,
     strength: Tensor,
-    draw: torch.Generator,
+    draw: torch.Generator | None,
     *,
     flip: bool = False,
     shift: float = 0.0,
@@ -26,7 +26,7 @@ def augment(
     Args:
         images: float32 [B, C, H, W] in [-1, 1].
         strength: float32 [B] in [0, 1]; scales every range below, and the chance of a flip.
-        draw: where the randomness comes from, on the images' device.
+        draw: where the randomness comes from, on the images' device; None is torch's own.
         flip: mirror horizontally, half of the time at full strength.
         shift: largest shift as a share of the side; whole pixels, reflected at the border, so nothing is blurred.
         rotate: largest rotation in degrees.
@@ -73,7 +73,7 @@ def coin(count: int, draw: torch.Generator) -> Tensor:
     return torch.rand(count, generator=draw, device=draw.device) < 0.5
 
 
-def _flip_and_shift(images: Tensor, flip_strength: Tensor, reach: Tensor, draw: torch.Generator) -> Tensor:
+def _flip_and_shift(images: Tensor, flip_strength: Tensor, reach: Tensor, draw: torch.Generator | None) -> Tensor:
     batch, _, height, width = images.shape
     coin, down, right = torch.rand(3, batch, generator=draw, device=images.device)
     rows = _reflected(height, ((down * 2 - 1) * reach * height).round().long())
@@ -100,7 +100,7 @@ def _rotate_and_scale(images: Tensor, angle: Tensor, size: Tensor) -> Tensor:
     return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
 
 
-def _squares(images: Tensor, share: Tensor, draw: torch.Generator) -> Tensor:
+def _squares(images: Tensor, share: Tensor, draw: torch.Generator | None) -> Tensor:
     """Mask [B, 1, H, W] of one square per image whose side is ``share`` [B] of the image's."""
     batch, _, height, width = images.shape
     centre = torch.rand(2, batch, 1, generator=draw, device=images.device)

@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from unrote.method.gate import LossGate
+from unrote.method.ledger import Ledger
+from unrote.method.loader import RoundLoader, Shard
 from unrote.method.shards import Split, Topology, redistribute, split_shards
 from unrote.method.slots import FolderSlots, MemorySlots
-from unrote.tensorfiles import weighted_average
+from unrote.tensorfiles import beside, weighted_average
 
 Average = Callable[[Iterable[dict[str, Any]], list[float]], dict[str, Any]]
 OptimizerState = Literal["per-proxy", "reset", "average"]
@@ -35,32 +38,6 @@ class Redistribution:
     fraction: float = 0.25
     topology: Topology = "ring"
     every: int = 1
-
-
-class Shard(Dataset[Any]):
-    """A proxy's part of the data set, as a map-style data set that adds each sample's ``index``.
-
-    A dict gets a key ``"index"``, a tuple or list one more element; anything else becomes ``(item, index)``.
-
-    Attributes:
-        proxy: k, which proxy is live.
-        indices: int64 [|D_k|], sorted positions in the data set.
-    """
-
-    def __init__(self, dataset: Any, proxy: int, indices: Tensor) -> None:
-        self.dataset = dataset
-        self.proxy = proxy
-        self.indices = indices
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, position: int) -> Any:
-        index = int(self.indices[position])
-        item = self.dataset[index]
-        if isinstance(item, dict):
-            return {**item, "index": index}
-        return (*item, index) if isinstance(item, list | tuple) else (item, index)
 
 
 class _Moments:
@@ -117,14 +94,14 @@ class ShardEnsemble:
         split: see :func:`unrote.method.shards.split_shards`.
         labels: int64 [N], for the stratified split.
         optimizer_state: ``per-proxy`` keeps it, ``reset`` starts each round afresh, ``average`` averages the moments.
-        redistribution: MSR; needs a gate with a ledger.
+        redistribution: MSR; needs a gate, which is given a ledger if it has none.
         seed: of the split and of the redistribution.
         folder: keep proxies that are not live in files there, not in memory.
         average: of the proxies' states under weights that sum to 1, instead of the mean of every number.
 
     Raises:
-        ValueError: if the optimizer holds no parameter of the model, redistribution has no ledger to go by, or the
-            ledger is for another number of samples.
+        ValueError: if the optimizer holds no parameter of the model, either is of a kind that holds weights in parts
+            (FSDP, DeepSpeed), redistribution has no gate to go by, or the ledger is for another number of samples.
     """
 
     def __init__(
@@ -145,11 +122,10 @@ class ShardEnsemble:
         folder: Path | None = None,
         average: Average = weighted_average,
     ) -> None:
+        _check_whole(model, optimizer)
         trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if not trained & {id(p) for p in model.parameters()}:
             raise ValueError("the optimizer holds no parameter of this model: build it from model.parameters()")
-        if redistribution is not None and (gate is None or gate.ledger is None):
-            raise ValueError("redistribution goes by skip counts: pass gate=LossGate(..., ledger=Ledger(len(dataset)))")
         if gate is not None and gate.ledger is not None and gate.ledger.num_samples != len(dataset):
             raise ValueError(f"the ledger is for {gate.ledger.num_samples} samples, the data set has {len(dataset)}")
         self.dataset = dataset
@@ -160,8 +136,10 @@ class ShardEnsemble:
         self.proxy = 0
         self._turns = 0
         self._live = False
-        self._gate = gate
-        self._redistribution = redistribution
+        self.gate = gate
+        self._model, self._optimizer = model, optimizer
+        self._shared_batches = False
+        self.redistribution = redistribution
         self._optimizer_state = optimizer_state
         self._seed = seed
         self._average = average
@@ -178,6 +156,23 @@ class ShardEnsemble:
             self._slots.put("initial", _take(self._kept))
 
     @property
+    def redistribution(self) -> Redistribution | None:
+        """MSR, or None. Setting it, between rounds, gives the gate a ledger if it has none.
+
+        Raises:
+            ValueError: when set, if there is no gate to go by.
+        """
+        return self._redistribution
+
+    @redistribution.setter
+    def redistribution(self, value: Redistribution | None) -> None:
+        if value is not None and self.gate is None:
+            raise ValueError("redistribution goes by skip counts: pass gate=LossGate(...)")
+        if value is not None and self.gate is not None and self.gate.ledger is None:
+            self.gate.ledger = Ledger(len(self.dataset))
+        self._redistribution = value
+
+    @property
     def num_phases(self) -> int:
         """Parts of the current round: 2 half-rounds where samples are redistributed between them, else 1."""
         msr = self._redistribution
@@ -192,7 +187,11 @@ class ShardEnsemble:
         """Yield each proxy's shard while that proxy is live, then redistribute or aggregate.
 
         Leaving early restores the model to the aggregate that the round began with; the shards stay a partition.
+
+        Raises:
+            ValueError: if the model has been wrapped since by what holds weights in parts.
         """
+        _check_whole(self._model, self._optimizer)
         complete = False
         try:
             while self.phase < self.num_phases:
@@ -209,6 +208,27 @@ class ShardEnsemble:
         finally:
             if not complete:
                 self._abandon()
+
+    def loader(self, make: Callable[[Dataset[Any]], Any], epochs: int = 1) -> RoundLoader:
+        """What a training loop iterates in place of its data loader: each pass is a round, see :class:`RoundLoader`.
+
+        Where several processes share the batches (DistributedDataParallel), skips are summed over them before samples
+        are redistributed, so that all have the same shards.
+
+        >>> import torch
+        >>> from torch.utils.data import DataLoader
+        >>> model = torch.nn.Linear(2, 2)
+        >>> ensemble = ShardEnsemble(model, torch.optim.AdamW(model.parameters()), torch.randn(10, 2), num_shards=2)
+        >>> batches = ensemble.loader(lambda shard: DataLoader(shard, batch_size=3))
+        >>> [len(batch) for batch in batches], len(batches), ensemble.round_index
+        ([3, 2, 3, 2], 4, 1)
+
+        Args:
+            make: from a shard to a ``DataLoader`` of it; called once for each proxy.
+            epochs: passes over a shard before the next proxy's turn.
+        """
+        self._shared_batches = True
+        return RoundLoader(self, make, epochs)
 
     def _activate(self) -> None:
         """Make proxy k live: θ̄ at the start of a round, its own weights in a second half-round."""
@@ -230,11 +250,11 @@ class ShardEnsemble:
         self.proxy += 1
 
     def _redistribute(self) -> None:
-        assert self._redistribution is not None and self._gate is not None and self._gate.ledger is not None
-        msr, ledger = self._redistribution, self._gate.ledger
+        assert self._redistribution is not None and self.gate is not None and self.gate.ledger is not None
+        msr, ledger = self._redistribution, self.gate.ledger
         self.shards, moved = redistribute(
             self.shards,
-            ledger.skips_since_move,
+            self._summed(ledger.skips_since_move),
             fraction=msr.fraction,
             topology=msr.topology,
             seed=self._seed,
@@ -242,6 +262,13 @@ class ShardEnsemble:
         )
         ledger.moved(moved)
         self._turns += 1
+
+    def _summed(self, counts: Tensor) -> Tensor:
+        """Counts of all processes, where they share each proxy's batches."""
+        if self._shared_batches and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            counts = counts.clone()
+            dist.all_reduce(counts)
+        return counts
 
     def _aggregate(self) -> None:
         """``θ̄ ← Σ_k (|D_k|/N) θ_k``, accumulated in float64 in the order of k."""
@@ -278,10 +305,23 @@ class ShardEnsemble:
         self._slots.load_state_dict(state["slots"])
 
 
+def _check_whole(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Refuse models and optimizers that hold a part of the weights only: there is no whole state to swap or average."""
+    kinds = {kind.__name__ for part in model.modules() for kind in type(part).__mro__}
+    split = sorted(kinds & {"FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine"})
+    split += [name for name in (kind.__name__ for kind in type(optimizer).__mro__) if name.startswith("DeepSpeed")]
+    if split:
+        raise ValueError(
+            f"ShardEnsemble can't swap and average the weights of a {split[0]}, which holds a part of them in each "
+            "process: use DistributedDataParallel, or one process, or the gate alone (LossGate works under both)"
+        )
+
+
 def _take(parts: Mapping[str, Stateful]) -> dict[str, Any]:
     return {name: part.state_dict() for name, part in parts.items()}
 
 
 def _put(parts: Mapping[str, Stateful], states: Mapping[str, Any]) -> None:
     for name, part in parts.items():
-        part.load_state_dict(states[name])
+        # Modules and optimizers bring what they load to their device; an average of somebody else's may just take it.
+        part.load_state_dict(beside(part.state_dict(), states[name]) if name == "ema" else states[name])

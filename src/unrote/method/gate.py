@@ -54,6 +54,9 @@ class LossGate:
         bank: the memory bank; by default one bin per timestep, γ = 0.8.
         ledger: where to count visits, skips and ratios per sample.
 
+    Attributes:
+        batches: how many batches were recorded by this object.
+
     Raises:
         ValueError: if ``skip_ratio`` is negative or the bank is for another number of timesteps.
     """
@@ -73,6 +76,7 @@ class LossGate:
         self.skip_ratio = skip_ratio
         self.bank = bank or LossBank(num_timesteps)
         self.ledger = ledger
+        self.batches = 0
         self._kept: Tensor = torch.tensor(0)
         self._kept_ready: torch.cuda.Event | None = None
 
@@ -121,6 +125,7 @@ class LossGate:
             indices = indices.to(losses.device, non_blocking=True)
             self.ledger.record(indices, decision.ratio, ~decision.keep, augmented)
         self.bank.update(timesteps, losses)
+        self.batches += 1
         self._note_kept(decision.keep.sum())
 
     @property
