@@ -51,7 +51,8 @@ def load_config(
     config = parse(values, str(file) if file else "configuration")
     for key in overrides or {}:
         section, _, field = key.partition(".")
-        if section in PARTS and field != "enabled" and not getattr(config, section).enabled:
+        rounds = key == "ensemble.local_epochs" and config.monitor.every > 0
+        if section in PARTS and field != "enabled" and not getattr(config, section).enabled and not rounds:
             logger.warning("%s is ignored: method %s does not enable %s", key, config.method, section)
         if section == "text" and config.model.pretrained is None:
             logger.warning("%s is ignored: only a pretrained model reads captions", key)
