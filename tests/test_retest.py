@@ -8,7 +8,8 @@ from click.testing import CliRunner
 
 from memorizing import COUNT, pictures
 from tiny_pipelines import tiny_stable_diffusion
-from toy import toy_run
+from toy import SETTINGS, toy_images
+from unrote.api import train
 from unrote.auditing import audit
 from unrote.auditing.intervals import wilson_interval
 from unrote.cli import cli
@@ -111,7 +112,8 @@ def test_the_command_takes_what_an_audit_found(memorizing, tmp_path):
 
 
 def test_the_command_takes_what_was_skipped_most(tmp_path):
-    run = toy_run(tmp_path / "run", "agc", training__epochs=8)
+    np.savez(tmp_path / "toy.npz", images=toy_images().images)
+    run = train(tmp_path / "toy.npz", out=tmp_path / "run", method="agc", settings=SETTINGS | {"training.epochs": 8})
     command = ["retest", str(run.path), "--most-skipped", "3", "--tries", "4", "--steps", "2", "--json"]
     result = CliRunner().invoke(cli, [*command, "--no-reconstruct", "--device", "cpu"], catch_exceptions=False)
     skips = run.read_ledger()["skips"]

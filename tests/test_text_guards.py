@@ -173,31 +173,45 @@ def captioned(count=6):
     return in_memory_store(pixels, source="captioned", captions=PROMPTS * 2)
 
 
-def test_guidance_in_latents_uses_captions_and_scale(folder, tmp_path):
-    data = tmp_path / "train.npz"
-    store = captioned()
-    np.savez(data, images=store.images, captions=np.array(store.captions))
-    amg = f"amg:train={data},threshold=1,despecify=3,deduplicate=2"
-    plain, together = (pixels_in(made(folder, tmp_path / str(len(g)), g, steps=10)) for g in ([], [amg]))
-    assert (together != plain).any()
-    single = pixels_in(made(folder, tmp_path / "single", [amg], steps=10, batch_size=1))
-    assert np.abs(single - together).max() <= 1
-    idle = pixels_in(made(folder, tmp_path / "idle", [f"amg:train={data},threshold=0.0001"], steps=10))
-    np.testing.assert_array_equal(idle, plain)
+def test_guidance_knows_latents_captions_and_scale(folder, pipeline, tmp_path, monkeypatch):
+    store, scales = captioned(), []
+    np.savez(tmp_path / "train.npz", images=store.images, captions=np.array(store.captions))
+    whole = AntiMemorizationGuidance._changed
+    guards = []
+
+    def watched(self, step):
+        guards.append(self)
+        scales.append((step.scale, len(step.x), step.batch))
+        return whole(self, step)
+
+    monkeypatch.setattr(AntiMemorizationGuidance, "_changed", watched)
+    amg = f"amg:train={tmp_path / 'train.npz'},threshold=0.001,deduplicate=2"
+    made(folder, tmp_path / "samples", [amg], num=2, guidance_scale=5.0)
+    assert scales == [(5.0, 2, 4)] * 2
+    pixels = torch.from_numpy(store.images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    with torch.no_grad():
+        latents = pipeline.vae.encode(pixels).latent_dist.mean * pipeline.vae.config.scaling_factor
+        texts = pipeline.encode_prompt([store.captions[4], store.captions[0]], "cpu", 1, False)[0]
+    torch.testing.assert_close(guards[0]._references, latents.flatten(1))
+    torch.testing.assert_close(guards[0]._embed([4, 0])["encoder_hidden_states"], texts)
 
 
-def test_a_plain_pipeline_is_guided_too(pipeline):
+def test_a_plain_pipeline_is_guided_too_each_image_by_itself(pipeline):
     latents = torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(1))
-    guard = AntiMemorizationGuidance(latents, threshold=1.0, despecify=4.0, clip=False)
 
-    def images():
-        options = {"num_inference_steps": 2, "guidance_scale": 5.0, "output_type": "np"}
-        return pipeline("red cat", generator=torch.Generator().manual_seed(0), **options).images
+    def images(seeds, **options):
+        noises = [torch.Generator().manual_seed(seed) for seed in seeds]
+        options |= {"num_inference_steps": 2, "guidance_scale": 5.0, "output_type": "np"}
+        return pipeline(["red cat"] * len(noises), generator=noises, **options).images
 
-    before = images()
-    with guard.on(pipeline):
-        assert (images() != before).any()
-    np.testing.assert_array_equal(images(), before)
+    before = images([0, 1])
+    for settings in ({"despecify": 4.0, "strength": 0.0}, {"strength": 0.5}):
+        with AntiMemorizationGuidance(latents, threshold=1.0, clip=False, **settings).on(pipeline):
+            together = images([0, 1])
+            alone = [images([seed])[0] for seed in (0, 1)]
+        assert (together != before).any(), settings
+        np.testing.assert_allclose(together, np.stack(alone), atol=2e-3)
+    np.testing.assert_array_equal(images([0, 1]), before)
 
 
 def test_the_copy_filter_notes_the_seed_of_the_try_that_was_kept(folder, tmp_path, pipeline):

@@ -71,7 +71,9 @@ class Sources:
 
     def opened(self, data: Any) -> ImageStore:
         """The images of ``data`` at the size of what is generated."""
-        if (run := Run(Path(data))).finished:
+        if isinstance(data, ImageStore):
+            return data
+        if isinstance(data, str | Path) and (run := Run(Path(data))).finished:
             return self._of(run)
         return open_images(data, resolution=self.shape[0], channels=1 if self.shape[2] == 1 else 3)
 
