@@ -2,8 +2,8 @@
 
 The demo's ordinary training at small size (64 emoji of 16×16, 300 epochs) learns most of its images by rote. The same
 256 noises are sampled without and with each guard, and audited with held-out emoji as control. Times are CPU seconds of
-one thread, so that a busy machine does not count; searches and what the guards prepare are in them. About two minutes
-on a quiet core. Usage:
+one thread, so that a busy machine does not count; searches and what the guards prepare are in them. About six
+minutes. Usage:
 
     OMP_NUM_THREADS=1 python benchmarks/guards.py [--num 256] [--work FOLDER] [--out benchmarks/results]
 """
