@@ -23,6 +23,7 @@ from unrote.config import (
     preset_values,
     read_yaml,
 )
+from unrote.config.sections import CONFIG_VERSION
 from unrote.errors import InputError
 
 
@@ -169,6 +170,9 @@ def test_what_is_wrong_is_named_with_the_way_out(overrides, message):
     ("text", "message"),
     [
         ("gaet: {skip_ratio: 0.3}", r"run\.yaml: there is no key 'gaet' \(did you mean 'gate'\?\)"),
+        ("model: text", r"run\.yaml: model: .*not 'text'"),
+        ("a: " + "[" * 3000, r"run\.yaml: can't be read as YAML"),
+        ("at: 2026-13-45", r"run\.yaml: can't be read as YAML"),
         ("gate: true", r"run\.yaml: gate: .*not True"),
         ("gate: false", r"run\.yaml: gate: .*not False"),
         ("gate: [1, 2]", r"run\.yaml: gate: .*not \[1, 2\]"),
@@ -253,3 +257,18 @@ def test_merge_takes_over_what_is_set_and_keeps_the_rest(base, over):
 def test_a_configuration_can_not_be_changed():
     with pytest.raises(ValueError, match="frozen"):
         Config().seed = 3
+
+
+def test_files_have_a_version(tmp_path):
+    """One without it is of the first; a newer one is refused; it is no setting."""
+    config = load_config()
+    written = yaml.safe_load(config.to_yaml())
+    assert written.pop("version") == CONFIG_VERSION == 1
+    assert parse(written, "an older file") == config
+    assert load_config(file=write(tmp_path, "version: 1\nseed: 3")).seed == 3
+    with pytest.raises(InputError, match=r"run\.yaml: has version 2, this unrote knows 1 .*pip install --upgrade"):
+        load_config(file=write(tmp_path, "version: 2\nseed: 3"))
+    for wrong in ("0", "yes", "1.5", "one", "[1]"):
+        with pytest.raises(InputError, match="version must be a whole number"):
+            load_config(file=write(tmp_path, f"version: {wrong}"))
+    assert "version" not in {row[0] for row in fields_of()}

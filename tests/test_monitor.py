@@ -183,11 +183,18 @@ def test_where_every_look_is_beyond_the_least_copied_is_kept(tmp_path):
 
 def test_looks_are_rarer_where_they_would_cost_too_much():
     settings = {"monitor.every": 2, "monitor.samples": 60, "monitor.steps": 50}
-    config = load_config(method="standard", overrides=settings)
-    assert rounds_between(config, 20_000) == 2, "3,000 forward passes for every 120,000 of training"
-    assert rounds_between(config, 10_000) == 2, "3,000 of 60,000: exactly 5 %"
-    assert rounds_between(config, 1_000) == 20
-    assert rounds_between(load_config(method="standard", overrides=settings | {"monitor.max_overhead": 0.5}), 1000) == 2
+
+    def every(images, rounds, **changed):
+        changed = {key.replace("__", "."): value for key, value in changed.items()}
+        precise = {"training.mixed_precision": "no"}
+        config = load_config(method="standard", overrides=settings | precise | changed)
+        return rounds_between(config, images, rounds)
+
+    assert every(20_000, 10) == 2, "as asked: 3,000 forward passes for every 120,000 of training"
+    assert every(1_000, 100) == 20, "5 looks of 3,000 are 5 % of 300,000"
+    assert every(1_000, 100, training__mixed_precision="bf16") == 34, "3 looks are 5 % of 200,000"
+    assert every(1_000, 100, monitor__max_overhead=0.5) == 2
+    assert every(100, 10) == 10, "the end is always looked at"
 
 
 def test_a_stop_rule_is_read_as_it_is_written():

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from unrote.method.ensemble import Redistribution, ShardEnsemble
     from unrote.method.gate import LossGate
     from unrote.method.ledger import Ledger
+    from unrote.method.loader import RoundLoader
     from unrote.sampling import sample
+    from unrote.training.near_threshold import augment_near_threshold
     from unrote.training.run import Run
 
 _HOMES = {
@@ -27,9 +29,11 @@ _HOMES = {
     "LossBank": "unrote.method.bank",
     "LossGate": "unrote.method.gate",
     "Redistribution": "unrote.method.ensemble",
+    "RoundLoader": "unrote.method.loader",
     "Run": "unrote.training.run",
     "ShardEnsemble": "unrote.method.ensemble",
     "audit": "unrote.measures",
+    "augment_near_threshold": "unrote.training.near_threshold",
     "membership": "unrote.measures",
     "open_images": "unrote.data",
     "prompt_scores": "unrote.detection.prompts",
@@ -46,9 +50,11 @@ __all__ = [
     "LossBank",
     "LossGate",
     "Redistribution",
+    "RoundLoader",
     "Run",
     "ShardEnsemble",
     "audit",
+    "augment_near_threshold",
     "membership",
     "open_images",
     "prompt_scores",

@@ -13,6 +13,7 @@ import click
 from tqdm import tqdm
 
 from unrote import __version__
+from unrote.cli_retest import retest
 from unrote.config import METHODS, Config, fields_of, load_config, nearest, parse_assignment, preset_names
 from unrote.errors import InputError
 
@@ -40,6 +41,9 @@ class _Stderr(logging.Handler):
 @click.version_option(__version__)
 def cli() -> None:
     """Train diffusion models that do not learn their data by rote, and prove it."""
+
+
+cli.add_command(retest)
 
 
 def main() -> None:

@@ -105,14 +105,14 @@ def sample(
         raise InputError(f"num, steps and batch_size must be at least 1, not {num}, {steps} and {batch_size}")
     if not 0 <= eta <= 1:
         raise InputError(f"eta must be in [0, 1], not {eta}")
-    source, run = _pipeline_of(model)
+    source, run = pipeline_of(model)
     if run is None and weights is not None:
         raise InputError(f"--weights {weights}: {source} is no run folder, so its weights are taken as they are saved")
     weights = weights or ("ema" if run is None or run.config.training.use_ema else "raw")
     target = Path(out) if out is not None else (run.path if run else Path()) / "samples"
     if target.suffix == ".npz" and target.exists():
         raise InputError(f"--out {target}: exists already; remove it or choose another")
-    takes_text = _takes_text(source, run)
+    takes_text = asks_for_text(source, run)
     if texts is None and takes_text:
         raise InputError(f"{source}: is a text-to-image model; give --prompts FILE, one prompt a line or .jsonl")
     if texts is not None and takes_text is False:
@@ -121,10 +121,10 @@ def sample(
     if texts is None:
         if negative_prompt is not None or resolution is not None:
             raise InputError("--negative-prompt and --resolution are for text-to-image models, with --prompts")
-        unet, schedule = _load(source, run, weights)
+        unet, schedule = load_unet(source, run, weights)
         denoise = Denoiser(unet.to(device).eval(), schedule, sampler, steps, eta, seed)
     else:
-        pipeline = load_text_to_image(source, run, _variant(run, weights)).to(device)
+        pipeline = load_text_to_image(source, run, weights_variant(run, weights)).to(device)
         pipeline.scheduler = make_scheduler(pipeline.scheduler, sampler, steps, clip_sample=False)
         denoise = PromptDenoiser(
             pipeline,
@@ -270,6 +270,7 @@ class Denoiser:
     def __init__(self, unet: Any, schedule: Any, sampler: Sampler, steps: int, eta: float, seed: int) -> None:
         self._unet, self._seed = unet, seed
         self._scheduler = make_scheduler(schedule, sampler, steps)
+        self.guided = (unet, self._scheduler, 1.0)
         self.shape: tuple[int, int, int] = (*[unet.config.sample_size] * 2, unet.config.in_channels)
         self._eta = {"eta": eta} if sampler == "ddim" else {}
         self.networks, self.settings = (unet,), dict[str, Any]()
@@ -305,7 +306,7 @@ def to_uint8(images: Tensor) -> NDArray[np.uint8]:
     return cast(NDArray[np.uint8], levels.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
 
 
-def _pipeline_of(model: Run | Path | str) -> tuple[Path | str, Run | None]:
+def pipeline_of(model: Run | Path | str) -> tuple[Path | str, Run | None]:
     """Where the pipeline is, and the run it belongs to, if any."""
     path = model.path if isinstance(model, Run) else Path(model)
     if (path / "config.yaml").exists():
@@ -339,7 +340,7 @@ def _size(resolution: int | None, run: Run | None) -> tuple[int, int] | None:
     return None if run is None else cast(tuple[int, int], tuple(run.data["shape"][:2]))
 
 
-def _takes_text(source: Path | str, run: Run | None) -> bool | None:
+def asks_for_text(source: Path | str, run: Run | None) -> bool | None:
     """Whether the model is one of text to image; None if it is no model, which loading it says best."""
     if run is not None:
         return run.config.model.pretrained is not None
@@ -351,7 +352,7 @@ def _takes_text(source: Path | str, run: Run | None) -> bool | None:
         return None
 
 
-def _variant(run: Run | None, weights: Weights) -> str | None:
+def weights_variant(run: Run | None, weights: Weights) -> str | None:
     """The diffusers variant that has these weights; None for those saved under the plain name."""
     if weights not in ("ema", "raw"):
         raise InputError(f"--weights {weights}: there are ema and raw")
@@ -361,8 +362,9 @@ def _variant(run: Run | None, weights: Weights) -> str | None:
     return RAW_VARIANT if weights == "raw" and averaged else None
 
 
-def _load(source: Path | str, run: Run | None, weights: Weights) -> tuple[Any, Any]:
-    variant = _variant(run, weights)
+def load_unet(source: Path | str, run: Run | None, weights: Weights) -> tuple[Any, Any]:
+    """A UNet2DModel and its noise schedule. Raises InputError if there is none."""
+    variant = weights_variant(run, weights)
     try:
         unet = UNet2DModel.from_pretrained(source, subfolder="unet", variant=variant, low_cpu_mem_usage=False)
         return unet, DDPMScheduler.from_pretrained(source, subfolder="scheduler")

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save, save_file
 from torch import Tensor
 
+from unrote.errors import InputError
 from unrote.files import atomic_path
 
 _SKELETON = "unrote.state"
@@ -38,13 +39,18 @@ def load_state(path: Path, parts: Sequence[str] | None = None) -> Any:
     """Read what :func:`save_state` wrote, tensors on the CPU; of a dict, only the entries ``parts`` if given.
 
     Raises:
-        OSError, safetensors.SafetensorError, KeyError: if the file is not whole or not ours.
+        OSError: if there is no such file.
+        InputError: if it is not whole or not ours.
     """
-    with safe_open(path, framework="pt") as file:
-        skeleton = json.loads(file.metadata()[_SKELETON])
-        if parts is not None:
-            skeleton = {"dict": [[key, value] for key, value in skeleton["dict"] if key in parts]}
-        return _unflatten(skeleton, file.get_tensor)
+    try:
+        with safe_open(path, framework="pt") as file:
+            skeleton = json.loads(file.metadata()[_SKELETON])
+            if parts is not None:
+                skeleton = {"dict": [[key, value] for key, value in skeleton["dict"] if key in parts]}
+            return _unflatten(skeleton, file.get_tensor)
+    except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{path}: is no state that unrote wrote, or is damaged ({reason})") from None
 
 
 def state_to_bytes(state: Any) -> bytes:
@@ -80,6 +86,17 @@ def clone_state(state: Any) -> Any:
         return {key: clone_state(value) for key, value in state.items()}
     if isinstance(state, list | tuple):
         return type(state)(clone_state(value) for value in state)
+    return state
+
+
+def beside(old: Any, state: Any) -> Any:
+    """``state`` with its tensors on the devices of those of ``old``, a state of the same structure."""
+    if isinstance(old, Tensor) and isinstance(state, Tensor):
+        return state.to(old.device)
+    if isinstance(old, dict) and isinstance(state, dict):
+        return {key: beside(old.get(key), value) for key, value in state.items()}
+    if isinstance(old, list | tuple) and isinstance(state, list | tuple) and len(old) == len(state):
+        return type(state)(beside(*pair) for pair in zip(old, state, strict=True))
     return state
 
 

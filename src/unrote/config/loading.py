@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from unrote.config.base import Section
-from unrote.config.sections import METHOD_SETTINGS, METHODS, PARTS, Config
+from unrote.config.sections import CONFIG_VERSION, METHOD_SETTINGS, METHODS, PARTS, Config
 from unrote.errors import InputError
 
 logger = logging.getLogger("unrote")
@@ -44,7 +44,10 @@ def load_config(
         if key in (overrides or {}):
             raise InputError(f"{key} can't be set like a single setting, it chooses many; use --{key}")
     written = {} if file is None else read_yaml(file)
-    tuned = (overrides or {}).get("model.pretrained") or (written.get("model") or {}).get("pretrained")
+    model = written.get("model")
+    # What is no mapping is left for validation to complain about.
+    pretrained = model.get("pretrained") if isinstance(model, Mapping) else None
+    tuned = (overrides or {}).get("model.pretrained") or pretrained
     preset = preset or written.get("preset") or ("fine-tune" if tuned else "tiny")
     method = method or written.get("method", "iet-agc+")
     parts = _parts_of(method, written)
@@ -55,7 +58,8 @@ def load_config(
     config = parse(values, str(file) if file else "configuration")
     for key in overrides or {}:
         section, _, field = key.partition(".")
-        if section in PARTS and field != "enabled" and not getattr(config, section).enabled:
+        rounds = key == "ensemble.local_epochs" and config.monitor.every > 0
+        if section in PARTS and field != "enabled" and not getattr(config, section).enabled and not rounds:
             logger.warning("%s is ignored: method %s does not enable %s", key, config.method, section)
         if section == "text" and config.model.pretrained is None:
             logger.warning("%s is ignored: only a pretrained model reads captions", key)
@@ -67,11 +71,22 @@ def load_config(
 def parse(values: Mapping[str, Any], where: str) -> Config:
     """Validate nested ``values``; ``where`` names them in the error.
 
+    A ``version`` among them is that of the file format; fields that an older file lacks have their defaults.
+
     Raises:
-        InputError: naming each wrong key and what is allowed.
+        InputError: naming each wrong key and what is allowed, or if the file is of a newer version.
     """
+    version = values.get("version", 1)
+    # YAML reads `yes` as True, which is a whole number to Python.
+    if type(version) is not int or version < 1:
+        raise InputError(f"{where}: version must be a whole number such as {CONFIG_VERSION}, not {version!r}")
+    if version > CONFIG_VERSION:
+        raise InputError(
+            f"{where}: has version {version}, this unrote knows {CONFIG_VERSION} and older: it was written by a newer "
+            "one. Upgrade with `pip install --upgrade unrote`"
+        )
     try:
-        return Config.model_validate(values)
+        return Config.model_validate({key: value for key, value in values.items() if key != "version"})
     except ValidationError as error:
         problems = [_explain(problem) for problem in error.errors()]
         raise InputError(f"{where}: " + "; ".join(problems)) from None
@@ -95,7 +110,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file that holds a mapping. Raises InputError if it can't be read or holds something else."""
     try:
         values = yaml.safe_load(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise InputError(f"{path}: can't be read as YAML: {error}") from None
     if not isinstance(values, dict):
         raise InputError(f"{path}: must hold a mapping of fields, as `unrote config show` prints")
@@ -109,7 +124,7 @@ def parse_assignment(text: str) -> tuple[str, Any]:
         raise InputError(f"--set {text}: write it as key=value, e.g. --set gate.skip_ratio=0.8")
     try:
         return key.strip(), yaml.safe_load(value)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise InputError(
             f"--set {text}: the value is no YAML; put a string with special characters in quotes"
         ) from None

@@ -20,6 +20,9 @@ from unrote.config.limits import parse_stop_rule
 # YAML reads a plain `no` as false.
 Precision = Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(lambda value: "no" if value is False else value)]
 
+CONFIG_VERSION = 1
+"""Of the fields' names and meanings, in files; a file without ``version`` has 1."""
+
 PARTS = ("ensemble", "gate", "redistribution", "augmentation")
 """IET, AGC, MSR, TAA."""
 
@@ -427,4 +430,4 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         """The configuration as it is kept in a run folder."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return yaml.safe_dump({"version": CONFIG_VERSION} | self.model_dump(mode="json"), sort_keys=False)

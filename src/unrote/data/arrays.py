@@ -20,6 +20,7 @@ LABEL_KEYS = ("labels", "label", "y", "arr_1", "y_train")
 CAPTION_KEYS = ("captions", "caption", "texts", "text")
 NAME_KEYS = ("names",)
 CLASS_KEYS = ("class_names",)
+_DAMAGE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError)
 
 
 class ArraySource:
@@ -92,7 +93,7 @@ class NpzSource:
                     )
                 self._shape, _, _ = self._header()
                 self._read_columns(archive)
-        except (OSError, ValueError, zipfile.BadZipFile, EOFError, NotImplementedError) as error:
+        except (OSError, ValueError, EOFError, NotImplementedError, *_DAMAGE) as error:
             if isinstance(error, InputError):
                 raise
             raise InputError(f"cannot read {path} as .npz: {error}") from error
@@ -164,7 +165,7 @@ def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]
 def _read_exactly(file: IO[bytes], size: int, where: str) -> bytes:
     try:
         row = file.read(size)
-    except (OSError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, *_DAMAGE) as error:
         raise InputError(f"{where}: the archive is damaged ({error})") from error
     if len(row) != size:
         raise InputError(f"{where}: the archive is damaged (ends too early)")

@@ -16,7 +16,7 @@ LABELS = (
 def augment(
     images: Tensor,
     strength: Tensor,
-    draw: torch.Generator,
+    draw: torch.Generator | None,
     *,
     flip: bool = False,
     shift: float = 0.0,
@@ -32,7 +32,7 @@ def augment(
     Args:
         images: float32 [B, C, H, W] in [-1, 1].
         strength: float32 [B] in [0, 1]; scales every range below, and the chance of a flip.
-        draw: where the randomness comes from, on the images' device.
+        draw: where the randomness comes from, on the images' device; None is torch's own.
         flip: mirror horizontally, half of the time at full strength.
         shift: largest shift as a share of the side; whole pixels, reflected at the border, so nothing is blurred.
         rotate: largest rotation in degrees.
@@ -92,7 +92,7 @@ def coin(count: int, draw: torch.Generator) -> Tensor:
 
 
 def _flip_and_shift(
-    images: Tensor, flip_strength: Tensor, reach: Tensor, draw: torch.Generator, done: dict[str, Tensor]
+    images: Tensor, flip_strength: Tensor, reach: Tensor, draw: torch.Generator | None, done: dict[str, Tensor]
 ) -> Tensor:
     """The views; ``done`` gets what was flipped, 1 or 0, and the shifts in pixels."""
     batch, _, height, width = images.shape
@@ -123,7 +123,7 @@ def _rotate_and_scale(images: Tensor, angle: Tensor, size: Tensor) -> Tensor:
     return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
 
 
-def _squares(images: Tensor, share: Tensor, draw: torch.Generator, done: dict[str, Tensor]) -> Tensor:
+def _squares(images: Tensor, share: Tensor, draw: torch.Generator | None, done: dict[str, Tensor]) -> Tensor:
     """Mask [B, 1, H, W] of one square per image whose side is ``share`` [B] of the image's; ``done`` gets where."""
     batch, _, height, width = images.shape
     centre = torch.rand(2, batch, 1, generator=draw, device=images.device)

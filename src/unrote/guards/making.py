@@ -5,15 +5,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from unrote.data import ImageStore, open_images
 from unrote.data.build import cache_folder
 from unrote.encoders import load_encoder
 from unrote.errors import InputError
+from unrote.guards.attention import AttentionReweighting
 from unrote.guards.copy_filter import CopyFilter
+from unrote.guards.embeddings import PromptOptimization
+from unrote.guards.guidance import AntiMemorizationGuidance, Embed
 from unrote.guards.index import DEFAULT_RATIO, FeatureIndex, PixelIndex, TrainingIndex, calibrate
+from unrote.guards.prompts import EmbeddingNoise, RepeatWords, random_tokens
 from unrote.guards.spec import Spec, parse_guard
+from unrote.models.pixels import as_floats
+from unrote.scanning.duplicates import near_clusters
 from unrote.training.images import training_images
 from unrote.training.run import Run
 
@@ -64,7 +71,9 @@ class Sources:
 
     def opened(self, data: Any) -> ImageStore:
         """The images of ``data`` at the size of what is generated."""
-        if (run := Run(Path(data))).finished:
+        if isinstance(data, ImageStore):
+            return data
+        if isinstance(data, str | Path) and (run := Run(Path(data))).finished:
             return self._of(run)
         return open_images(data, resolution=self.shape[0], channels=1 if self.shape[2] == 1 else 3)
 
@@ -99,9 +108,70 @@ def make_guards(
         raise InputError(f"--guard {twice[0]}: is given twice")
     sources, guards = Sources(run, denoise.shape), Guards()
     for spec in specs:
+        values: dict[str, Any] = spec.values
         if spec.name == CopyFilter.name:
             guards.copy_filter = _copy_filter(spec, sources, seed, str(device))
+        elif spec.name == AntiMemorizationGuidance.name:
+            guards.others.append(_guidance(values, denoise, sources, device))
+        else:
+            guards.others.append(_text_guard(spec.name, values, denoise))
     return guards
+
+
+def _guidance(
+    values: dict[str, Any], denoise: Any, sources: Sources, device: torch.device | str
+) -> AntiMemorizationGuidance:
+    """Attached to the UNet for good."""
+    train = sources.train(AntiMemorizationGuidance.name, values.get("train"))
+    clusters = near_clusters(train)
+    train = train.subset(np.flatnonzero(clusters == np.arange(len(train))))
+    pixels = as_floats(np.asarray(train.images[:]), torch.device(device))
+    unet, scheduler, scale = denoise.guided
+    pipeline = getattr(denoise, "pipeline", None)
+    if pipeline is None and {"despecify", "deduplicate"} & set(values):
+        raise InputError("--guard amg: despecify and deduplicate are for text-to-image models")
+    embed = None
+    if pipeline is not None:
+        vae = pipeline.vae
+        with torch.no_grad():
+            pixels = torch.cat([vae.encode(part).latent_dist.mean for part in torch.split(pixels, 8)])
+        pixels = (pixels - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
+        if train.captions is not None and getattr(pipeline, "text_encoder_2", None) is None:
+            embed = _captions_of(pipeline, train.captions)
+    numbers = {name: value for name, value in values.items() if name != "train"}
+    guard = AntiMemorizationGuidance(pixels, **numbers, embed=embed, clip=pipeline is None, train=train.fingerprint)
+    guard.attach(unet, scheduler, lambda: scale)
+    return guard
+
+
+def _captions_of(pipeline: Any, captions: Sequence[str]) -> Embed:
+    def embed(rows: Sequence[int]) -> dict[str, Any]:
+        texts = [captions[row] for row in rows]
+        return {"encoder_hidden_states": pipeline.encode_prompt(texts, pipeline.unet.device, 1, False)[0]}
+
+    return embed
+
+
+def _text_guard(name: str, values: dict[str, Any], denoise: Any) -> Any:
+    """The guard, at work in the prompts of ``denoise``."""
+    pipeline = getattr(denoise, "pipeline", None)
+    if pipeline is None:
+        raise InputError(f"--guard {name}: is for text-to-image models, with --prompts")
+    if name in ("embedding-noise", "prompt-optimization") and getattr(pipeline, "text_encoder_2", None) is not None:
+        raise InputError(f"--guard {name}: is not for pipelines with two text encoders (SDXL)")
+    guard: Any
+    if name in ("random-tokens", "repeat-words"):
+        words = name == "random-tokens"
+        guard = random_tokens(pipeline.tokenizer, values.get("count", 4)) if words else RepeatWords()
+        denoise.guards.texts.append(guard)
+    elif name == "attention":
+        guard = denoise.guards.attention = AttentionReweighting(**values)
+    else:
+        if name == "prompt-optimization" and "target" not in values:
+            raise InputError("--guard prompt-optimization: add target=NORM; unrote prompts says what norms there are")
+        guard = EmbeddingNoise(**values) if name == "embedding-noise" else PromptOptimization(**values)
+        denoise.guards.embeddings.append(guard)
+    return guard
 
 
 def _copy_filter(spec: Spec, sources: Sources, seed: int, device: str) -> CopyFilter:

@@ -10,6 +10,12 @@ Kind = type[int] | type[float] | type[str]
 
 GUARDS: dict[str, dict[str, Kind]] = {
     "copy-filter": {"train": str, "tries": int, "threshold": float, "holdout": str, "rate": float, "encoder": str},
+    "amg": {"train": str, "threshold": float, "strength": float, "despecify": float, "deduplicate": float},
+    "random-tokens": {"count": int},
+    "repeat-words": {},
+    "embedding-noise": {"std": float},
+    "prompt-optimization": {"target": float, "steps": int, "lr": float},
+    "attention": {"scale": float},
 }
 """The guards and their settings."""
 

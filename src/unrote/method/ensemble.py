@@ -1,20 +1,23 @@
 """IET, iterative ensemble training, with MSR between half-rounds (arXiv 2407.15328 §3.1; arXiv 2502.09434)."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from unrote.method.gate import LossGate
+from unrote.method.ledger import Ledger
+from unrote.method.loader import RoundLoader, Shard
 from unrote.method.outer import OuterOptimizer
 from unrote.method.peers import Alone, Average, Peers
 from unrote.method.shards import Split, Topology, redistribute, split_shards
 from unrote.method.slots import FolderSlots, MemorySlots
-from unrote.tensorfiles import load_state, weighted_average
+from unrote.tensorfiles import beside, load_state, weighted_average
 
 OptimizerState = Literal["per-proxy", "reset", "average"]
 COMMON = ("global", "initial", "velocity")
@@ -38,32 +41,6 @@ class Redistribution:
     fraction: float = 0.25
     topology: Topology = "ring"
     every: int = 1
-
-
-class Shard(Dataset[Any]):
-    """A proxy's part of the data set, as a map-style data set that adds each sample's ``index``.
-
-    A dict gets a key ``"index"``, a tuple or list one more element; anything else becomes ``(item, index)``.
-
-    Attributes:
-        proxy: k, which proxy is live.
-        indices: int64 [|D_k|], sorted positions in the data set.
-    """
-
-    def __init__(self, dataset: Any, proxy: int, indices: Tensor) -> None:
-        self.dataset = dataset
-        self.proxy = proxy
-        self.indices = indices
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, position: int) -> Any:
-        index = int(self.indices[position])
-        item = self.dataset[index]
-        if isinstance(item, dict):
-            return {**item, "index": index}
-        return (*item, index) if isinstance(item, list | tuple) else (item, index)
 
 
 class _Moments:
@@ -121,7 +98,7 @@ class ShardEnsemble:
         labels: int64 [N], for the stratified split.
         left_out: int64 [M], positions that are in no shard.
         optimizer_state: ``per-proxy`` keeps it, ``reset`` starts each round afresh, ``average`` averages the moments.
-        redistribution: MSR; needs a gate with a ledger.
+        redistribution: MSR; needs a gate, which is given a ledger if it has none.
         seed: of the split and of the redistribution.
         outer: how far a round moves the aggregate of the weights; by default to the proxies' average. Moving averages
             (``ema``) and moments are averaged as they are.
@@ -130,8 +107,8 @@ class ShardEnsemble:
         peers: the processes among which the proxies are dealt out. The result does not depend on how many they are.
 
     Raises:
-        ValueError: if the optimizer holds no parameter of the model, redistribution has no ledger to go by, or the
-            ledger is for another number of samples.
+        ValueError: if the optimizer holds no parameter of the model, either is of a kind that holds weights in parts
+            (FSDP, DeepSpeed), redistribution has no gate to go by, or the ledger is for another number of samples.
     """
 
     def __init__(
@@ -155,11 +132,10 @@ class ShardEnsemble:
         average: Average = weighted_average,
         peers: Peers | None = None,
     ) -> None:
+        _check_whole(model, optimizer)
         trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if not trained & {id(p) for p in model.parameters()}:
             raise ValueError("the optimizer holds no parameter of this model: build it from model.parameters()")
-        if redistribution is not None and (gate is None or gate.ledger is None):
-            raise ValueError("redistribution goes by skip counts: pass gate=LossGate(..., ledger=Ledger(len(dataset)))")
         if gate is not None and gate.ledger is not None and gate.ledger.num_samples != len(dataset):
             raise ValueError(f"the ledger is for {gate.ledger.num_samples} samples, the data set has {len(dataset)}")
         self.dataset = dataset
@@ -174,8 +150,10 @@ class ShardEnsemble:
         self._rows: dict[str, Tensor] = {}
         self._peers = peers or Alone()
         self._mine = self._peers.mine([len(shard) for shard in self.shards])
-        self._gate = gate
-        self._redistribution = redistribution
+        self.gate = gate
+        self._model, self._optimizer = model, optimizer
+        self._shared_batches = False
+        self.redistribution = redistribution
         self._optimizer_state = optimizer_state
         self._outer = outer
         self._seed = seed
@@ -195,6 +173,23 @@ class ShardEnsemble:
         if num_shards > 1:
             self._common.put("global", _take(self._averaged))
             self._common.put("initial", _take(self._kept))
+
+    @property
+    def redistribution(self) -> Redistribution | None:
+        """MSR, or None. Setting it, between rounds, gives the gate a ledger if it has none.
+
+        Raises:
+            ValueError: when set, if there is no gate to go by.
+        """
+        return self._redistribution
+
+    @redistribution.setter
+    def redistribution(self, value: Redistribution | None) -> None:
+        if value is not None and self.gate is None:
+            raise ValueError("redistribution goes by skip counts: pass gate=LossGate(...)")
+        if value is not None and self.gate is not None and self.gate.ledger is None:
+            self.gate.ledger = Ledger(len(self.dataset))
+        self._redistribution = value
 
     @property
     def num_phases(self) -> int:
@@ -226,7 +221,11 @@ class ShardEnsemble:
         """Yield each of this process's proxies' shards while that proxy is live, then redistribute or aggregate.
 
         Leaving early restores the model to the aggregate that the round began with; the shards stay a partition.
+
+        Raises:
+            ValueError: if the model has been wrapped since by what holds weights in parts.
         """
+        _check_whole(self._model, self._optimizer)
         complete = False
         try:
             while self.phase < self.num_phases:
@@ -254,9 +253,30 @@ class ShardEnsemble:
         """
         assert self._live and self.num_shards > 1
         self._slots.drop(f"live-{self.proxy}")
-        if self._gate is not None and self._gate.ledger is not None:
-            self._gate.ledger.put_rows(self.shards[self.proxy], self._rows)
+        if self.gate is not None and self.gate.ledger is not None:
+            self.gate.ledger.put_rows(self.shards[self.proxy], self._rows)
         self._activate()
+
+    def loader(self, make: Callable[[Dataset[Any]], Any], epochs: int = 1) -> RoundLoader:
+        """What a training loop iterates in place of its data loader: each pass is a round, see :class:`RoundLoader`.
+
+        Where several processes share the batches (DistributedDataParallel), skips are summed over them before samples
+        are redistributed, so that all have the same shards.
+
+        >>> import torch
+        >>> from torch.utils.data import DataLoader
+        >>> model = torch.nn.Linear(2, 2)
+        >>> ensemble = ShardEnsemble(model, torch.optim.AdamW(model.parameters()), torch.randn(10, 2), num_shards=2)
+        >>> batches = ensemble.loader(lambda shard: DataLoader(shard, batch_size=3))
+        >>> [len(batch) for batch in batches], len(batches), ensemble.round_index
+        ([3, 2, 3, 2], 4, 1)
+
+        Args:
+            make: from a shard to a ``DataLoader`` of it; called once for each proxy.
+            epochs: passes over a shard before the next proxy's turn.
+        """
+        self._shared_batches = True
+        return RoundLoader(self, make, epochs)
 
     def _activate(self) -> None:
         """Make proxy k live: θ̄ at the start of a round, its own weights in a second half-round or amid its turn."""
@@ -278,8 +298,8 @@ class ShardEnsemble:
                 _put(self._averaged | self._kept, self._slots.get(name))
         if self.phase == 0 and self._optimizer_state == "reset":
             self._moments.load_state_dict({})
-        if self._gate is not None and self._gate.ledger is not None:
-            self._rows = self._gate.ledger.rows(self.shards[self.proxy])
+        if self.gate is not None and self.gate.ledger is not None:
+            self._rows = self.gate.ledger.rows(self.shards[self.proxy])
 
     def _retire(self) -> None:
         if self.num_shards > 1:
@@ -289,16 +309,16 @@ class ShardEnsemble:
         self._ended.add(self.proxy)
 
     def _share_ledger(self) -> None:
-        if self._gate is not None and self._gate.ledger is not None:
+        if self.gate is not None and self.gate.ledger is not None:
             own = [self.shards[k] for k in self._mine]
-            self._gate.ledger.share(torch.cat(own), self._peers.sum)
+            self.gate.ledger.share(torch.cat(own), self._peers.sum)
 
     def _redistribute(self) -> None:
-        assert self._redistribution is not None and self._gate is not None and self._gate.ledger is not None
-        msr, ledger = self._redistribution, self._gate.ledger
+        assert self._redistribution is not None and self.gate is not None and self.gate.ledger is not None
+        msr, ledger = self._redistribution, self.gate.ledger
         self.shards, moved = redistribute(
             self.shards,
-            ledger.skips_since_move,
+            self._summed(ledger.skips_since_move),
             fraction=msr.fraction,
             topology=msr.topology,
             seed=self._seed,
@@ -306,6 +326,13 @@ class ShardEnsemble:
         )
         ledger.moved(moved)
         self._turns += 1
+
+    def _summed(self, counts: Tensor) -> Tensor:
+        """Counts of all processes, where they share each proxy's batches."""
+        if self._shared_batches and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            counts = counts.clone()
+            dist.all_reduce(counts)
+        return counts
 
     def _aggregate(self) -> None:
         """``θ̄ ← Σ_k (|D_k|/N) θ_k``, accumulated in float64 in the order of k."""
@@ -379,10 +406,23 @@ class ShardEnsemble:
         _put(self._averaged, self._common.get("global"))
 
 
+def _check_whole(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Refuse models and optimizers that hold a part of the weights only: there is no whole state to swap or average."""
+    kinds = {kind.__name__ for part in model.modules() for kind in type(part).__mro__}
+    split = sorted(kinds & {"FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine"})
+    split += [name for name in (kind.__name__ for kind in type(optimizer).__mro__) if name.startswith("DeepSpeed")]
+    if split:
+        raise ValueError(
+            f"ShardEnsemble can't swap and average the weights of a {split[0]}, which holds a part of them in each "
+            "process: use DistributedDataParallel, or one process, or the gate alone (LossGate works under both)"
+        )
+
+
 def _take(parts: Mapping[str, Stateful]) -> dict[str, Any]:
     return {name: part.state_dict() for name, part in parts.items()}
 
 
 def _put(parts: Mapping[str, Stateful], states: Mapping[str, Any]) -> None:
     for name, part in parts.items():
-        part.load_state_dict(states[name])
+        # Modules and optimizers bring what they load to their device; an average of somebody else's may just take it.
+        part.load_state_dict(beside(part.state_dict(), states[name]) if name == "ema" else states[name])

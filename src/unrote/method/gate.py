@@ -94,6 +94,9 @@ class LossGate:
         target_skip_rate: adapt λ to skip this share, see :class:`unrote.method.skip_ratio.AdaptiveSkipRatio`.
         adaptation_rate: η of the adaptive λ.
 
+    Attributes:
+        batches: how many batches were recorded by this object.
+
     Raises:
         ValueError: if ``skip_ratio`` is negative, the bank is for another number of timesteps, or there is no ledger to
             know the history from.
@@ -128,6 +131,7 @@ class LossGate:
         self.bank = bank or LossBank(num_timesteps)
         self.ledger = ledger
         self.update_bank = update_bank
+        self.batches = 0
         self._kept: Tensor = torch.tensor(0)
         self._kept_ready: torch.cuda.Event | None = None
 
@@ -197,6 +201,7 @@ class LossGate:
             self.adaptive.update(decision.skipped, known & self._at_its_timesteps(timesteps))
         if self.update_bank:
             self.bank.update(timesteps, losses)
+        self.batches += 1
         self._note_kept(decision.weight.sum())
 
     def _positions(self, indices: Tensor | None, device: torch.device) -> Tensor:

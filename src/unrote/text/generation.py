@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from unrote.data.sources import digest_of
 from unrote.errors import InputError
 from unrote.seeding import derive_seed
+from unrote.text.guarded import PromptGuards
 from unrote.text.prompts import Prompt
 from unrote.training.run import Run
 
@@ -85,7 +86,7 @@ class PromptDenoiser:
             raise InputError(f"--negative-prompt needs guidance: --guidance-scale is {guidance_scale:g}, not above 1")
         pipeline.safety_checker = None
         pipeline.set_progress_bar_config(disable=True)
-        self._pipeline, self._prompts, self._seed = pipeline, prompts, seed
+        self._prompts, self._seed = prompts, seed
         self._negative = negative_prompt
         height, width = size or (None, None)
         guidance = {"guidance_scale": guidance_scale}
@@ -96,6 +97,8 @@ class PromptDenoiser:
             "height": height,
             "width": width,
         }
+        self.guards, self.pipeline = PromptGuards(), pipeline
+        self.guided = (pipeline.unet, pipeline.scheduler, guidance_scale)
         self.networks = tuple(part for name in NETWORKS if (part := getattr(pipeline, name, None)) is not None)
         texts = digest_of([(prompt.text, prompt.seed) for prompt in prompts])
         self.settings = {**guidance, "negative_prompt": negative_prompt, "size": size and list(size)}
@@ -104,33 +107,40 @@ class PromptDenoiser:
     @property
     def shape(self) -> tuple[int, int, int]:
         """Height, width and channels of the images."""
-        unet, scale = self._pipeline.unet, self._pipeline.vae_scale_factor
+        unet, scale = self.pipeline.unet, self.pipeline.vae_scale_factor
         side = unet.config.sample_size
         height, width = (scale * n for n in ((side, side) if isinstance(side, int) else side))
         asked = self._options
-        return asked["height"] or height, asked["width"] or width, self._pipeline.vae.config.out_channels
+        return asked["height"] or height, asked["width"] or width, self.pipeline.vae.config.out_channels
 
     def label_of(self, index: int, attempt: int = 0) -> dict[str, Any]:
         """Prompt of image ``index``, its origin if known, and the generator's seed that gives it in plain diffusers."""
         prompt = self._prompt(index)
         origin = {} if prompt.origin is None else {"origin": prompt.origin}
-        return {"prompt": prompt.text, **origin, "generator_seed": self._generator_seed(index, attempt)}
+        used = self._text(index, attempt)
+        changed = {} if used == prompt.text else {"guarded_prompt": used}
+        return {"prompt": prompt.text, **changed, **origin, "generator_seed": self._generator_seed(index, attempt)}
 
     @torch.inference_mode()
     def __call__(self, indices: Sequence[int], attempt: int = 0) -> NDArray[np.uint8]:
         """The images ``indices``, uint8 [B, H, W, 3]; another ``attempt`` gives others."""
-        result = self._pipeline(
-            prompt=[self._prompt(index).text for index in indices],
-            negative_prompt=None if self._negative is None else [self._negative] * len(indices),
-            # On the CPU whatever the device, so that noise does not depend on it.
-            generator=[torch.Generator().manual_seed(self._generator_seed(index, attempt)) for index in indices],
-            output_type="np",
-            **self._options,
-        )
+        texts = [self._text(index, attempt) for index in indices]
+        seeds = [self._generator_seed(index, attempt) for index in indices]
+        with self.guards.on(self.pipeline, texts):
+            result = self.pipeline(
+                **self.guards.read(self.pipeline, texts, seeds, self._negative, self._options),
+                # On the CPU whatever the device, so that noise does not depend on it.
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+                output_type="np",
+                **self._options,
+            )
         return cast(NDArray[np.uint8], (result.images * 255).round().astype(np.uint8))
 
     def _prompt(self, index: int) -> Prompt:
         return self._prompts[index % len(self._prompts)]
+
+    def _text(self, index: int, attempt: int) -> str:
+        return self.guards.text(self._prompt(index).text, self._generator_seed(index, attempt))
 
     def _generator_seed(self, index: int, attempt: int) -> int:
         own = self._prompt(index).seed

@@ -27,20 +27,22 @@ logger = logging.getLogger("unrote")
 
 BATCH = 32
 """Images sampled at once, as ``unrote sample`` does, so that both make the same images."""
-TRAINING_WORK = 3
-"""Forward passes that a training sample costs: one forward, and a backward of twice the work."""
+TRAINING_WORK = {"no": 3, "bf16": 2, "fp16": 2}
+"""Forward passes in float32, as of a look, that a training sample costs: one forward, a backward of twice the work."""
 DEFAULT_RULE = StopRule("mq", 0.5, 0.0)
 """What is logged where nothing is said about stopping."""
 
 
-def rounds_between(config: Config, images_per_round: float) -> int:
-    """Rounds from one look to the next: ``monitor.every``, or more, so that looks stay within ``monitor.max_overhead``.
+def rounds_between(config: Config, images_per_round: float, rounds: int) -> int:
+    """Rounds from one look to the next: ``monitor.every``, or more, to stay within ``monitor.max_overhead``.
 
-    A look costs samples · steps forward passes, a round 3 · ``images_per_round``; their ratio is the overhead.
+    Looks are counted back from the end, which is always looked at. A look costs samples · steps forward passes, a run
+    2 or 3 · ``images_per_round`` · ``rounds``, by its precision; the looks' share is the overhead.
     """
     monitor = config.monitor
-    least = monitor.samples * monitor.steps / (monitor.max_overhead * TRAINING_WORK * images_per_round)
-    return max(monitor.every, math.ceil(least - 1e-9))
+    work = TRAINING_WORK[config.training.mixed_precision] * images_per_round * rounds
+    most = max(1, math.floor(monitor.max_overhead * work / (monitor.samples * monitor.steps) + 1e-9))
+    return max(monitor.every, math.ceil(rounds / most))
 
 
 class Monitor:
@@ -53,7 +55,7 @@ class Monitor:
         task: the model.
         ema: its averaged weights, which are looked at if there are any.
         every: rounds between two looks.
-        last: the number of rounds; the end is always looked at.
+        last: the number of rounds, from which looks are counted back.
 
     Attributes:
         stopped: whether ``monitor.stop_when`` has held.
@@ -79,7 +81,7 @@ class Monitor:
 
     def look(self, rounds: int, samples: int, step: int, journal: Journal) -> None:
         """Look at the model after ``rounds`` rounds if it is due, log what is seen, and decide."""
-        if rounds % self._every and rounds != self._last:
+        if (self._last - rounds) % self._every:
             return
         began = time.monotonic()
         counts, distance = self._audit(self._sampled(), self._rule.measure, self._rule.threshold)
@@ -165,8 +167,12 @@ def make_monitor(
     """
     if not config.monitor.every:
         return None
-    every = rounds_between(config, budget.local)
-    if every > config.monitor.every:
+    every = rounds_between(config, budget.local, budget.num_rounds)
+    if every >= budget.num_rounds > 1:
+        logger.warning(
+            "only the end is looked at: raise monitor.max_overhead, or lower monitor.samples or monitor.steps"
+        )
+    elif every > config.monitor.every:
         logger.info("looks are made every %d rounds, not %d: monitor.max_overhead", every, config.monitor.every)
     return Monitor(config, images, run, task, ema, every, budget.num_rounds)
 

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -63,9 +63,15 @@ class Run:
 
     @property
     def data(self) -> dict[str, Any]:
-        """Fingerprint, counts and shape of the training set."""
-        values: dict[str, Any] = json.loads((self.path / "data.json").read_text())
-        return values
+        """Fingerprint, counts and shape of the training set. Raises InputError if the file is damaged."""
+        file = self.path / "data.json"
+        try:
+            values = json.loads(file.read_bytes())
+            if isinstance(values["fingerprint"], str) and len(values["shape"]) == 3 and values["count"] > 0:
+                return dict(values)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            pass
+        raise InputError(f"{file}: is damaged; restore it, or train into a new folder")
 
     def start(self, config: Config, images: ImageStore) -> None:
         """Begin a run in the locked folder, or check that it is one of exactly this configuration and these images.
@@ -121,20 +127,31 @@ class Run:
         write_text(self.path / "ledger.csv", text.getvalue())
 
     def read_ledger(self) -> dict[str, np.ndarray] | None:
-        """The columns of ``ledger.csv`` without index and name, NaN where never measured; None if there is none yet."""
+        """The columns of ``ledger.csv`` without index and name, NaN where never measured; None if there is none yet.
+
+        Raises:
+            InputError: if the file is damaged.
+        """
         file = self.path / "ledger.csv"
         if not file.exists():
             return None
-        with file.open(newline="", encoding="utf-8") as stream:
-            header, *rows = csv.reader(stream)
-        columns = dict(zip(header, zip(*rows, strict=True), strict=True))
-        return {
-            name: np.array([float(value or "nan") for value in column], dtype=np.float32)
-            if name.endswith("ratio")
-            else np.array(column, dtype=np.int64)
-            for name, column in columns.items()
-            if name not in ("index", "name")
-        }
+        try:
+            with file.open(newline="", encoding="utf-8") as stream:
+                return _columns_of(stream)
+        except (ValueError, OverflowError, csv.Error) as error:
+            raise InputError(f"{file}: is no ledger, or is damaged ({error})") from None
+
+
+def _columns_of(stream: TextIO) -> dict[str, np.ndarray]:
+    header, *rows = csv.reader(stream)
+    columns = dict(zip(header, zip(*rows, strict=True), strict=True))
+    return {
+        name: np.array([float(value or "nan") for value in column], dtype=np.float32)
+        if name.endswith("ratio")
+        else np.array(column, dtype=np.int64)
+        for name, column in columns.items()
+        if name not in ("index", "name")
+    }
 
 
 def _short(value: float) -> str:

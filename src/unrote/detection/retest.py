@@ -1,0 +1,224 @@
+"""Does the copy come back? An adversarial search for named training images, after something was done against it."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from unrote.auditing.intervals import wilson_interval
+from unrote.data import ImageStore
+from unrote.detection.reconstruction import reconstructions
+from unrote.errors import InputError
+from unrote.guards.index import DEFAULT_RATIO, PixelIndex, is_copy
+from unrote.guards.making import Sources, make_guards
+from unrote.guards.prompts import EmbeddingNoise
+from unrote.sampling import Denoiser, Weights, asks_for_text, load_unet, make_scheduler, pipeline_of, weights_variant
+from unrote.seeding import derive_seed
+from unrote.text.generation import PromptDenoiser, load_text_to_image
+from unrote.text.prompts import Prompt
+from unrote.training.run import Run
+
+PERTURBATION = 0.1
+"""Deviation of the noise on prompt embeddings, as small as what training mitigations use (Somepalli et al. 2023)."""
+
+Batches = Iterator[np.ndarray]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a re-test searches.
+
+    Attributes:
+        tries: samples that are looked at for each image; with prompts half of them with noise on the embedding.
+        seed: of everything random; other noises than those of ``unrote sample`` at the same seed.
+        steps: DDIM steps.
+        batch_size: images denoised at once.
+        threshold: below this neighbour ratio a sample is a copy of its nearest training image.
+        guidance_scale: with prompts.
+        reconstruct: also start from the noised image itself; without prompts only.
+    """
+
+    tries: int = 256
+    seed: int = 0
+    steps: int = 50
+    batch_size: int = 32
+    threshold: float = DEFAULT_RATIO
+    guidance_scale: float = 7.5
+    reconstruct: bool = True
+
+    def __post_init__(self) -> None:
+        if self.tries < 1 or self.steps < 1 or self.batch_size < 1:
+            raise InputError("tries, steps and batch_size must be at least 1")
+
+
+def retest(
+    model: Run | Path | str,
+    targets: Sequence[int],
+    train: Any = None,
+    *,
+    holdout: Any = None,
+    settings: Settings | None = None,
+    guards: Sequence[str] = (),
+    device: torch.device | str = "cpu",
+) -> dict[str, Any]:
+    """Search the samples of a model for training images that should not come back.
+
+    From noise: samples of a model without text are compared with all targets at once; a text-to-image model is given
+    each target's own caption, half of the time with a little noise on its embedding. A target is found by a sample
+    whose nearest training image it is (or a duplicate of it), over the augmentation orbit, at a ratio below the
+    threshold.
+
+    From the image: of models without text, the noised target is denoised from ever lower noise, the stronger attack of
+    somebody who has the image already. What comes back at low noise comes back from any model, so the same is done to
+    held-out images: see :mod:`unrote.detection.reconstruction`.
+
+    Args:
+        model: a run folder, or a folder or Hub id of a diffusers pipeline.
+        targets: positions among the training images.
+        train: the training images; by default those of the run.
+        holdout: images that were not trained on, the control of the reconstruction; as many are used as there are
+            targets.
+        settings: how to search.
+        guards: at work while searching; see docs/guards.md.
+        device: where to compute.
+
+    Returns:
+        JSON-able: ``images``, one entry a target, with ``found_after`` (tries, or None), ``tries``, ``upper`` (the 95 %
+        upper bound of the chance per try; Wilson) and ``reconstruction``; ``controls``; settings.
+
+    Raises:
+        InputError: no such model, images or targets, or a target has no caption to ask for it.
+    """
+    settings = settings or Settings()
+    source, run = pipeline_of(model)
+    weights: Weights = "ema" if run is None or run.config.training.use_ema else "raw"
+    denoise: Denoiser | PromptDenoiser
+    seed = derive_seed(settings.seed, "retest")
+    if asks_for_text(source, run):
+        pipeline = load_text_to_image(source, run, weights_variant(run, weights)).to(device)
+        pipeline.scheduler = make_scheduler(pipeline.scheduler, "ddim", settings.steps, clip_sample=False)
+        options: dict[str, Any] = {"steps": settings.steps, "guidance_scale": settings.guidance_scale, "seed": seed}
+        denoise = PromptDenoiser(pipeline, [Prompt("")], **options)
+    else:
+        unet, schedule = load_unet(source, run, weights)
+        denoise = Denoiser(unet.to(device).eval(), schedule, "ddim", settings.steps, 0.0, seed)
+    images = Sources(run, denoise.shape).train("retest", train)
+    wanted = _checked(targets, images)
+    index = PixelIndex(images, threshold=settings.threshold)
+    if isinstance(denoise, PromptDenoiser):
+        found = [
+            _found(index, [target], _asked(denoise, images, target, guards, settings), settings) for target in wanted
+        ]
+        after = [one[0] for one in found]
+    else:
+        after = _found(index, wanted, _sampled(denoise, _make(denoise, guards, run, settings), settings), settings)
+    rows = [_row(images, target, tries, settings.tries) for target, tries in zip(wanted, after, strict=True)]
+    controls: list[dict[str, Any]] = []
+    if settings.reconstruct and isinstance(denoise, Denoiser):
+        others = None if holdout is None else Sources(run, denoise.shape).opened(holdout)
+        rows, controls = _reconstructed(rows, images, others, denoise, settings)
+    return {
+        "method": "retest",
+        "model": str(source),
+        "images": rows,
+        "controls": controls,
+        "found": sum(row["found_after"] is not None for row in rows),
+        "guards": list(guards),
+        "train_fingerprint": images.fingerprint,
+        "settings": {name: getattr(settings, name) for name in Settings.__dataclass_fields__},
+    }
+
+
+def _checked(targets: Sequence[int], images: ImageStore) -> list[int]:
+    """The targets once each. Raises InputError if there are none, or one is no position."""
+    if not targets:
+        raise InputError("there are no images to search for; give --index, --from-report or --most-skipped")
+    wrong = [target for target in targets if not 0 <= target < len(images)]
+    if wrong:
+        raise InputError(f"--index {wrong[0]}: there are {len(images):,} training images, 0 to {len(images) - 1:,}")
+    return list(dict.fromkeys(targets))
+
+
+Made = Callable[[Sequence[int]], np.ndarray]
+
+
+def _make(denoise: Any, guards: Sequence[str], run: Run | None, settings: Settings) -> Made:
+    """What makes images, with guards if there are any."""
+    if not guards:
+        return lambda indices: np.asarray(denoise(indices))
+    copy_filter = make_guards(guards, denoise, run, seed=settings.seed).copy_filter
+    if copy_filter is None:
+        return lambda indices: np.asarray(denoise(indices))
+    return lambda indices: copy_filter(denoise, indices)[0]
+
+
+def _sampled(denoise: Any, make: Made, settings: Settings, start: int = 0, num: int | None = None) -> Batches:
+    """The samples of tries ``start``, … in whole batches."""
+    num = settings.tries if num is None else num
+    for first in range(start, start + num, settings.batch_size):
+        yield make(range(first, first + settings.batch_size))[: start + num - first]
+
+
+def _asked(
+    denoise: PromptDenoiser, images: ImageStore, target: int, guards: Sequence[str], settings: Settings
+) -> Batches:
+    """Samples of the target's own caption, then with a little noise on its embedding."""
+    caption = None if images.captions is None else images.captions[target]
+    if not caption:
+        raise InputError(f"--index {target}: {images.names[target]} has no caption to ask the model for it")
+    options: dict[str, Any] = {"steps": settings.steps, "guidance_scale": settings.guidance_scale}
+    half = -(-settings.tries // 2)
+    for start, num, std in ((0, half, 0.0), (half, settings.tries - half, PERTURBATION)):
+        seed = derive_seed(settings.seed, "retest")
+        asking = PromptDenoiser(denoise.pipeline, [Prompt(caption)], seed=seed, **options)
+        make = _make(asking, guards, None, settings)
+        if std:
+            asking.guards.embeddings.append(EmbeddingNoise(std))
+        yield from _sampled(asking, make, settings, start, num)
+
+
+def _found(index: PixelIndex, targets: Sequence[int], batches: Batches, settings: Settings) -> list[int | None]:
+    """After how many tries each target was found; ends as soon as all are."""
+    clusters = index.references.clusters
+    after: dict[int, int] = {}
+    seen = 0
+    for images in batches:
+        values, nearest = index(images)
+        copies = is_copy(index, values)
+        for target in (target for target in targets if target not in after):
+            hits = np.flatnonzero(copies & (clusters[nearest] == clusters[target]))
+            if len(hits):
+                after[target] = seen + int(hits[0]) + 1
+        seen += len(images)
+        if len(after) == len(targets):
+            break
+    return [after.get(target) for target in targets]
+
+
+def _row(images: ImageStore, target: int, after: int | None, tries: int) -> dict[str, Any]:
+    """One target. Found at try n, the chance is bounded from one success in n; otherwise from none in all tries."""
+    count, total = (0, tries) if after is None else (1, after)
+    row = {"index": target, "name": str(images.names[target]), "found_after": after, "tries": total}
+    return row | {"upper": wilson_interval(count, total)[1], "reconstruction": None}
+
+
+def _reconstructed(
+    rows: list[dict[str, Any]], images: ImageStore, holdout: ImageStore | None, denoise: Denoiser, settings: Settings
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Targets and controls with what comes back from their noised selves."""
+    targets = [row["index"] for row in rows]
+    unet, scheduler, _ = denoise.guided
+    found, others = reconstructions(
+        unet,
+        scheduler,
+        images,
+        targets,
+        holdout,
+        threshold=settings.threshold,
+        seed=settings.seed,
+        batch_size=settings.batch_size,
+    )
+    return [row | {"reconstruction": one} for row, one in zip(rows, found, strict=True)], others

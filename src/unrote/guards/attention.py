@@ -1,0 +1,92 @@
+"""Cross-attention reweighting (Ren et al., ECCV 2024, arXiv 2403.11052): away from the tokens that memorization uses.
+
+In memorized samples attention concentrates on the *summary tokens*, the end of the text and the padding after it. They
+are masked, and the logits of the beginning token are multiplied; the words of the prompt share the rest.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unrote.errors import InputError
+
+
+class AttentionReweighting:
+    """Masks the summary tokens in cross-attention and scales the beginning token.
+
+    Args:
+        scale: C, what the logits of the beginning token are multiplied by; the paper's is 1.25.
+
+    Raises:
+        InputError: ``scale`` is not above 0.
+    """
+
+    def __init__(self, scale: float = 1.25) -> None:
+        if scale <= 0:
+            raise InputError(f"--guard attention: scale must be above 0, not {scale:g}")
+        self.scale = scale
+
+    @contextmanager
+    def on(self, pipeline: Any, prompts: Sequence[str]) -> Iterator[None]:
+        """Reweight the attention of a pipeline's UNet to ``prompts`` [B], one an image, inside the block.
+
+        A batch with classifier-free guidance has the empty text in its first half, which is left as it is.
+        """
+        unet = pipeline.unet
+        before = dict(unet.attn_processors)
+        kept = _kept(pipeline.tokenizer, prompts)
+        ours = {name: _Processor(kept, self.scale) if ".attn2." in name else one for name, one in before.items()}
+        unet.set_attn_processor(ours)
+        try:
+            yield
+        finally:
+            unet.set_attn_processor(before)
+
+    def settings(self) -> dict[str, Any]:
+        """The scale."""
+        return {"guard": "attention", "scale": self.scale}
+
+
+def _kept(tokenizer: Any, prompts: Sequence[str]) -> Tensor:
+    """Which tokens are the beginning or words: bool [B, L]."""
+    length = tokenizer.model_max_length
+    read = tokenizer(list(prompts), truncation=True, max_length=length).input_ids
+    # Of each text the first is the beginning, the last the end.
+    counts = torch.tensor([max(1, len(ids) - 1) for ids in read])
+    return torch.arange(length) < counts[:, None]
+
+
+class _Processor:
+    """Cross-attention with logits changed; otherwise as diffusers computes it for Stable Diffusion's UNet."""
+
+    def __init__(self, kept: Tensor, scale: float) -> None:
+        self._kept, self._scale = kept, scale
+
+    def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        """Attention of [B', P, D] to the text [B', L, E]."""
+        query, key, value = (
+            attn.head_to_batch_dim(part)
+            for part in (
+                attn.to_q(hidden_states),
+                attn.to_k(encoder_hidden_states),
+                attn.to_v(encoder_hidden_states),
+            )
+        )
+        logits = torch.einsum("bpd,bld->bpl", query, key) * attn.scale
+        logits = self._reweighted(logits.view(len(hidden_states), attn.heads, *logits.shape[1:]))
+        weights = logits.flatten(0, 1).softmax(-1).to(value.dtype)
+        hidden = attn.to_out[0](attn.batch_to_head_dim(weights @ value))
+        mixed: Tensor = attn.to_out[1](hidden)
+        whole = mixed + hidden_states if attn.residual_connection else mixed
+        return whole / float(attn.rescale_output_factor)
+
+    def _reweighted(self, logits: Tensor) -> Tensor:
+        """Logits [B', heads, P, L] of the images with text; of a guided batch the second half."""
+        kept = self._kept.to(logits.device)
+        free = len(logits) - len(kept)
+        steered = logits[free:].masked_fill(~kept[:, None, None], -torch.inf)
+        first = steered[..., :1] * self._scale
+        return torch.cat([logits[:free], torch.cat([first, steered[..., 1:]], -1)])

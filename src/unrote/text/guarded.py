@@ -1,0 +1,80 @@
+"""What a pipeline reads of prompts, with or without guards (:mod:`unrote.guards`)."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass
+class PromptGuards:
+    """Guards at work around a text-to-image pipeline; without any, it is given the prompts as they are.
+
+    Attributes:
+        texts: :class:`unrote.guards.prompts.TextGuard` s, in the order in which they change a prompt.
+        embeddings: :class:`unrote.guards.prompts.EmbeddingGuard` s, likewise.
+        attention: :class:`unrote.guards.attention.AttentionReweighting`; None for none.
+    """
+
+    texts: list[Any] = field(default_factory=list)
+    embeddings: list[Any] = field(default_factory=list)
+    attention: Any = None
+
+    def text(self, prompt: str, seed: int) -> str:
+        """The prompt that is used for the image of ``seed``."""
+        for guard in self.texts:
+            prompt = guard.text(prompt, seed)
+        return prompt
+
+    @contextmanager
+    def on(self, pipeline: Any, texts: Sequence[str]) -> Iterator[None]:
+        """Attention guarded inside the block, to ``texts`` of one batch."""
+        if self.attention is None:
+            yield
+        else:
+            with self.attention.on(pipeline, texts):
+                yield
+
+    def read(
+        self,
+        pipeline: Any,
+        texts: Sequence[str],
+        seeds: Sequence[int],
+        negative: str | None,
+        options: dict[str, Any],
+    ) -> dict[str, Any]:
+        """The pipeline's arguments for ``texts`` and the ``negative`` text: themselves, or their embeddings.
+
+        Args:
+            pipeline: that is called.
+            texts: one an image.
+            seeds: of the images.
+            negative: what guidance leads away from; None for the empty text.
+            options: the pipeline's other arguments.
+        """
+        against = None if negative is None else [negative] * len(texts)
+        if not self.embeddings:
+            return {"prompt": list(texts), "negative_prompt": against}
+        pipeline.scheduler.set_timesteps(options["num_inference_steps"], device=pipeline.unet.device)
+        device, guided = pipeline.unet.device, options["guidance_scale"] > 1
+        embedded, free = pipeline.encode_prompt(list(texts), device, 1, guided, against)
+        empty = pipeline.encode_prompt("", device, 1, False)[0][0]
+        start = _latent_shape(pipeline, options["height"], options["width"])
+        rows = []
+        for row, seed in zip(embedded, seeds, strict=True):
+            for guard in self.embeddings:
+                row = guard.embedding(
+                    pipeline, row, empty, torch.randn(start, generator=torch.Generator().manual_seed(seed)), seed
+                )
+            rows.append(row)
+        return {"prompt_embeds": torch.stack(rows), "negative_prompt_embeds": free}
+
+
+def _latent_shape(pipeline: Any, height: int | None, width: int | None) -> tuple[int, int, int]:
+    """Of what a pipeline starts an image of this size from."""
+    side, scale = pipeline.unet.config.sample_size, pipeline.vae_scale_factor
+    own = (side, side) if isinstance(side, int) else side
+    rows, columns = (asked // scale if asked else usual for asked, usual in zip((height, width), own, strict=True))
+    return pipeline.unet.config.in_channels, rows, columns

@@ -1,0 +1,229 @@
+"""The parts in training loops that are not ours: scripts of well-known structure, changed by the diffs of the docs."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import unrote
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples" / "integrate"
+STAGES = ("1-agc", "2-iet", "3-msr-taa")
+IMAGES, BATCH, EPOCHS = 18, 2, 3
+
+
+def apply(diff: str, text: str) -> str:
+    """``text`` after a unified diff; every line that it takes away or stands beside must be there."""
+    lines, done, out = text.splitlines(), 0, []
+    for hunk in re.split(r"^@@ -", diff, flags=re.MULTILINE)[1:]:
+        header, *body = hunk.splitlines()
+        start = int(re.match(r"\d+", header)[0]) - 1
+        out += lines[done:start]
+        done = start
+        for line in body:
+            if line[0] != "+":
+                assert lines[done] == line[1:], f"line {done + 1}: {lines[done]!r}"
+                done += 1
+            if line[0] != "-":
+                out.append(line[1:])
+    return "\n".join(out + lines[done:]) + "\n"
+
+
+def changed(name, stages):
+    """The script after the first ``stages`` diffs."""
+    text = (EXAMPLES / f"{name}.py").read_text()
+    for stage in STAGES[:stages]:
+        text = apply((EXAMPLES / f"{name}.{stage}.diff").read_text(), text)
+    return text
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    random = np.random.default_rng(0)
+    rows = []
+    for index in range(IMAGES):
+        # The last four are all alike, so that there is something to skip.
+        flat = np.full((16, 16, 3), 200, np.uint8)
+        pixels = flat if index >= IMAGES - 4 else random.integers(0, 255, (16, 16, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index:02d}.png")
+        rows.append(f'{{"file_name": "{index:02d}.png", "text": "a cat"}}\n')
+    (folder / "metadata.jsonl").write_text("".join(rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    from tiny_pipelines import tiny_stable_diffusion
+
+    folder = tmp_path_factory.mktemp("base")
+    pipeline = tiny_stable_diffusion(folder / "tokenizer", vae_levels=2)
+    pipeline.scheduler.register_to_config(num_train_timesteps=10)
+    pipeline.save_pretrained(folder / "sd")
+    return folder / "sd"
+
+
+def arguments(name, photos, pretrained, out):
+    sizes = ["--resolution", "16", "--train_batch_size", str(BATCH)]
+    hub = ["--train_data_dir", photos, "--output_dir", out, *sizes]
+    base = ["--pretrained_model_name_or_path", pretrained]
+    steps = -(-IMAGES // BATCH)
+    given = {
+        "unconditional": [*hub, "--num_epochs", EPOCHS, "--ddpm_num_steps", "10", "--lr_warmup_steps", "1"],
+        "text_to_image": [*hub, *base, "--num_train_epochs", EPOCHS],
+        "lora": [*hub, *base, "--num_train_epochs", EPOCHS],
+        "hf_trainer": [*hub, "--num_train_epochs", EPOCHS, "--timesteps", "10"],
+        "ddpm_trainer": [
+            "--folder", photos, "--out", out / "model.pt", "--image_size", "16", "--timesteps", "10",
+            "--train_batch_size", BATCH, "--train_num_steps", EPOCHS * steps,
+        ],
+        "lightning_module": [
+            "--data", photos, "--out", out, "--resolution", "16", "--timesteps", "10", "--batch_size", BATCH,
+            "--max_epochs", EPOCHS,
+        ],
+    }  # fmt: skip
+    return [str(value) for value in given[name]]
+
+
+def run(name, stages, folder, given):
+    """Run the changed script as a module of its own; what gates and ensembles it made."""
+    made = {"gates": [], "ensembles": []}
+
+    class Gate(unrote.LossGate):
+        def __init__(self, *args, **options):
+            # What is below the average is skipped, so that runs as short as these skip.
+            bank = unrote.LossBank(args[0], bins=1, warm_start=True)
+            super().__init__(*args, **options | {"skip_ratio": 1.0, "bank": bank})
+            made["gates"].append(self)
+
+    class Ensemble(unrote.ShardEnsemble):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            made["ensembles"].append(self)
+
+    file = folder / f"{name}_{stages}.py"
+    file.write_text(changed(name, stages))
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(EXAMPLES)
+        patch.setenv("HF_HOME", str(folder / "hub"))
+        patch.setattr(unrote, "LossGate", Gate, raising=False)
+        patch.setattr(unrote, "ShardEnsemble", Ensemble, raising=False)
+        spec = spec_from_file_location(file.stem, file)
+        module = module_from_spec(spec)
+        spec.loader.exec_module(module)
+        module.main(module.parse_args(given))
+    return made["gates"], made["ensembles"]
+
+
+def weights_in(out):
+    """What a script saved, by name."""
+    found = next(iter(sorted(out.rglob("*unet*/*.safetensors")) + sorted(out.glob("*.safetensors"))), None)
+    return load_file(found) if found else torch.load(out / "model.pt", weights_only=True)["model"]
+
+
+NAMES = ["unconditional", "text_to_image", "lora", "ddpm_trainer", "lightning_module", "hf_trainer"]
+
+
+@pytest.fixture(params=NAMES)
+def name(request):
+    if request.param == "lightning_module" and find_spec("pytorch_lightning") is None:
+        pytest.skip("pytorch-lightning is not installed")
+    return request.param
+
+
+def test_a_script_of_somebody_else_and_its_diffs(name, photos, pretrained, tmp_path):
+    for stages in (1, 3):
+        out = tmp_path / f"out-{stages}"
+        out.mkdir()
+        gates, ensembles = run(name, stages, tmp_path, arguments(name, photos, pretrained, out))
+        assert (len(gates), len(ensembles)) == (1, stages > 1)
+        steps = EPOCHS * -(-IMAGES // BATCH) * (2 if name == "ddpm_trainer" else 1)
+        assert gates[0].batches == steps if stages == 1 else gates[0].batches >= steps
+    (gate,), (ensemble,) = gates, ensembles
+    # Half-rounds: every image is seen twice in a round, in shards of 5, 5, 4 and 4. The loop that counts steps, each of
+    # two batches, does as many as before.
+    per_round = 2 * (3 + 3 + 2 + 2)
+    rounds = EPOCHS if name != "ddpm_trainer" else steps // per_round
+    assert ensemble.round_index == rounds > 0
+    left = steps % per_round if name == "ddpm_trainer" else 0
+    visits = gate.ledger.visits
+    assert (visits.min() >= 2 * rounds) and visits.sum() <= 2 * rounds * IMAGES + left * BATCH
+    assert gate.ledger.skips.sum() > 0
+    assert torch.cat(ensemble.shards).sort().values.tolist() == list(range(IMAGES))
+    assert_saved_is_the_aggregate(name, tmp_path / "out-3", ensemble)
+
+
+def assert_saved_is_the_aggregate(name, out, ensemble):
+    saved, kept = weights_in(out), ensemble.slots.get("global")
+    # The first script saves the averaged weights.
+    wanted = kept["ema"]["shadow_params"] if name == "unconditional" else list(kept["model"].values())
+    key = lambda tensor: (list(tensor.shape), float(tensor.sum()))  # noqa: E731
+    assert len(saved) == len(wanted) > 10
+    for one, other in zip(sorted(saved.values(), key=key), sorted(wanted, key=key), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_diff_leaves_a_whole_program(name):
+    for stages in range(4):
+        compile(changed(name, stages), name, "exec")
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.diff")), ids=lambda path: path.stem)
+def test_a_diff_is_short_and_stands_in_the_docs(path):
+    lines = path.read_text().splitlines()
+    added = [line for line in lines if line.startswith("+") and not line.startswith("+++")]
+    assert 1 <= len([line for line in added if line != "+"]) <= 5
+    assert path.read_text().strip() in (ROOT / "docs" / "integrate.md").read_text()
+
+
+AT_THE_END = """
+    import json
+    import os
+    from pathlib import Path
+
+    known = {"shards": [shard.tolist() for shard in ensemble.shards], "rounds": ensemble.round_index}
+    known |= {name: getattr(gate.ledger, name).tolist() for name in ("visits", "moves")}
+    known["weights"] = [float(p.double().sum()) for p in model.parameters()]
+    (Path(args.output_dir) / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(known))
+    accelerator.end_training()
+"""
+
+
+def test_two_processes_share_the_batches_and_agree_on_the_shards(photos, tmp_path):
+    """The first script, by torchrun on gloo, with gradients accumulated over two batches."""
+    program = changed("unconditional", 3).replace("    accelerator.end_training()\n", AT_THE_END)
+    shutil.copy(EXAMPLES / "shared.py", tmp_path)
+    (tmp_path / "script.py").write_text(program)
+    (tmp_path / "out").mkdir()
+    given = [*arguments("unconditional", photos, None, tmp_path / "out"), "--gradient_accumulation_steps", "2"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {
+        "HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    done = subprocess.run(
+        [*launch, "script.py", *given], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (json.loads((tmp_path / "out" / f"rank-{rank}.json").read_text()) for rank in range(2))
+    assert one["shards"] == two["shards"]
+    assert one["weights"] == two["weights"]
+    assert one["moves"] == two["moves"]
+    assert sum(one["moves"]) > 0
+    assert sorted(index for shard in one["shards"] for index in shard) == list(range(IMAGES))
+    assert one["rounds"] == EPOCHS
+    # Each image by one process or the other; accelerate repeats some, so that both have equally many.
+    visits = np.array(one["visits"]) + np.array(two["visits"])
+    assert (visits >= 2 * EPOCHS).all()
