@@ -39,8 +39,8 @@ def test_every_method_has_its_points(study):
     assert {cell["samples_seen"] for cell in tuned} == {40}
     for cell in results["cells"]:
         last = cell["points"][-1]
-        assert 0 <= last["memorization"]["own_image_nearest"] <= 1
-        assert last["quality"]["frechet_distance"] > 0
+        assert 0 <= last["prompts"]["own_image_nearest"] <= 1
+        assert last["quality"]["random-conv"]["frechet_distance"]["value"] > 0
     table = (out / "table.md").read_text()
     assert all(f"| {name} | 1 |" in table for name in CHOSEN)
     assert "<svg" in (out / "curves.svg").read_text()
@@ -97,9 +97,11 @@ def test_copies_are_measured_as_copies(study):
     toy = modules["run"].Study(out, out, "toy")
     given = np.asarray(toy.asked.images), np.asarray(toy.unseen.images)
     found = modules["measures"].measure(*given, toy.asked, toy.unseen, toy.train, toy.holdout)
-    assert found["memorization"]["copied"] == found["memorization"]["own_image_copied"] == 1
-    assert found["memorization"]["copies_of_repeated"] == found["memorization"]["copies_of_single"] == 1
-    assert found["quality"]["prompt_first"] == found["quality"]["prompt_rank"] == 1
+    copies = found["memorization"]["orbit"]
+    assert copies["fraction"] == copies["repeated"]["fraction"] == copies["single"]["fraction"] == 1
+    assert copies["repeated"]["total"] == 4 and copies["single"]["total"] == 8 and copies["distinct"] >= 1
+    assert found["prompts"]["own_image_copied"] == found["prompts"]["own_image_nearest"] == 1
+    assert found["prompts"]["prompt_first"] == found["prompts"]["prompt_rank"] == 1
 
 
 def test_agreement_by_hand(study):

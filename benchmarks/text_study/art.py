@@ -18,7 +18,6 @@ from PIL import Image, ImageDraw
 
 from unrote.files import atomic_path
 
-SIDE = 32
 BASE_VENDOR, NEW_VENDOR = "google", "twitter"
 PACKAGES = {vendor: f"emoji-datasource-{vendor}@16.0.0" for vendor in (BASE_VENDOR, NEW_VENDOR)}
 EXTRA_PACKAGE = "@lobehub/fluent-emoji-3d@1.1.0"
@@ -45,18 +44,19 @@ class Picture:
     texts: tuple[str, ...]
 
 
-def prepare(out: Path, packages: Path, *, toy: bool, seed: int = 0) -> None:
+def prepare(out: Path, packages: Path, *, side: int, toy: bool, seed: int = 0) -> None:
     """Write ``base/``, ``extra/``, ``train/`` and ``holdout/`` under ``out``: image folders with captions.
 
     Args:
         out: where the sets go; what is there is kept.
         packages: where npm's archives are, or are fetched to.
+        side: height and width of the pictures.
         toy: draw shapes instead.
         seed: of which pictures are trained on, held out and repeated.
     """
     if out.exists():
         return
-    base, extra, new = _toy_sets(seed) if toy else _emoji_sets(packages)
+    base, extra, new = _toy_sets(side, seed) if toy else _emoji_sets(packages, side)
     count, repeated, held = (24, 4, 24) if toy else (NUM_TRAIN, NUM_REPEATED, NUM_HOLDOUT)
     order = np.random.default_rng(seed).permutation(len(new))
     train = [new[i] for i in order[:count]]
@@ -101,16 +101,16 @@ def fetch_wheel(packages: Path, requirement: str) -> Path:
     return found[0]
 
 
-def _emoji_sets(packages: Path) -> tuple[list[Picture], list[Picture], list[Picture]]:
-    base = list(_vendor(fetch(packages, PACKAGES[BASE_VENDOR]), BASE_VENDOR, variants=True))
-    new = [p for p in _vendor(fetch(packages, PACKAGES[NEW_VENDOR]), NEW_VENDOR, variants=False) if p.texts]
+def _emoji_sets(packages: Path, side: int) -> tuple[list[Picture], list[Picture], list[Picture]]:
+    base = list(_vendor(fetch(packages, PACKAGES[BASE_VENDOR]), BASE_VENDOR, side, variants=True))
+    new = [p for p in _vendor(fetch(packages, PACKAGES[NEW_VENDOR]), NEW_VENDOR, side, variants=False) if p.texts]
     with tarfile.open(fetch(packages, EXTRA_PACKAGE)) as archive:
         files = [m for m in archive if m.name.endswith(".webp")]
-        extra = [Picture(Path(m.name).stem, _on_white(archive, m), ("",)) for m in files]
+        extra = [Picture(Path(m.name).stem, _on_white(archive, m, side), ("",)) for m in files]
     return base, extra, _unseen(new, {picture.name: picture.pixels for picture in base})
 
 
-def _vendor(archive_path: Path, vendor: str, *, variants: bool) -> Iterator[Picture]:
+def _vendor(archive_path: Path, vendor: str, side: int, *, variants: bool) -> Iterator[Picture]:
     """A vendor's emoji in order of code points; with ``variants`` all skin tones too, else no ``LEFT_OUT``."""
     with tarfile.open(archive_path) as archive:
         members = {member.name: member for member in archive}
@@ -122,7 +122,7 @@ def _vendor(archive_path: Path, vendor: str, *, variants: bool) -> Iterator[Pict
             for tone, row in {"": emoji, **tones}.items():
                 member = members.get(f"package/img/{vendor}/64/{row['image']}")
                 if member is not None:
-                    yield Picture(Path(row["image"]).stem, _on_white(archive, member), texts_of(emoji, tone))
+                    yield Picture(Path(row["image"]).stem, _on_white(archive, member, side), texts_of(emoji, tone))
 
 
 def texts_of(emoji: dict[str, Any], tone: str = "") -> tuple[str, ...]:
@@ -141,17 +141,17 @@ def _opened(archive: tarfile.TarFile, member: tarfile.TarInfo) -> Any:
     return file
 
 
-def _on_white(archive: tarfile.TarFile, member: tarfile.TarInfo) -> np.ndarray:
+def _on_white(archive: tarfile.TarFile, member: tarfile.TarInfo, side: int) -> np.ndarray:
     image = Image.open(BytesIO(_opened(archive, member).read())).convert("RGBA")
     white = Image.new("RGBA", image.size, "white")
     white.alpha_composite(image)
-    return np.asarray(white.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BOX))
+    return np.asarray(white.convert("RGB").resize((side, side), Image.Resampling.BOX))
 
 
 def _unseen(pictures: Sequence[Picture], base: dict[str, np.ndarray]) -> list[Picture]:
     """Those that neither look like the base vendor's drawing of the same emoji nor like an earlier one of these."""
     kept: list[Picture] = []
-    rows = np.empty((len(pictures), SIDE * SIDE * 3), np.float32)
+    rows = np.empty((len(pictures), pictures[0].pixels.size), np.float32)
     for picture in pictures:
         own = picture.pixels.reshape(-1).astype(np.float32) / 255
         rows[len(kept)] = own
@@ -165,10 +165,11 @@ def _unseen(pictures: Sequence[Picture], base: dict[str, np.ndarray]) -> list[Pi
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 160, 60), "blue": (50, 80, 220), "gold": (230, 180, 30)}
 SHAPES = ("circle", "square", "triangle", "cross", "bar", "ring")
-SIZES = {"small": 7, "medium": 10, "large": 13}
+SIZES = {"small": 0.2, "medium": 0.3, "large": 0.4}
+"""Radius as a share of the picture's side."""
 
 
-def _toy_sets(seed: int) -> tuple[list[Picture], list[Picture], list[Picture]]:
+def _toy_sets(side: int, seed: int) -> tuple[list[Picture], list[Picture], list[Picture]]:
     """Outlined shapes as the base vendor's art and filled ones as the other's."""
     random = np.random.default_rng(seed)
     drawings = [[], []]  # type: list[list[Picture]]
@@ -177,18 +178,18 @@ def _toy_sets(seed: int) -> tuple[list[Picture], list[Picture], list[Picture]]:
             for size in SIZES:
                 texts = (f"{size} {colour} {shape}", f"{colour} {shape}")
                 for style, pictures in enumerate(drawings):
-                    place = random.integers(-2, 3, 2)
-                    pixels = draw_shape(shape, colour, SIZES[size], place, filled=bool(style))
+                    place = random.integers(-1, 2, 2)
+                    pixels = draw_shape(side, shape, colour, round(SIZES[size] * side), place, filled=bool(style))
                     pictures.append(Picture(f"{size}-{colour}-{shape}", pixels, texts))
     base, new = drawings
     return base, base, new
 
 
-def draw_shape(shape: str, colour: str, radius: int, place: np.ndarray, *, filled: bool) -> np.ndarray:
+def draw_shape(side: int, shape: str, colour: str, radius: int, place: np.ndarray, *, filled: bool) -> np.ndarray:
     """One shape on white, uint8 [H, W, 3]."""
-    image = Image.new("RGB", (SIDE, SIDE), "white")
+    image = Image.new("RGB", (side, side), "white")
     pen = ImageDraw.Draw(image)
-    x, y = (int(v) + SIDE // 2 for v in place)
+    x, y = (int(v) + side // 2 for v in place)
     box = (x - radius, y - radius, x + radius, y + radius)
     style: dict[str, Any] = {"outline": COLOURS[colour], "width": 2}
     if filled:

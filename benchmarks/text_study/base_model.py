@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from art import SIDE
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, BertTokenizer
@@ -35,29 +34,33 @@ DEVICE = torch.device("cpu")
 class Sizes:
     """How large the parts are and how long they train."""
 
+    side: int = 32
     vae_channels: tuple[int, ...] = (16, 32, 32)
     unet_channels: tuple[int, ...] = (32, 64)
-    vae_images: int = 40_000
+    vae_images: int = 100_000
+    vae_batch: int = 32
     unet_images: int = 180_000
     batch: int = 64
     learning_rate: float = 1.5e-3
 
 
-SHORT = Sizes(vae_images=30_000, unet_images=70_000)
-TOY = Sizes(vae_channels=(8, 8, 8), unet_channels=(16, 32), vae_images=256, unet_images=256, batch=16)
+SHORT = Sizes(side=16, vae_channels=(32, 32), vae_images=25_000, unet_images=60_000)
+TOY = Sizes(
+    side=16, vae_channels=(8, 8), unet_channels=(16, 32), vae_images=256, vae_batch=16, unet_images=256, batch=16
+)
 
 
 def make_vae(sizes: Sizes) -> AutoencoderKL:
-    """8 latent channels, each a quarter of the image's side."""
+    """Latents of 8 channels and 8×8 positions."""
     levels = len(sizes.vae_channels)
     return AutoencoderKL(
         block_out_channels=sizes.vae_channels,
         down_block_types=("DownEncoderBlock2D",) * levels,
         up_block_types=("UpDecoderBlock2D",) * levels,
         latent_channels=LATENT_CHANNELS,
-        norm_num_groups=8,
+        norm_num_groups=1,  # groups of a few channels would take the colours out
         mid_block_add_attention=False,
-        sample_size=SIDE,
+        sample_size=sizes.side,
     )
 
 
@@ -122,7 +125,7 @@ def _fit(model: nn.Module, losses: Iterator[Tensor], steps: int, learning_rate: 
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        if step % max(1, steps // 20) == 0:
+        if step % max(1, steps // 40) == 0:
             print(f"{what}: {step}/{steps}, loss {loss.item():.4f}, {time.monotonic() - started:.0f} s", flush=True)
 
 
@@ -132,14 +135,14 @@ def train_vae(images: np.ndarray, sizes: Sizes, seed: int) -> AutoencoderKL:
     vae, draw = make_vae(sizes), torch.Generator().manual_seed(seed)
 
     def losses() -> Iterator[Tensor]:
-        for rows in _batches(len(images), sizes.batch, sizes.vae_images, draw):
+        for rows in _batches(len(images), sizes.vae_batch, sizes.vae_images, draw):
             pixels = as_floats(images[rows], DEVICE)
             with torch.autocast("cpu", torch.bfloat16):
                 posterior = vae.encode(pixels).latent_dist
                 shown = vae.decode(posterior.sample()).sample
             yield F.mse_loss(shown.float(), pixels) + KL_WEIGHT * posterior.kl().mean()
 
-    _fit(vae, losses(), math.ceil(sizes.vae_images / sizes.batch), 3e-3, "autoencoder")
+    _fit(vae, losses(), math.ceil(sizes.vae_images / sizes.vae_batch), 3e-3, "autoencoder")
     vae.eval()
     with torch.no_grad():
         some = vae.encode(as_floats(images[:: max(1, len(images) // 512)], DEVICE)).latent_dist.mean
@@ -195,8 +198,8 @@ def pretrain(out: Path, data: Path, text: tuple[BertTokenizer, BertModel], sizes
     """Make the pipeline ``out`` from the sets in ``data``; what is there is kept."""
     if out.exists():
         return
-    base = open_images(data / "base", resolution=SIDE)
-    extra = open_images(data / "extra", resolution=SIDE)
+    base = open_images(data / "base", resolution=sizes.side)
+    extra = open_images(data / "extra", resolution=sizes.side)
     tokenizer, encoder = text
     vae_folder = out.with_name(out.name + "-vae")
     if not vae_folder.exists():
@@ -204,7 +207,7 @@ def pretrain(out: Path, data: Path, text: tuple[BertTokenizer, BertModel], sizes
         with atomic_path(vae_folder, durable=False) as temporary:
             vae.save_pretrained(temporary)
     vae = AutoencoderKL.from_pretrained(vae_folder, low_cpu_mem_usage=False).eval()
-    unseen = open_images(data / "holdout", resolution=SIDE)
+    unseen = open_images(data / "holdout", resolution=sizes.side)
     print(f"autoencoder: {psnr(vae, unseen.images[:256]):.1f} dB on the other vendor's held-out art", flush=True)
     torch.manual_seed(seed)
     pipeline = StableDiffusionPipeline(

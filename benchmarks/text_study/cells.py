@@ -73,7 +73,7 @@ def slug(name: str) -> str:
     return name.lower().replace("+", "-plus").replace(" & ", "-and-").replace(" ", "-")
 
 
-def settings_of(name: str, scale: Scale, pretrained: str, seed: int, norm: float) -> dict[str, Any]:
+def settings_of(name: str, scale: Scale, pretrained: str, side: int, seed: int, norm: float) -> dict[str, Any]:
     """What ``unrote train`` is told for the method ``name``; ``norm`` is the calibrated prediction norm."""
     method, own = METHODS[name]
     rate = scale.lora_learning_rate if own.get("model.train") == "lora" else scale.learning_rate
@@ -81,13 +81,14 @@ def settings_of(name: str, scale: Scale, pretrained: str, seed: int, norm: float
     common = {
         "seed": seed,
         "model.pretrained": pretrained,
-        "data.resolution": 32,
+        "data.resolution": side,
         "training.epochs": scale.epochs,
         "training.batch_size": scale.batch_size,
         "training.learning_rate": rate,
         "training.lr_warmup_steps": 20,
         "training.ema_decay": 0.99,
         "training.gradient_checkpointing": False,
+        "training.mixed_precision": "no",  # so small a model is no faster in bf16
         "training.checkpointing_steps": 100_000,
         "training.snapshots": scale.snapshots,
     }

@@ -1,6 +1,5 @@
 """What a fine-tuned model makes of captions it was and was not trained on, measured by the product's own audit."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +9,15 @@ from cells import Scale
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from unrote.auditing import audit
-from unrote.auditing.memorization import HEADLINE, at_threshold
+from unrote.auditing.intervals import fraction
+from unrote.auditing.memorization import HEADLINE
 from unrote.data import ImageStore, in_memory_store
 from unrote.sampling import make_scheduler
 from unrote.text.generation import LORA_WEIGHTS, PromptDenoiser
 from unrote.text.prompts import Prompt
 
 BATCH = 40
+SPACE = "random-conv"
 
 
 def with_weights(pipeline: Any, base: Path, folder: Path | None) -> Any:
@@ -54,11 +55,8 @@ def measure(
     unseen: ImageStore,
     train: ImageStore,
     holdout: ImageStore,
-    *,
-    encoders: Sequence[Any] = (),
-    cache: Path | None = None,
-) -> dict[str, dict[str, float | None]]:
-    """Memorization of ``copies`` and quality of ``fresh``.
+) -> dict[str, dict[str, Any]]:
+    """``memorization`` of ``copies``, ``quality`` of ``fresh`` in the form of a study's points, and ``prompts``.
 
     Args:
         copies: images made from the captions of ``asked``, a part of the training set.
@@ -67,69 +65,52 @@ def measure(
         unseen: held-out images whose captions were used.
         train: the training set.
         holdout: the held-out set.
-        encoders: feature spaces besides random convolutions, such as SSCD.
-        cache: where features are kept.
     """
-    common = {"encoders": encoders, "cache": cache}
     made = in_memory_store(copies, source="made from training captions")
-    seen = audit(made, train, holdout, origins=list(asked.names), **common)
+    seen = audit(made, train, holdout, origins=list(asked.names))
     other = audit(in_memory_store(fresh, source="made from held-out captions"), train, holdout)
-    memorization = memorization_of(seen.summary)
+    near = seen.pairs["orbit_ratio_distinct"] < HEADLINE["squared-l2"]
     repeated = np.array([f"{name.removesuffix('.png')}-again1.png" in set(train.names) for name in asked.names])
-    own = seen.pairs["orbit_ratio_distinct"] < HEADLINE["squared-l2"]
-    memorization["copies_of_repeated"] = float(own[repeated].mean()) if repeated.any() else None
-    memorization["copies_of_single"] = float(own[~repeated].mean())
-    quality = {
-        "frechet_distance": frechet(other.summary),
-        "frechet_distance_training_captions": frechet(seen.summary),
-        "copied_from_held_out_captions": copied(other.summary),
-        **agreement(fresh, unseen),
+    groups = {"repeated": fraction(int(near[repeated].sum()), int(repeated.sum()))} if repeated.any() else {}
+    groups["single"] = fraction(int(near[~repeated].sum()), int((~repeated).sum()))
+    known = seen.summary["memorization"]["orbit"]["squared-l2"]["calibrated"]
+    orbit = fraction(int(near.sum()), len(near)) | {"distinct": seen.summary["extracted"]["distinct"]}
+    return {
+        "memorization": {
+            "orbit": orbit | groups,
+            "calibrated": None if known is None else {"threshold": known["threshold"], **known["below"]},
+            "train_share": seen.summary["train_share"]["orbit"],
+        },
+        "quality": {"primary": SPACE, SPACE: {"frechet_distance": frechet(other.summary)}},
+        "prompts": {
+            "own_image_nearest": seen.summary["prompted"]["nearest"]["orbit"]["fraction"],
+            "own_image_copied": seen.summary["prompted"]["copied"]["fraction"],
+            "training_captions_distance": frechet(seen.summary)["value"],
+            "copied_from_held_out_captions": float(
+                (other.pairs["orbit_ratio_distinct"] < HEADLINE["squared-l2"]).mean()
+            ),
+            **agreement(fresh, unseen),
+        },
     }
-    return {"memorization": memorization, "quality": quality}
 
 
-def copied(summary: dict[str, Any]) -> float:
-    """Share of images with a squared-L2 neighbour ratio over the orbit below 0.33."""
-    return float(at_threshold(_mq(summary), HEADLINE["squared-l2"])["fraction"])
-
-
-def _mq(summary: dict[str, Any]) -> list[dict[str, Any]]:
-    table = summary["memorization"]["orbit"]["squared-l2"]
-    # Of repeated images the second nearest is the same image: their ratio is known only where such count once.
-    return list((table["distinct_aware"] or table)["mq"])
-
-
-def frechet(summary: dict[str, Any]) -> float | None:
-    """Fréchet distance to the held-out art in the features of random convolutions."""
-    found = summary["spaces"]["random-conv"]["quality"]["generated"]["frechet_distance"]
-    return None if found is None else float(found["value"])
-
-
-def memorization_of(summary: dict[str, Any]) -> dict[str, Any]:
-    """The audit's numbers that the study compares."""
-    ratios = summary["memorization"]["orbit"]["l2"]
-    known, sscd = ratios["calibrated"], summary["spaces"].get("sscd")
-    found: dict[str, Any] = {
-        "copied": copied(summary),
-        "below_half": at_threshold((ratios["distinct_aware"] or ratios)["mq"], HEADLINE["l2"])["fraction"],
-        "calibrated_ratio": None if known is None else known["below"]["fraction"],
-        "distinct_extracted": summary["extracted"]["distinct"],
-        "own_image_nearest": summary["prompted"]["nearest"]["orbit"]["fraction"],
-        "own_image_copied": summary["prompted"]["copied"]["fraction"],
-        "train_share": summary["train_share"]["orbit"]["fraction"],
-    }
-    if sscd is not None:
-        found |= sscd_of(sscd)
+def frechet(summary: dict[str, Any]) -> dict[str, Any]:
+    """Fréchet distance to the held-out art in the features of random convolutions, with its interval."""
+    found: dict[str, Any] = summary["spaces"][SPACE]["quality"]["generated"]["frechet_distance"]
     return found
 
 
-def sscd_of(space: dict[str, Any]) -> dict[str, Any]:
+def copy_detection(
+    copies: np.ndarray, train: ImageStore, holdout: ImageStore, encoder: Any, cache: Path
+) -> dict[str, Any]:
     """95th percentile of the similarity, and the share above the threshold that 1 % of the held-out art exceeds."""
-    similarity, known = space["similarity"], space["similarity"].get("calibrated")
+    made = in_memory_store(copies, source="made from training captions")
+    summary = audit(made, train, holdout, encoders=[encoder], cache=cache).summary
+    similarity = summary["spaces"][encoder.key]["similarity"]
+    known = similarity["calibrated"]
     return {
-        "sscd_95": similarity["generated"]["quantiles"]["0.95"],
-        "sscd_calibrated": None if known is None else known["above"]["fraction"],
-        "sscd_threshold": None if known is None else known["threshold"],
+        "p95": similarity["generated"]["quantiles"]["0.95"],
+        "calibrated": None if known is None else {"threshold": known["threshold"], **known["above"]},
     }
 
 

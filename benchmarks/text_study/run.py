@@ -23,15 +23,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 import torch
-from art import SIDE, fetch_wheel, prepare
+from art import fetch_wheel, prepare
 from base_model import SHORT, TEXT_PACKAGE, TOY, Sizes, minilm, pretrain, toy_text
 from cells import METHODS, SCALES, Scale, settings_of, slug, usual_norm
-from measures import make_images, measure, memorization_of, with_weights
+from measures import SPACE, copy_detection, make_images, measure, with_weights
 from table import write_outcome
 
 import unrote
-from unrote.auditing import audit
-from unrote.data import ImageStore, in_memory_store, open_images
+from unrote.data import ImageStore, open_images
 from unrote.files import write_json
 from unrote.models.pretrained import load_pretrained
 
@@ -58,6 +57,11 @@ class Study:
         return SCALES[self.scale_name]
 
     @property
+    def sizes(self) -> Sizes:
+        """How large pictures and models are."""
+        return SIZES[self.scale_name]
+
+    @property
     def base(self) -> Path:
         """The pretrained pipeline."""
         return self.out / "base"
@@ -65,12 +69,12 @@ class Study:
     @cached_property
     def train(self) -> ImageStore:
         """What is fine-tuned on."""
-        return open_images(self.out / "art/train", resolution=SIDE)
+        return open_images(self.out / "art/train", resolution=self.sizes.side)
 
     @cached_property
     def holdout(self) -> ImageStore:
         """Art of the same vendor that is not trained on."""
-        return open_images(self.out / "art/holdout", resolution=SIDE)
+        return open_images(self.out / "art/holdout", resolution=self.sizes.side)
 
     @cached_property
     def asked(self) -> ImageStore:
@@ -94,16 +98,16 @@ class Study:
 
     def prepare(self) -> None:
         """The sets, the pretrained model, and what is calibrated on it."""
-        prepare(self.out / "art", self.packages, toy=self.toy)
+        prepare(self.out / "art", self.packages, side=self.sizes.side, toy=self.toy)
         if not self.base.exists():
-            pretrain(self.base, self.out / "art", self._text(), SIZES[self.scale_name])
+            pretrain(self.base, self.out / "art", self._text(), self.sizes)
 
     def _text(self) -> Any:
         folder = self.out / "text"
         if self.toy:
             texts = [
                 text
-                for several in open_images(self.out / "art/base", resolution=SIDE).every_caption()
+                for several in open_images(self.out / "art/base", resolution=self.sizes.side).every_caption()
                 for text in several
             ]
             return toy_text(folder, texts)
@@ -125,21 +129,20 @@ class Study:
         folder = self.cell_folder(name, seed)
         if (folder / "cell.json").exists():
             return
-        started, settings = time.monotonic(), {}
+        started, used, settings = time.monotonic(), time.process_time(), {}
         facts: dict[str, Any] = {}
         if name == UNTUNED:
             points = [self.point(folder, 0, None, seed)]
         else:
-            settings = settings_of(name, self.scale, str(self.base), seed, self.norm)
+            settings = settings_of(name, self.scale, str(self.base), self.sizes.side, seed, self.norm)
             run = unrote.train(self.out / "art/train", out=folder / "run", method=METHODS[name][0], settings=settings)
-            facts = {"training_seconds": round(time.monotonic() - started, 1)} | json.loads(
-                (run.path / "run.json").read_text()
-            )
+            facts = {"cpu_seconds": round(time.process_time() - used, 1)}
+            facts |= json.loads((run.path / "run.json").read_text())
             shown = sorted((path for path in (run.path / "snapshots").iterdir()), key=lambda path: int(path.name))
             points = [self.point(folder, int(path.name), path, seed) for path in shown]
         settings.pop("model.pretrained", None)
-        cell = {"method": name, "seed": seed, "settings": settings, **facts, "points": points}
-        write_json(folder / "cell.json", cell | {"seconds": round(time.monotonic() - started, 1)})
+        cell = {"regime": "emoji", "method": name, "seed": seed, "folder": folder.name, **facts}
+        write_json(folder / "cell.json", cell | {"settings": settings, "points": points})
         shutil.rmtree(folder / "run", ignore_errors=True)
         last = points[-1]
         print(f"{name}, seed {seed}: {brief(last)}, {time.monotonic() - started:.0f} s", flush=True)
@@ -163,13 +166,11 @@ class Study:
         folder = self.cell_folder(name, seed)
         cell = json.loads((folder / "cell.json").read_text())
         last = cell["points"][-1]
-        if "sscd_95" in last["memorization"]:
+        if "sscd" in last["memorization"]:
             return
         with np.load(folder / f"{last['samples_seen']}.npz") as images:
-            made = in_memory_store(images["copies"], source="made from training captions")
-        common = {"encoders": [encoder], "cache": self.out / "features", "origins": list(self.asked.names)}
-        report = audit(made, self.train, self.holdout, **common)
-        last["memorization"] |= memorization_of(report.summary)
+            copies = images["copies"]
+        last["memorization"]["sscd"] = copy_detection(copies, self.train, self.holdout, encoder, self.out / "features")
         write_json(folder / "cell.json", cell)
 
     def cells(self) -> list[dict[str, Any]]:
@@ -181,8 +182,8 @@ class Study:
 
 def brief(point: dict[str, Any]) -> str:
     """The first numbers of a point, to watch the study by."""
-    return "{:.2f} copied, FD {:.2f}".format(
-        point["memorization"]["copied"], point["quality"]["frechet_distance"] or float("nan")
+    return "{:.2f} copied, Fréchet distance {:.2f}".format(
+        point["memorization"]["orbit"]["fraction"], point["quality"][SPACE]["frechet_distance"]["value"]
     )
 
 

@@ -11,19 +11,21 @@ import numpy as np
 from unrote.files import write_json, write_text
 
 REFERENCE, UNTUNED = "fine-tuning", "no fine-tuning"
+DISTANCE = ("quality", "random-conv", "frechet_distance", "value")
+COPIED = ("memorization", "orbit", "fraction")
 COLUMNS = {
-    "copied": ("memorization", "copied"),
-    "of repeated": ("memorization", "copies_of_repeated"),
-    "of single": ("memorization", "copies_of_single"),
-    "calibrated": ("memorization", "calibrated_ratio"),
-    "distinct": ("memorization", "distinct_extracted"),
-    "own nearest": ("memorization", "own_image_nearest"),
-    "SSCD p95": ("memorization", "sscd_95"),
-    "SSCD > 1 %": ("memorization", "sscd_calibrated"),
-    "FD": ("quality", "frechet_distance"),
-    "FD, training captions": ("quality", "frechet_distance_training_captions"),
-    "prompt rank": ("quality", "prompt_rank"),
-    "prompt first": ("quality", "prompt_first"),
+    "copied": COPIED,
+    "of repeated": ("memorization", "orbit", "repeated", "fraction"),
+    "of single": ("memorization", "orbit", "single", "fraction"),
+    "calibrated": ("memorization", "calibrated", "fraction"),
+    "distinct": ("memorization", "orbit", "distinct"),
+    "own nearest": ("prompts", "own_image_nearest"),
+    "SSCD p95": ("memorization", "sscd", "p95"),
+    "SSCD calibrated": ("memorization", "sscd", "calibrated", "fraction"),
+    "FD": DISTANCE,
+    "FD, training captions": ("prompts", "training_captions_distance"),
+    "prompt rank": ("prompts", "prompt_rank"),
+    "prompt first": ("prompts", "prompt_first"),
 }
 """Column → where its number stands in a point."""
 
@@ -44,10 +46,17 @@ def table(cells: Sequence[Cell]) -> str:
     curve = reference_curve(cells)
     for name, same in by_method(cells).items():
         last = [cell["points"][-1] for cell in same]
-        shown = [number([point[part].get(key) for point in last]) for part, key in COLUMNS.values()]
+        shown = [number([read(point, keys) for point in last]) for keys in COLUMNS.values()]
         skipped = number([cell["skipped"] / cell["samples_seen"] if "skipped" in cell else None for cell in same])
         lines.append(f"| {name} | {len(same)} | {skipped} | {' | '.join(shown)} | {against(last, curve)} |")
     return "\n".join(lines) + "\n"
+
+
+def read(point: Any, keys: Sequence[str]) -> float | None:
+    """The number at ``keys``, None where it is not known."""
+    for key in keys:
+        point = None if point is None else point.get(key)
+    return None if point is None else float(point)
 
 
 def by_method(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
@@ -67,15 +76,20 @@ def number(values: Sequence[float | None]) -> str:
     return mean if len(known) < 2 else f"{mean} ± {np.std(known, ddof=1):.2g}"
 
 
+def both_of(point: Any) -> tuple[float, float]:
+    """Fréchet distance and copied share."""
+    distance, copied = read(point, DISTANCE), read(point, COPIED)
+    assert distance is not None and copied is not None
+    return distance, copied
+
+
 def reference_curve(cells: Sequence[Cell]) -> list[tuple[float, float]]:
     """Fréchet distance and copied share of ordinary fine-tuning along training, from none on, means over seeds."""
     points: dict[int, list[tuple[float, float]]] = defaultdict(list)
     for cell in cells:
         if cell["method"] in (REFERENCE, UNTUNED):
             for point in cell["points"]:
-                if point["quality"]["frechet_distance"] is not None:
-                    both = (point["quality"]["frechet_distance"], point["memorization"]["copied"])
-                    points[point["samples_seen"]].append(both)
+                points[point["samples_seen"]].append(both_of(point))
     return [tuple(np.mean(points[seen], 0).tolist()) for seen in sorted(points)]
 
 
@@ -93,13 +107,10 @@ def copied_at(curve: Sequence[tuple[float, float]], distance: float) -> float | 
 
 def against(points: Sequence[Mapping[str, Any]], curve: Sequence[tuple[float, float]]) -> str:
     """Change of the copied share against ordinary fine-tuning stopped early at the method's Fréchet distance."""
-    distances = [point["quality"]["frechet_distance"] for point in points]
-    if None in distances or not curve:
-        return "–"
-    usual = copied_at(curve, float(np.mean(distances)))
+    distance, mine = np.mean([both_of(point) for point in points], 0).tolist()
+    usual = copied_at(curve, distance)
     if usual is None:
-        return "better than it ever was"
-    mine = float(np.mean([point["memorization"]["copied"] for point in points]))
+        return "fine-tuning was never so good"
     return "–" if usual == 0 else f"{(mine - usual) / usual:+.0%} ({mine:.3f} : {usual:.3f})"
 
 
@@ -113,12 +124,7 @@ def draw(file: Path, cells: Sequence[Cell]) -> None:
     figure, axes = pyplot.subplots(figsize=(9, 6), layout="constrained")
     styles = [(colour, line) for line in ("-", "--") for colour in pyplot.colormaps["tab10"].colors]
     for (name, same), (colour, line) in zip(by_method(cells).items(), styles, strict=False):
-        both = [
-            [(p["quality"]["frechet_distance"], p["memorization"]["copied"]) for p in cell["points"]] for cell in same
-        ]
-        if any(None in pair for cell in both for pair in cell):
-            continue
-        mean = np.mean(both, 0)
+        mean = np.mean([[both_of(point) for point in cell["points"]] for cell in same], 0)
         axes.plot(mean[:, 0], mean[:, 1], line, color=colour, marker="o", markersize=4, label=name)
     axes.set_xlabel("Fréchet distance of images from held-out captions to held-out art (lower is better)")
     axes.set_ylabel("share of images from training captions that are copies")
