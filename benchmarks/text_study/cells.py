@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from unrote.data import ImageStore
-from unrote.models.encoding import LatentEncoder, TextEncoder
 from unrote.models.pixels import as_floats
 from unrote.text.mitigations import prediction_norm
 
@@ -38,7 +37,7 @@ class Scale:
 
 SCALES = {
     "full": Scale(),
-    "short": Scale(epochs=36, learning_rate=1e-3, prompts=80, snapshots=3, steps=10, seeds=1),
+    "short": Scale(epochs=72, learning_rate=1e-3, prompts=64, snapshots=3, steps=8, seeds=1),
     "toy": Scale(epochs=1, batch_size=8, snapshots=1, num_shards=2, local_epochs=0.5, prompts=12, steps=2, seeds=1),
 }
 """``full`` is meant for two quiet cores and three hours, ``short`` for one busy core and an hour."""
@@ -103,17 +102,17 @@ def usual_norm(pipeline: Any, images: ImageStore, quantile: float = NORM_QUANTIL
     The threshold of the prediction-norm skip: Wen et al. 2024 leave its choice to the model at hand.
     """
     device, draw = torch.device("cpu"), torch.Generator().manual_seed(seed)
-    latents = LatentEncoder(pipeline.vae, device)
-    text = TextEncoder([pipeline.tokenizer], [pipeline.text_encoder], device, zeros_for_empty=False)
     captions = [texts[0] for texts in images.every_caption()]
     norms: list[Tensor] = []
     for start in range(0, len(images), 64):
         rows = slice(start, start + 64)
-        clean = latents.drawn(latents.moments(as_floats(images.images[rows], device)), draw)
+        posterior = pipeline.vae.encode(as_floats(images.images[rows], device)).latent_dist
+        clean = posterior.sample(draw) * pipeline.vae.config.scaling_factor
         timesteps = torch.randint(1000, (len(clean),), generator=draw)
         noisy = pipeline.scheduler.add_noise(clean, torch.randn(clean.shape, generator=draw), timesteps)
         told, untold = (
-            pipeline.unet(noisy, timesteps, **text(texts)).sample for texts in (captions[rows], [""] * len(clean))
+            pipeline.unet(noisy, timesteps, pipeline.encode_prompt(texts, device, 1, False)[0]).sample
+            for texts in (captions[rows], [""] * len(clean))
         )
         norms.append(prediction_norm(told, untold))
     return float(np.quantile(torch.cat(norms).numpy(), quantile))

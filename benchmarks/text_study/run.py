@@ -24,7 +24,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 import torch
 from art import fetch_wheel, prepare
-from base_model import SHORT, TEXT_PACKAGE, TOY, Sizes, minilm, pretrain, toy_text
+from base_model import FULL, SHORT, TEXT_PACKAGE, TOY, Sizes, minilm, pretrain, toy_text
 from cells import METHODS, SCALES, Scale, settings_of, slug, usual_norm
 from measures import SPACE, copy_detection, make_images, measure, with_weights
 from table import write_outcome
@@ -35,7 +35,7 @@ from unrote.files import write_json
 from unrote.models.pretrained import load_pretrained
 
 UNTUNED = "no fine-tuning"
-SIZES = {"full": Sizes(), "short": SHORT, "toy": TOY}
+SIZES = {"full": FULL, "short": SHORT, "toy": TOY}
 
 
 @dataclass
@@ -98,7 +98,7 @@ class Study:
 
     def prepare(self) -> None:
         """The sets, the pretrained model, and what is calibrated on it."""
-        prepare(self.out / "art", self.packages, side=self.sizes.side, toy=self.toy)
+        prepare(self.out / "art", self.packages, self.sizes.pictures, side=self.sizes.side, toy=self.toy)
         if not self.base.exists():
             pretrain(self.base, self.out / "art", self._text(), self.sizes)
 
