@@ -37,7 +37,7 @@ class Scale:
 
 SCALES = {
     "full": Scale(),
-    "short": Scale(epochs=72, learning_rate=1e-3, prompts=64, snapshots=3, steps=8, seeds=1),
+    "short": Scale(epochs=72, learning_rate=1e-3, prompts=64, snapshots=3, steps=8),
     "toy": Scale(epochs=1, batch_size=8, snapshots=1, num_shards=2, local_epochs=0.5, prompts=12, steps=2, seeds=1),
 }
 """``full`` is meant for two quiet cores and three hours, ``short`` for one busy core and an hour."""

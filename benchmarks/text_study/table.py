@@ -10,7 +10,7 @@ import numpy as np
 
 from unrote.files import write_json, write_text
 
-REFERENCE, UNTUNED = "fine-tuning", "no fine-tuning"
+REFERENCE = "fine-tuning"
 DISTANCE = ("quality", "random-conv", "frechet_distance", "value")
 COPIED = ("memorization", "orbit", "fraction")
 COLUMNS = {
@@ -32,23 +32,34 @@ COLUMNS = {
 Cell = Mapping[str, Any]
 
 
-def write_outcome(out: Path, cells: Sequence[Cell], facts: Mapping[str, Any]) -> None:
-    """``results.json``, ``table.md`` and ``curves.svg``."""
-    write_json(out / "results.json", {**facts, "cells": list(cells)})
-    write_text(out / "table.md", table(cells))
+def write_outcome(out: Path, cells: Sequence[Cell], untuned: Cell, facts: Mapping[str, Any]) -> None:
+    """``results.json``, in the form of a study's points; ``table.md``; ``curves.svg``.
+
+    Args:
+        out: the folder.
+        cells: the finished cells; each curve is made to begin at the pretrained model.
+        untuned: the cell of the pretrained model.
+        facts: what else is to be known of the study.
+    """
+    cells = [{**cell, "points": [*untuned["points"], *cell["points"]]} for cell in cells]
+    write_json(out / "results.json", {**facts, "cells": cells, "untuned": untuned})
+    write_text(out / "table.md", table(cells, untuned))
     draw(out / "curves.svg", cells)
 
 
-def table(cells: Sequence[Cell]) -> str:
+def table(cells: Sequence[Cell], untuned: Cell) -> str:
     """Markdown: each method at the end of training, mean and standard deviation over seeds."""
     lines = ["| method | seeds | skipped | " + " | ".join(COLUMNS) + " | copied against fine-tuning at equal FD |"]
     lines.append("|" + "---|" * (len(COLUMNS) + 4))
+    shown = [number([read(untuned["points"][-1], keys)]) for keys in COLUMNS.values()]
+    lines.append(f"| {untuned['method']} | 1 | – | {' | '.join(shown)} | – |")
     curve = reference_curve(cells)
     for name, same in by_method(cells).items():
         last = [cell["points"][-1] for cell in same]
         shown = [number([read(point, keys) for point in last]) for keys in COLUMNS.values()]
-        skipped = number([cell["skipped"] / cell["samples_seen"] if "skipped" in cell else None for cell in same])
-        lines.append(f"| {name} | {len(same)} | {skipped} | {' | '.join(shown)} | {against(last, curve)} |")
+        skipped = number([cell["skipped"] / cell["samples_seen"] for cell in same])
+        equal = "–" if name == REFERENCE else against(last, curve)
+        lines.append(f"| {name} | {len(same)} | {skipped} | {' | '.join(shown)} | {equal} |")
     return "\n".join(lines) + "\n"
 
 
@@ -87,7 +98,7 @@ def reference_curve(cells: Sequence[Cell]) -> list[tuple[float, float]]:
     """Fréchet distance and copied share of ordinary fine-tuning along training, from none on, means over seeds."""
     points: dict[int, list[tuple[float, float]]] = defaultdict(list)
     for cell in cells:
-        if cell["method"] in (REFERENCE, UNTUNED):
+        if cell["method"] == REFERENCE:
             for point in cell["points"]:
                 points[point["samples_seen"]].append(both_of(point))
     return [tuple(np.mean(points[seen], 0).tolist()) for seen in sorted(points)]
