@@ -1,5 +1,6 @@
 """An unconditional or class-conditional denoiser of pixels, trained from fresh weights."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,14 @@ from torch import Tensor
 from unrote.config import Config
 from unrote.data.augmentations import augment, mirror
 from unrote.data.store import ImageStore
-from unrote.models.denoiser import DenoisingLoss, autocast_dtype, build_schedule, build_unet, memory_format
+from unrote.models.denoiser import (
+    DenoisingLoss,
+    PerSampleLoss,
+    autocast_dtype,
+    build_schedule,
+    build_unet,
+    memory_format,
+)
 from unrote.models.task import RAW_VARIANT, Condition
 from unrote.tensorfiles import weighted_average
 
@@ -32,7 +40,8 @@ class Pixels:
         self.denoiser = build_unet(config.model, resolution=height, channels=channels, num_classes=num_classes)
         self.denoiser.to(device, memory_format=self._memory_format)
         self.trained = self.denoiser
-        self.loss = DenoisingLoss(build_schedule(config.model), device, autocast_dtype(config.training))
+        self.loss: PerSampleLoss = DenoisingLoss(build_schedule(config.model), device, autocast_dtype(config.training))
+        self.base: Mapping[str, str] = {}
         self._labels: Tensor | None = None
         if config.model.class_conditional:
             assert images.labels is not None

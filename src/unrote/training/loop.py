@@ -147,6 +147,7 @@ def _train(config: Config, images: ImageStore, run: Run, device: torch.device, s
     training = config.training
     torch.manual_seed(derive_seed(config.seed, "init"))
     task = make_task(config, images, device)
+    run.keep_base(task.base)
     model = task.trained
 
     proxy, whole, meter = Counter(), Counter(), Meter(device)

@@ -34,6 +34,12 @@ class Batch:
     """bool [B], whether ``clean`` is an augmented view."""
     noise: Tensor
     timesteps: Tensor
+    """[B], int64 or, of flow matching, continuous."""
+
+    @property
+    def whole_timesteps(self) -> Tensor:
+        """int64 [B]; a continuous timestep belongs to the whole one below it, and so to its bin of the bank."""
+        return self.timesteps.long()
 
     def at(self, rows: Tensor) -> "Batch":
         """The samples at ``rows``."""
@@ -136,7 +142,7 @@ class TrainingStep:
 
     def _noise_for(self, clean: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor]:
         noise = torch.randn(clean.shape, generator=draw, device=self.device)
-        timesteps = torch.randint(self.loss.num_timesteps, (len(clean),), generator=draw, device=self.device)
+        timesteps = self.loss.draw(len(clean), draw)
         if offset := self.config.training.noise_offset:
             noise += offset * torch.randn((*clean.shape[:2], 1, 1), generator=draw, device=self.device)
         return noise, timesteps
@@ -153,7 +159,7 @@ class TrainingStep:
         """The loss of each sample, and whether it is kept: by the gate, and by what the text changes."""
         prediction = self._predict(batch, batch.condition)
         loss = self.loss.errors(prediction, batch.clean, batch.noise, batch.timesteps)
-        decision = self.gate.decide(loss, batch.timesteps)
+        decision = self.gate.decide(loss, batch.whole_timesteps)
         if (limit := self.config.text.max_prediction_norm) is not None:
             with torch.no_grad():
                 free = self._predict(batch, self.task.unsteered(batch.condition))
@@ -179,7 +185,7 @@ class TrainingStep:
                 # Before the last backward pass, so that the wait for what was kept is over when that pass is queued.
                 whole = Decision(*(torch.cat(column) for column in zip(*decisions, strict=True)))
                 augmented = batch.augmented & whole.keep
-                self.gate.record(whole, torch.cat(losses), batch.timesteps, batch.indices, augmented)
+                self.gate.record(whole, torch.cat(losses), batch.whole_timesteps, batch.indices, augmented)
             # The batch's number of kept samples is known only after its last part: then gradients are rescaled below.
             divisor = self.gate.num_kept.clamp(min=1) if len(parts) == 1 else len(batch.indices)
             total = gated_sum(self._weighted(loss, part.timesteps), decision.keep) / divisor
@@ -214,7 +220,7 @@ class TrainingStep:
             torch.where(fresh, noise, batch.noise),
             torch.where(augmented, timesteps, batch.timesteps),
         )
-        self.gate.record(decision, loss, batch.timesteps, batch.indices, augmented)
+        self.gate.record(decision, loss, batch.whole_timesteps, batch.indices, augmented)
         # One synchronisation a step buys the whole cost of the skipped samples.
         kept = decision.keep.nonzero().flatten()
         if len(kept):
