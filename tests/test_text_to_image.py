@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline
+from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -28,6 +29,7 @@ from unrote.method.shards import SampleStream, split_shards
 from unrote.models.adapters import average_products
 from unrote.models.denoiser import DenoisingLoss
 from unrote.models.making import make_task
+from unrote.sampling import sample
 from unrote.seeding import derive_seed
 from unrote.tensorfiles import load_state
 from unrote.training.budget import make_budget
@@ -245,6 +247,32 @@ def test_stopped_and_gone_on_with_it_is_the_same_bit_for_bit(tmp_path, base, kin
         tuned(tmp_path / "run", base, "iet-agc+", kind)
     assert list((tmp_path / "run" / "checkpoints").glob("*.json")), "a checkpoint to go on from"
     assert_same_run(tuned(tmp_path / "run", base, "iet-agc+", kind), expected)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_another_base_model_under_the_same_path_is_refused_by_its_part(tmp_path, base, kind, monkeypatch):
+    copied = shutil.copytree(base, tmp_path / "base")
+
+    def killed(self, *arguments, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingStep, "__call__", killed)
+        with pytest.raises(KeyboardInterrupt):
+            tuned(tmp_path / "run", copied, "iet-agc+", kind)
+    unet = UNet2DConditionModel.from_pretrained(copied / "unet")
+    with torch.no_grad():
+        unet.conv_out.bias.add_(1e-3)
+    unet.save_pretrained(copied / "unet")
+    with pytest.raises(InputError, match=r"base is not the model that .*run was started from \(unet differ\)"):
+        tuned(tmp_path / "run", copied, "iet-agc+", kind)
+    shutil.rmtree(copied)
+    shutil.copytree(base, copied)
+    run = tuned(tmp_path / "run", copied, "iet-agc+", kind, training__epochs=3)
+    if kind == "lora":
+        unet.save_pretrained(copied / "unet")
+        with pytest.raises(InputError, match="unet differ"):
+            sample(run, 1, prompts=["cat"], steps=2, out=tmp_path / "samples")
 
 
 # What else it trains, and what is refused.

@@ -1,7 +1,10 @@
 """Text-side mitigations in training: each does something, with every method, and nothing but the seed decides."""
 
+import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -10,11 +13,13 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
+from PIL import Image
 from safetensors.torch import load_file
 
 from toy import assert_same_run, largest_difference, summary_of, toy_images
 from unrote.api import train
 from unrote.data.store import in_memory_store
+from unrote.training.run import Run
 
 pytestmark = pytest.mark.usefixtures("module_cache")
 
@@ -90,3 +95,27 @@ def test_all_of_them_with_all_of_the_method_interrupted_or_not_give_the_same_run
         tuned(out, base, "iet-agc+", **settings)
     watcher.join()
     assert_same_run(tuned(out, base, "iet-agc+", **settings), whole)
+
+
+def test_the_command_killed_and_given_again_ends_as_undisturbed(base, tmp_path):
+    """SIGKILL, which nothing can prepare for, with everything on; once in the middle, between two checkpoints."""
+    (tmp_path / "pictures").mkdir()
+    for index, pixels in enumerate(toy_images(12, side=16).images):
+        Image.fromarray(pixels).save(tmp_path / "pictures" / f"{index}.png")
+        (tmp_path / "pictures" / f"{index}.txt").write_text(["red cat", "a dog", "cat"][index % 3])
+    settings = SETTINGS | EVERY | {"training.epochs": 30, "training.checkpointing_steps": 7, "data.resolution": 16}
+    words = ["train", "--pretrained", base, "--data", tmp_path / "pictures", "--method", "iet-agc+"]
+    words += [
+        word for key, value in settings.items() for word in ("--set", f"{key}={json.dumps(value).strip(chr(34))}")
+    ]
+    command = [sys.executable, "-m", "unrote", *map(str, words), "--out"]
+    out = tmp_path / "killed"
+    process = subprocess.Popen([*command, out], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not list(out.glob("checkpoints/*.json")) and process.poll() is None:
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    assert list(out.glob("checkpoints/*.json")) and not Run(out).finished
+    subprocess.run([*command, out], check=True, capture_output=True)
+    subprocess.run([*command, tmp_path / "whole"], check=True, capture_output=True)
+    assert_same_run(Run(out), Run(tmp_path / "whole"))

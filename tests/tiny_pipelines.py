@@ -9,6 +9,11 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -97,4 +102,65 @@ def tiny_stable_diffusion_xl(folder: Path, *, vae_levels=2):
         vae=tiny_vae(vae_levels), text_encoder=text, text_encoder_2=text_2, tokenizer=tokenizer,
         tokenizer_2=tokenizer, unet=unet, scheduler=DDPMScheduler(beta_schedule="scaled_linear"),
         force_zeros_for_empty_prompt=True,
+    )  # fmt: skip
+
+
+def tiny_t5_tokenizer():
+    """A T5Tokenizer that knows WORDS."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((f"▁{word}", -1.0) for word in WORDS), ("▁", -2.0)]
+    return transformers.T5TokenizerFast(vocab=pieces, extra_ids=0)
+
+
+def _tiny_t5(tokenizer):
+    config = transformers.T5Config(
+        vocab_size=len(tokenizer),
+        d_model=48,
+        d_kv=8,
+        d_ff=32,
+        num_layers=1,
+        num_heads=2,
+        feed_forward_proj="gated-gelu",
+    )
+    return transformers.T5EncoderModel(config).eval()
+
+
+def _tiny_vae_16(levels):
+    """As the autoencoders of flow matching models: shifted latents, no convolutions between."""
+    return AutoencoderKL(
+        block_out_channels=(16,) * levels, norm_num_groups=8, latent_channels=4, scaling_factor=1.5, shift_factor=0.06,
+        use_quant_conv=False, use_post_quant_conv=False,
+        down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
+    )  # fmt: skip
+
+
+def tiny_stable_diffusion_3(folder: Path, *, vae_levels=2, t5=False, **options):
+    """Stable Diffusion 3: 8x8 latents in tokens of 2x2, two CLIPs and perhaps a T5."""
+    tokenizer = tiny_tokenizer(folder)
+    torch.manual_seed(0)
+    texts = [transformers.CLIPTextModelWithProjection(_text_config(tokenizer)).eval() for _ in range(2)]
+    transformer = SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8,
+        num_attention_heads=2, joint_attention_dim=48, caption_projection_dim=16, pooled_projection_dim=32,
+        pos_embed_max_size=6, **options,
+    )  # fmt: skip
+    tokenizer_3 = tiny_t5_tokenizer() if t5 else None
+    return StableDiffusion3Pipeline(
+        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=_tiny_vae_16(vae_levels),
+        text_encoder=texts[0], tokenizer=tokenizer, text_encoder_2=texts[1], tokenizer_2=tokenizer,
+        text_encoder_3=_tiny_t5(tokenizer_3) if t5 else None, tokenizer_3=tokenizer_3,
+    )  # fmt: skip
+
+
+def tiny_flux(folder: Path, *, vae_levels=2, guidance_embeds=True):
+    """FLUX: squares of 2x2 latents, CLIP's pooled text and T5's tokens."""
+    tokenizer, tokenizer_2 = tiny_tokenizer(folder), tiny_t5_tokenizer()
+    torch.manual_seed(0)
+    transformer = FluxTransformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=48, pooled_projection_dim=16, guidance_embeds=guidance_embeds, axes_dims_rope=(2, 2, 4),
+    )  # fmt: skip
+    return FluxPipeline(
+        transformer=transformer, vae=_tiny_vae_16(vae_levels), tokenizer=tokenizer, tokenizer_2=tokenizer_2,
+        text_encoder=transformers.CLIPTextModel(_text_config(tokenizer)).eval(), text_encoder_2=_tiny_t5(tokenizer_2),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
     )  # fmt: skip

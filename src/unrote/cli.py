@@ -175,7 +175,7 @@ def _after_training(out: Path, config: Config, summary: dict[str, Any]) -> str:
 )
 @click.option("--seed", default=0, show_default=True, help="Image i depends on model, seed, i and its prompt only.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder, or a path ending in .npz [RUN/samples].")
-@click.option("--sampler", default="ddim", show_default=True, help="ddim, ddpm or dpm-solver++.")
+@click.option("--sampler", help="ddim (the default), ddpm or dpm-solver++; for flow matching models euler.")
 @click.option("--steps", default=50, show_default=True, help="Denoising steps.")
 @click.option("--eta", default=0.0, show_default=True, help="DDIM's share of fresh noise.")
 @click.option("--weights", help="ema or raw [what the run has].")
@@ -243,17 +243,31 @@ def sample(model: str, out: Path | None, device: str | None, **options: Any) -> 
 @click.option("--false-positive-rate", default=0.01, show_default=True, help="Of the calibrated thresholds.")
 @click.option("--seed", default=0, show_default=True, help="Of the subsets that make the control equally large.")
 @_device_option
+@click.option(
+    "--baseline", type=click.Path(path_type=Path), metavar="JSON", help="report.json to set beside it in a run's card."
+)
 @click.option("--fail-above", multiple=True, metavar="MQ@T=F", help="Exit 1 above mq@0.5=0.01; may be repeated.")
 @_json_option
 def audit(
-    generated: str, train: str, out: Path | None, fail_above: tuple[str, ...], as_json: bool, **options: Any
+    generated: str,
+    train: str,
+    out: Path | None,
+    baseline: Path | None,
+    fail_above: tuple[str, ...],
+    as_json: bool,
+    **options: Any,
 ) -> None:
-    """Measure what generated images copy from the training images."""
+    """Measure what generated images copy from the training images; of a run, its model card then says so."""
     from unrote.auditing.limits import SIMILARITY, exceeded, parse_limit
     from unrote.device import pick_device
     from unrote.measures import audit as measure
     from unrote.ranks import joined
+    from unrote.report.model_card import add_to_cards, read_baseline
 
+    is_run = (Path(generated) / "config.yaml").exists()
+    if baseline is not None and not is_run:
+        raise InputError(f"--baseline: is for the model card of a run, and {generated} is no run folder")
+    beside = None if baseline is None else read_baseline(baseline)
     limits = [parse_limit(text) for text in fail_above]
     if not options["encoders"] and any(limit.measure == SIMILARITY for limit in limits):
         raise InputError("--fail-above similarity needs copy detection: add --encoder sscd")
@@ -264,6 +278,8 @@ def audit(
     if ranks.rank:
         return
     page = report.save(folder)
+    if is_run:
+        add_to_cards(Path(generated), report, beside)
     shutil.rmtree(unfinished, ignore_errors=True)
     click.echo(json.dumps(report.summary) if as_json else f"{report}\n{page}")
     failures = exceeded(report, limits)

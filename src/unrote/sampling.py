@@ -14,6 +14,7 @@ from diffusers import (
     DDPMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
     UNet2DModel,
 )
 from numpy.typing import NDArray
@@ -41,7 +42,7 @@ logger = logging.getLogger("unrote")
 NOTE = "unrote"
 """The text of a PNG file that says what a copy filter found."""
 
-Sampler = Literal["ddim", "ddpm", "dpm-solver++"]
+Sampler = Literal["ddim", "ddpm", "dpm-solver++", "euler"]
 Weights = Literal["ema", "raw"]
 
 
@@ -51,7 +52,7 @@ def sample(
     *,
     seed: int = 0,
     out: Path | str | None = None,
-    sampler: Sampler = "ddim",
+    sampler: Sampler | None = None,
     steps: int = 50,
     eta: float = 0.0,
     weights: Weights | None = None,
@@ -72,11 +73,11 @@ def sample(
 
     Args:
         model: a run folder, or a folder or Hub id of a diffusers pipeline: with a UNet2DModel, or with ``prompts``
-            Stable Diffusion 1, 2 or XL, also as one ``.safetensors`` file.
+            Stable Diffusion 1 to 3, XL or FLUX, also as one ``.safetensors`` file.
         num: how many images; by default one per prompt, or 256.
         seed: of the initial noise and of the samplers' own noise.
         out: a folder for PNG files and ``samples.jsonl``, or a path ending in ``.npz``; by default in the run folder.
-        sampler: ``ddim``, ``ddpm`` (ancestral) or ``dpm-solver++``.
+        sampler: ``ddim`` (the default), ``ddpm`` (ancestral) or ``dpm-solver++``; of flow matching models ``euler``.
         steps: denoising steps.
         eta: DDIM's share of fresh noise, in [0, 1].
         weights: the averaged (``ema``) or the ``raw`` weights; by default what the run has, averaged if it has both.
@@ -122,10 +123,11 @@ def sample(
         if negative_prompt is not None or resolution is not None:
             raise InputError("--negative-prompt and --resolution are for text-to-image models, with --prompts")
         unet, schedule = load_unet(source, run, weights)
+        sampler = sampler or "ddim"
         denoise = Denoiser(unet.to(device).eval(), schedule, sampler, steps, eta, seed)
     else:
         pipeline = load_text_to_image(source, run, weights_variant(run, weights)).to(device)
-        pipeline.scheduler = make_scheduler(pipeline.scheduler, sampler, steps, clip_sample=False)
+        sampler, pipeline.scheduler = _text_sampler(pipeline.scheduler, sampler, steps)
         denoise = PromptDenoiser(
             pipeline,
             texts,
@@ -253,6 +255,19 @@ def make_scheduler(schedule: Any, sampler: Sampler, steps: int, **changes: Any) 
         fitting = max(divisor for divisor in range(1, min(steps, count) + 1) if count % divisor == 0)
         raise InputError(f"--steps {steps}: {sampler} can't spread them evenly over {count}; use {fitting}")
     return scheduler
+
+
+def _text_sampler(schedule: Any, sampler: Sampler | None, steps: int) -> tuple[Sampler, Any]:
+    """The sampler that was asked for, or the default, of a text-to-image pipeline."""
+    flow = isinstance(schedule, FlowMatchEulerDiscreteScheduler)
+    if flow and sampler not in (None, "euler"):
+        raise InputError(f"--sampler {sampler}: a flow matching model is sampled by euler")
+    if not flow and sampler == "euler":
+        raise InputError("--sampler euler: is for flow matching models; there are ddim, ddpm and dpm-solver++")
+    if flow:
+        return "euler", FlowMatchEulerDiscreteScheduler.from_config(schedule.config)
+    sampler = sampler or "ddim"
+    return sampler, make_scheduler(schedule, sampler, steps, clip_sample=False)
 
 
 class Denoiser:

@@ -79,8 +79,10 @@ class LoraConfig(Section):
     """Adapters are scaled by alpha / rank; none is the rank, which scales by 1."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout before an adapter."""
-    target_modules: Annotated[tuple[str, ...], Field(min_length=1)] = ("to_q", "to_k", "to_v", "to_out.0")
-    """Modules that get an adapter, by the ends of their names."""
+    target_modules: Annotated[tuple[str, ...], Field(min_length=1)] = (
+        "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
+    )  # fmt: skip
+    """Modules that get an adapter, by the ends of their names; add_… are how transformers attend to text."""
     average: Literal["factors", "product"] = "factors"
     """How proxies are averaged: both factors on their own, or their product, cut back to the rank."""
 

@@ -127,6 +127,8 @@ def _guidance(
     train = train.subset(np.flatnonzero(clusters == np.arange(len(train))))
     pixels = as_floats(np.asarray(train.images[:]), torch.device(device))
     unet, scheduler, scale = denoise.guided
+    if unet is None:
+        raise InputError("--guard amg: is for models with a UNet; use the copy filter with flow matching models")
     pipeline = getattr(denoise, "pipeline", None)
     if pipeline is None and {"despecify", "deduplicate"} & set(values):
         raise InputError("--guard amg: despecify and deduplicate are for text-to-image models")

@@ -92,17 +92,14 @@ def _nearest_product(pairs: Sequence[tuple[Tensor, Tensor]], weights: Sequence[f
 
 
 def adapter_layers(denoiser: nn.Module, config: LoraConfig) -> dict[str, Tensor]:
-    """The adapters as diffusers names them in a file.
+    """The adapters under peft's names, which diffusers reads for all of its models.
+
+    Its older names are for some modules only, and of a file that mixes both it leaves out one half.
 
     alpha / rank is multiplied into one factor, so that no reader need know alpha: they take it to be the rank.
     """
-    from diffusers.utils import convert_state_dict_to_diffusers
     from peft.utils import get_peft_model_state_dict
 
-    layers: dict[str, Tensor] = convert_state_dict_to_diffusers(
-        get_peft_model_state_dict(denoiser, save_embedding_layers=False)
-    )
+    layers: dict[str, Tensor] = get_peft_model_state_dict(denoiser, save_embedding_layers=False)
     scale = 1.0 if config.alpha is None else config.alpha / config.rank
-    return {
-        name: value * scale if ".lora_B." in name or ".lora.up." in name else value for name, value in layers.items()
-    }
+    return {name: value * scale if ".lora_B." in name else value for name, value in layers.items()}

@@ -1,6 +1,7 @@
 """The denoiser and its per-sample loss."""
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -70,21 +71,33 @@ def memory_format(config: TrainingConfig) -> torch.memory_format:
     return torch.channels_last if config.channels_last else torch.contiguous_format
 
 
-class DenoisingLoss:
-    """The loss of each sample: the mean over C, H, W of (prediction − target)², in fp32 (Ho et al. 2020, Eq. 14).
+Network = Callable[[Any, Tensor, Tensor, Mapping[str, Any]], Tensor]
+"""Calls a denoiser on noisy images at timesteps under a condition, and gives its prediction."""
+
+
+def unet_prediction(denoiser: Any, noisy: Tensor, timesteps: Tensor, condition: Mapping[str, Any]) -> Tensor:
+    """What a diffusers UNet predicts."""
+    prediction: Tensor = denoiser(noisy, timesteps, **condition).sample
+    return prediction
+
+
+class PerSampleLoss(ABC):
+    """The loss of each sample: the mean over C, H, W of (prediction − target)², in fp32.
+
+    What is noised how, and what the target is, subclasses say.
 
     Args:
-        schedule: the noise schedule; its prediction type says what the target is.
+        num_timesteps: T.
         device: of the images.
         dtype: of the forward pass under autocast; None for none.
+        network: calls the denoiser.
     """
 
-    def __init__(self, schedule: DDPMScheduler, device: torch.device, dtype: torch.dtype | None = None) -> None:
-        alphas = schedule.alphas_cumprod.to(device, torch.float32)
-        self.num_timesteps = len(alphas)
-        self._signal, self._noise = alphas.sqrt(), (1 - alphas).sqrt()
-        self.prediction_type: str = schedule.config.prediction_type
-        self._device, self._dtype = device, dtype
+    def __init__(
+        self, num_timesteps: int, device: torch.device, dtype: torch.dtype | None, network: Network = unet_prediction
+    ) -> None:
+        self.num_timesteps = num_timesteps
+        self._device, self._dtype, self._network = device, dtype, network
 
     def __call__(
         self, denoiser: Any, clean: Tensor, noise: Tensor, timesteps: Tensor, condition: Mapping[str, Any] | None
@@ -99,10 +112,10 @@ class DenoisingLoss:
         """What the model predicts of the noised images.
 
         Args:
-            denoiser: a diffusers UNet, or what torch.compile made of it.
+            denoiser: the model, or what torch.compile made of it.
             clean: float32 [B, C, H, W], pixels in [-1, 1] or scaled latents.
             noise: float32 [B, C, H, W], standard normal.
-            timesteps: int64 [B].
+            timesteps: [B], as :meth:`draw` gives them.
             condition: further arguments of the denoiser.
 
         Returns:
@@ -111,16 +124,65 @@ class DenoisingLoss:
         signal, sigma = self.levels(timesteps)
         noisy = signal * clean + sigma * noise
         with torch.autocast(self._device.type, self._dtype, enabled=self._dtype is not None):
-            prediction: Tensor = denoiser(noisy, timesteps, **condition).sample
-        return prediction
+            return self._network(denoiser, noisy, timesteps, condition)
 
     def errors(self, prediction: Tensor, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """The loss of each sample, float32 [B]."""
-        error = prediction.float() - self._target(clean, noise, *self.levels(timesteps))
+        error = prediction.float() - self.target(clean, noise, *self.levels(timesteps))
         return error.square().mean((1, 2, 3))
 
+    @abstractmethod
+    def draw(self, count: int, draw: torch.Generator) -> Tensor:
+        """Random timesteps [count] to train at, int64 or continuous, in 0 ≤ t < T."""
+
+    @abstractmethod
+    def levels(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """How much of the clean image and of the noise there is, float32 [B, 1, 1, 1] both."""
+
+    @abstractmethod
+    def target(self, clean: Tensor, noise: Tensor, signal: Tensor, sigma: Tensor) -> Tensor:
+        """What is to be predicted, [B, C, H, W]."""
+
+    @abstractmethod
     def min_snr_weights(self, timesteps: Tensor, gamma: float) -> Tensor:
         """Weights that make the loss on the clean image count min(SNR, γ) (Hang et al. 2023, Eq. 9), float32 [B]."""
+
+
+class DenoisingLoss(PerSampleLoss):
+    """Denoising diffusion at whole timesteps (Ho et al. 2020, Eq. 14).
+
+    Args:
+        schedule: the noise schedule; its prediction type says what the target is.
+        device: of the images.
+        dtype: of the forward pass under autocast; None for none.
+    """
+
+    def __init__(self, schedule: DDPMScheduler, device: torch.device, dtype: torch.dtype | None = None) -> None:
+        alphas = schedule.alphas_cumprod.to(device, torch.float32)
+        super().__init__(len(alphas), device, dtype)
+        self._signal, self._noise = alphas.sqrt(), (1 - alphas).sqrt()
+        self.prediction_type: str = schedule.config.prediction_type
+
+    def draw(self, count: int, draw: torch.Generator) -> Tensor:
+        """Uniform timesteps, int64 [count]."""
+        return torch.randint(self.num_timesteps, (count,), generator=draw, device=self._device)
+
+    def levels(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """√ᾱ and √(1 − ᾱ)."""
+        return self._signal[timesteps].view(-1, 1, 1, 1), self._noise[timesteps].view(-1, 1, 1, 1)
+
+    def target(self, clean: Tensor, noise: Tensor, signal: Tensor, sigma: Tensor) -> Tensor:
+        """Noise, clean image or velocity."""
+        match self.prediction_type:
+            case "epsilon":
+                return noise
+            case "sample":
+                return clean
+            case _:
+                return signal * noise - sigma * clean  # velocity: Salimans & Ho 2022, §2.4
+
+    def min_snr_weights(self, timesteps: Tensor, gamma: float) -> Tensor:
+        """As the prediction type asks."""
         snr: Tensor = (self._signal[timesteps] / self._noise[timesteps]).square()
         match self.prediction_type:
             case "epsilon":
@@ -129,16 +191,3 @@ class DenoisingLoss:
                 return snr.clamp(max=gamma)
             case _:
                 return snr.clamp(max=gamma) / (snr + 1)
-
-    def levels(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """a = √ᾱ and s = √(1−ᾱ), how much signal and noise there is, each float32 [B, 1, 1, 1]."""
-        return self._signal[timesteps].view(-1, 1, 1, 1), self._noise[timesteps].view(-1, 1, 1, 1)
-
-    def _target(self, clean: Tensor, noise: Tensor, signal: Tensor, sigma: Tensor) -> Tensor:
-        match self.prediction_type:
-            case "epsilon":
-                return noise
-            case "sample":
-                return clean
-            case _:
-                return signal * noise - sigma * clean  # velocity: Salimans & Ho 2022, §2.4

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from unrote.data.store import ImageStore
 from unrote.encoders.cache import features, pixels_digest
+from unrote.models.families import StableDiffusion
 from unrote.models.pixels import as_floats
 from unrote.tensorfiles import weights_hash
 from unrote.text.tokens import padded_tokens, reads_mask
@@ -101,11 +102,12 @@ class LatentEncoder:
 
 
 class TextEncoder:
-    """The text side of a pipeline, in float32: one encoder, or the two of SDXL.
+    """The text side of a pipeline, in float32.
 
     Args:
-        tokenizers: one or two.
-        encoders: one or two.
+        family: which outputs of the encoders are kept.
+        tokenizers: one for each encoder.
+        encoders: one or more.
         device: where to compute.
         zeros_for_empty: the empty text is embedded as zeros, as SDXL does it when sampling.
     """
@@ -114,10 +116,17 @@ class TextEncoder:
     """Texts encoded at once when all of them are."""
 
     def __init__(
-        self, tokenizers: Sequence[Any], encoders: Sequence[Any], device: torch.device, *, zeros_for_empty: bool
+        self,
+        family: StableDiffusion,
+        tokenizers: Sequence[Any],
+        encoders: Sequence[Any],
+        device: torch.device,
+        *,
+        zeros_for_empty: bool,
     ) -> None:
         self.tokenizers, self.encoders = list(tokenizers), [e.eval().requires_grad_(False) for e in encoders]
-        self._device, self._zeros_for_empty = device, zeros_for_empty
+        self._family, self._device, self._zeros_for_empty = family, device, zeros_for_empty
+        self._lengths: list[int] = []
         self.to(device)
 
     def to(self, device: torch.device) -> None:
@@ -125,30 +134,26 @@ class TextEncoder:
         self.encoders = [encoder.to(device) for encoder in self.encoders]
 
     def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """``encoder_hidden_states`` float32 [B, L, D], and of two encoders ``text_embeds`` [B, P] (pooled)."""
+        """What the family keeps of each text: ``encoder_hidden_states`` float32 [B, L, D] and more."""
         outputs = self._encoded(self.tokens(texts))
         return _without_empty(outputs, texts) if self._zeros_for_empty else outputs
 
     def tokens(self, texts: Sequence[str]) -> np.ndarray:
-        """Token ids and whether they are text, int64 [B, encoders, 2, L]."""
+        """Token ids and whether they are text, int64 [B, 2, L], of all encoders one after the other."""
         pairs = zip(self.tokenizers, self.encoders, strict=True)
-        return np.stack([np.stack(padded_tokens(tokenizer, encoder, texts), 1) for tokenizer, encoder in pairs], 1)
+        found = [padded_tokens(tokenizer, encoder, texts, self._family.t5_length) for tokenizer, encoder in pairs]
+        self._lengths = [ids.shape[1] for ids, _ in found]
+        return np.concatenate([np.stack(pair, 1) for pair in found], 2)
 
     @torch.no_grad()
     def _encoded(self, ids: np.ndarray) -> dict[str, Tensor]:
-        tokens = torch.from_numpy(ids).to(self._device)
-        hidden, pooled = [], None
-        for number, encoder in enumerate(self.encoders):
-            mask = tokens[:, number, 1] if reads_mask(encoder) else None
+        tokens = torch.split(torch.from_numpy(ids).to(self._device), self._lengths, 2)
+        outputs = []
+        for encoder, part in zip(self.encoders, tokens, strict=True):
+            mask = part[:, 1] if reads_mask(encoder) else None
             with torch.autocast(self._device.type, enabled=False):
-                if len(self.encoders) == 1:
-                    return {"encoder_hidden_states": encoder(tokens[:, number, 0], attention_mask=mask)[0].float()}
-                # SDXL reads the last layer but one of both, and the second one's projection of the whole text.
-                output = encoder(tokens[:, number, 0], attention_mask=mask, output_hidden_states=True)
-            hidden.append(output.hidden_states[-2])
-            pooled = output[0]
-        assert pooled is not None
-        return {"encoder_hidden_states": torch.cat(hidden, -1).float(), "text_embeds": pooled.float()}
+                outputs.append(encoder(part[:, 0], attention_mask=mask, output_hidden_states=True))
+        return {name: values.float() for name, values in self._family.embedded(outputs).items()}
 
     def cached(self, texts: Sequence[str], folder: Path) -> "CachedTexts":
         """The embeddings of ``texts``, all different, memory-mapped."""
@@ -157,7 +162,8 @@ class TextEncoder:
         weights = " ".join(weights_hash(encoder) for encoder in self.encoders)
         names = ", ".join(type(encoder).__name__ for encoder in self.encoders)
         encoder = _Whole("text", names, weights, "token ids", self._all_flat)
-        digest = hashlib.sha256(repr(ids.shape).encode() + ids.tobytes()).hexdigest()
+        kind = f"{type(self._family).__name__} {self._lengths} {ids.shape}"
+        digest = hashlib.sha256(kind.encode() + ids.tobytes()).hexdigest()
         kept = features(encoder, ids, digest=digest, cache=folder, progress="texts")
         rows = {text: row for row, text in enumerate(texts)}
         return CachedTexts(kept, rows, shapes, self._device, zeros_for_empty=self._zeros_for_empty)

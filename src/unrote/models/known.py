@@ -36,23 +36,72 @@ _SDXL = _COMMON | {
     "projection_class_embeddings_input_dim": 2816,
 }
 
-DENOISERS: dict[str, dict[str, Any]] = {
-    "CompVis/stable-diffusion-v1-4": _SD_1,
-    "runwayml/stable-diffusion-v1-5": _SD_1,
-    "stable-diffusion-v1-5/stable-diffusion-v1-5": _SD_1,
-    "stabilityai/stable-diffusion-2-base": _SD_2,
-    "stabilityai/stable-diffusion-2-1-base": _SD_2,
-    "stabilityai/stable-diffusion-2": _SD_2 | {"sample_size": 96},
-    "stabilityai/stable-diffusion-2-1": _SD_2 | {"sample_size": 96},
-    "stabilityai/stable-diffusion-xl-base-1.0": _SDXL,
+_SD_3: dict[str, Any] = {
+    "sample_size": 128,
+    "patch_size": 2,
+    "in_channels": 16,
+    "out_channels": 16,
+    "num_layers": 24,
+    "num_attention_heads": 24,
+    "attention_head_dim": 64,
+    "caption_projection_dim": 1536,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 2048,
+    "pos_embed_max_size": 192,
 }
-"""Configurations of UNet2DConditionModel by Hub id."""
+_SD_35_MEDIUM = _SD_3 | {
+    "pos_embed_max_size": 384,
+    "qk_norm": "rms_norm",
+    "dual_attention_layers": tuple(range(13)),
+}
+_SD_35_LARGE = _SD_3 | {
+    "num_layers": 38,
+    "num_attention_heads": 38,
+    "caption_projection_dim": 2432,
+    "qk_norm": "rms_norm",
+}
+_FLUX: dict[str, Any] = {
+    "patch_size": 1,
+    "in_channels": 64,
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "num_attention_heads": 24,
+    "attention_head_dim": 128,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 768,
+    "guidance_embeds": True,
+}
 
-AUTOENCODER: dict[str, Any] = {
+_SD, _XL, _SD3 = "StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline"
+
+KNOWN: dict[str, tuple[str, dict[str, Any]]] = {
+    "CompVis/stable-diffusion-v1-4": (_SD, _SD_1),
+    "runwayml/stable-diffusion-v1-5": (_SD, _SD_1),
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": (_SD, _SD_1),
+    "stabilityai/stable-diffusion-2-base": (_SD, _SD_2),
+    "stabilityai/stable-diffusion-2-1-base": (_SD, _SD_2),
+    "stabilityai/stable-diffusion-2": (_SD, _SD_2 | {"sample_size": 96}),
+    "stabilityai/stable-diffusion-2-1": (_SD, _SD_2 | {"sample_size": 96}),
+    "stabilityai/stable-diffusion-xl-base-1.0": (_XL, _SDXL),
+    "stabilityai/stable-diffusion-3-medium-diffusers": (_SD3, _SD_3),
+    "stabilityai/stable-diffusion-3.5-medium": (_SD3, _SD_35_MEDIUM),
+    "stabilityai/stable-diffusion-3.5-large": (_SD3, _SD_35_LARGE),
+    "black-forest-labs/FLUX.1-dev": ("FluxPipeline", _FLUX),
+    "black-forest-labs/FLUX.1-schnell": ("FluxPipeline", _FLUX | {"guidance_embeds": False}),
+}
+"""Class of the pipeline and configuration of the denoiser by Hub id."""
+
+_AUTOENCODER: dict[str, Any] = {
     "block_out_channels": (128, 256, 512, 512),
     "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,
     "layers_per_block": 2,
     "latent_channels": 4,
 }
-"""The configuration of AutoencoderKL that all of them go with: 8 pixels per latent."""
+
+
+def known_autoencoder(pipeline: str) -> dict[str, Any]:
+    """The configuration of AutoencoderKL of those pipelines: 8 pixels per latent in all of them."""
+    if pipeline in (_SD, _XL):
+        return _AUTOENCODER
+    return _AUTOENCODER | {"latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}

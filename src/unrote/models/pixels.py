@@ -1,5 +1,6 @@
 """An unconditional or class-conditional denoiser of pixels, trained from fresh weights."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,14 @@ from unrote.config import Config
 from unrote.data.augmentations import LABELS, augment, mirror
 from unrote.data.store import ImageStore
 from unrote.models.augmentation_labels import tell_of_augmentation, without_augmentation
-from unrote.models.denoiser import DenoisingLoss, autocast_dtype, build_schedule, build_unet, memory_format
+from unrote.models.denoiser import (
+    DenoisingLoss,
+    PerSampleLoss,
+    autocast_dtype,
+    build_schedule,
+    build_unet,
+    memory_format,
+)
 from unrote.models.task import RAW_VARIANT, Condition
 from unrote.tensorfiles import weighted_average
 
@@ -36,7 +44,8 @@ class Pixels:
             tell_of_augmentation(self.denoiser, len(LABELS))
         self.denoiser.to(device, memory_format=self._memory_format)
         self.trained = self.denoiser
-        self.loss = DenoisingLoss(build_schedule(config.model), device, autocast_dtype(config.training))
+        self.loss: PerSampleLoss = DenoisingLoss(build_schedule(config.model), device, autocast_dtype(config.training))
+        self.base: Mapping[str, str] = {}
         self._labels: Tensor | None = None
         if config.model.class_conditional:
             assert images.labels is not None

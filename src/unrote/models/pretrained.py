@@ -1,25 +1,16 @@
-"""Text-to-image pipelines as diffusers saves them: Stable Diffusion 1.x and 2.x, and SDXL."""
+"""Text-to-image pipelines as diffusers saves them: Stable Diffusion 1.x to 3.x, SDXL and FLUX."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusers import (
-    AutoencoderKL,
-    DDPMScheduler,
-    DiffusionPipeline,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import nn
 
 from unrote.errors import InputError, first_line
-from unrote.models.known import AUTOENCODER, DENOISERS, HUB_ID
-
-PIPELINES: dict[str, Any] = {
-    "StableDiffusionPipeline": StableDiffusionPipeline,
-    "StableDiffusionXLPipeline": StableDiffusionXLPipeline,
-}
+from unrote.models.families import StableDiffusion, family_of
+from unrote.models.known import HUB_ID, KNOWN, known_autoencoder
+from unrote.tensorfiles import weights_hash
 
 
 def load_pretrained(source: str, **parts: Any) -> Any:
@@ -39,11 +30,12 @@ def load_pretrained(source: str, **parts: Any) -> Any:
     if Path(source).is_file():
         return _in_float32(_attempt(source, lambda: _single_file(source, parts)))
     known = _attempt(source, lambda: DiffusionPipeline.load_config(source))
-    pipeline = PIPELINES.get(str(known.get("_class_name")))
-    if pipeline is None:
-        names = ", ".join(PIPELINES)
-        raise InputError(f"model.pretrained: {source} is a {known.get('_class_name')}; what can be trained: {names}")
-    options = {"use_safetensors": True, "low_cpu_mem_usage": False, **parts}
+    family = family_of(str(known.get("_class_name")), source)
+    pipeline = family.pipeline
+    # A pipeline that was saved without its T5 is loaded only if diffusers is told so.
+    text_parts = (name for pair in family.text_parts for name in pair)
+    absent: dict[str, Any] = {name: None for name in text_parts if not known.get(name, [None])[0]}
+    options = {"use_safetensors": True, "low_cpu_mem_usage": False, **absent, **parts}
     try:
         return _in_float32(pipeline.from_pretrained(source, **options))
     except (OSError, ValueError) as error:
@@ -64,36 +56,55 @@ def check_source(source: str) -> None:
         raise InputError(f"model.pretrained: there is no {source}, and it is no Hub id like owner/name")
 
 
-def part_config(source: str, part: str) -> dict[str, Any]:
-    """The configuration of a pipeline's ``unet`` or ``vae``, without its weights.
+@dataclass(frozen=True)
+class Description:
+    """A pipeline without its weights."""
+
+    family: StableDiffusion
+    denoiser: dict[str, Any]
+    """Configuration of the denoiser."""
+    autoencoder: dict[str, Any]
+    """Configuration of the AutoencoderKL."""
+    has_t5: bool
+    """Whether the encoders that may be left out are there."""
+
+
+def describe(source: str) -> Description:
+    """What a pipeline consists of.
 
     Raises:
-        InputError: the pipeline is not there, and is not one of :data:`unrote.models.known.DENOISERS` either.
+        InputError: the pipeline is not there, and is not one of :data:`unrote.models.known.KNOWN` either; or it is of
+            another family.
     """
     check_source(source)
     if Path(source).is_file():
-        return dict(getattr(load_pretrained(source), part).config)
-    if source in DENOISERS and not Path(source).is_dir():
+        pipeline = load_pretrained(source)
+        family = family_of(type(pipeline).__name__, source)
+        denoiser, autoencoder = (dict(getattr(pipeline, part).config) for part in (family.part, "vae"))
+        return Description(family, denoiser, autoencoder, getattr(pipeline, "text_encoder_3", None) is not None)
+    if source in KNOWN and not Path(source).is_dir():
         # Without asking the Hub, whose library tries for most of a minute where there is no network.
-        return DENOISERS[source] if part == "unet" else AUTOENCODER
-    kind: Any = UNet2DConditionModel if part == "unet" else AutoencoderKL
-    try:
-        return dict(kind.load_config(source, subfolder=part))
-    except (OSError, ValueError) as error:
-        raise InputError(f"model.pretrained: {source} can't be loaded: {first_line(error)}") from error
+        name, denoiser = KNOWN[source]
+        return Description(family_of(name, source), denoiser, known_autoencoder(name), has_t5=True)
+    index = _attempt(source, lambda: DiffusionPipeline.load_config(source))
+    family = family_of(str(index.get("_class_name")), source)
+    denoiser = _attempt(source, lambda: family.denoiser.load_config(source, subfolder=family.part))
+    autoencoder = _attempt(source, lambda: AutoencoderKL.load_config(source, subfolder="vae"))
+    return Description(family, dict(denoiser), dict(autoencoder), index.get("text_encoder_3", [None])[0] is not None)
 
 
-def noise_schedule(pipeline: Any) -> DDPMScheduler:
-    """The noise that the pipeline was trained with, whatever sampler it comes with."""
-    return DDPMScheduler.from_config(pipeline.scheduler.config)
+def base_weights(pipeline: Any) -> dict[str, str]:
+    """SHA-256 of the weights of each network that training or its results depend on, by its name in the pipeline."""
+    networks = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    return {name: weights_hash(part) for name, part in sorted(networks.items()) if name != "safety_checker"}
 
 
 def text_side(pipeline: Any) -> tuple[list[Any], list[Any]]:
-    """Its tokenizers and text encoders."""
-    both = [(pipeline.tokenizer, pipeline.text_encoder)]
-    if hasattr(pipeline, "text_encoder_2"):
-        both.append((pipeline.tokenizer_2, pipeline.text_encoder_2))
-    return [tokenizer for tokenizer, _ in both], [encoder for _, encoder in both]
+    """Its tokenizers and text encoders; of Stable Diffusion 3 without T5, those of CLIP."""
+    family = family_of(type(pipeline).__name__, "the pipeline")
+    both = [(getattr(pipeline, tokenizer), getattr(pipeline, encoder)) for tokenizer, encoder in family.text_parts]
+    there = [(tokenizer, encoder) for tokenizer, encoder in both if encoder is not None]
+    return [tokenizer for tokenizer, _ in there], [encoder for _, encoder in there]
 
 
 def _in_float32(pipeline: Any) -> Any:
@@ -105,12 +116,36 @@ def _in_float32(pipeline: Any) -> Any:
 
 
 def _single_file(source: str, options: dict[str, Any]) -> Any:
+    """A file has weights only; what else a pipeline needs is in the folder beside it, or on the Hub."""
+    from diffusers.loaders.single_file_utils import SingleFileComponentError
     from safetensors import safe_open
 
     with safe_open(source, framework="pt") as file:
-        large = any(name.startswith("conditioner.embedders.1.") for name in file.keys())  # noqa: SIM118
+        names = set(file.keys())
+    if any(".joint_blocks." in name or name.startswith("double_blocks.") for name in names):
+        raise InputError(
+            f"model.pretrained: {source} is a Stable Diffusion 3 or FLUX, which are read as folders or Hub ids only"
+        )
+    large = any(name.startswith("conditioner.embedders.1.") for name in names)
     pipeline = StableDiffusionXLPipeline if large else StableDiffusionPipeline
-    return pipeline.from_single_file(source, **options)
+    beside = configuration_of(source)
+    try:
+        return pipeline.from_single_file(source, **options, **({"config": str(beside)} if beside.is_dir() else {}))
+    except SingleFileComponentError as error:
+        raise InputError(f"model.pretrained: {source} can't be loaded: {first_line(error)}") from None
+    except OSError as error:
+        if beside.is_dir():
+            raise
+        raise InputError(
+            f"model.pretrained: {source} has no configuration and the Hub was not reached ({first_line(error)}). Put a "
+            f"pipeline of the same architecture, which needs no weights, beside it as {beside}/ with its "
+            "model_index.json, tokenizer and configuration files"
+        ) from None
+
+
+def configuration_of(source: str) -> Path:
+    """Where the configuration of a single file is looked for: a folder of its name without the ending."""
+    return Path(source).with_suffix("")
 
 
 def _attempt(source: str, load: Any) -> Any:

@@ -7,17 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from unrote.config import Config
 from unrote.data.store import ImageStore
 from unrote.errors import InputError
-from unrote.models.denoiser import autocast_dtype, build_unet
+from unrote.models.denoiser import Network, autocast_dtype, build_unet, unet_prediction
 
-TEXT_LENGTH = 77
-"""Tokens that the text encoders of Stable Diffusion read."""
-RECOMPUTED = ("ResnetBlock2D", "BasicTransformerBlock")
+RECOMPUTED = (
+    "ResnetBlock2D",
+    "BasicTransformerBlock",
+    "JointTransformerBlock",
+    "FluxTransformerBlock",
+    "FluxSingleTransformerBlock",
+)
 """What diffusers computes again in the backward pass under gradient checkpointing."""
 
 
@@ -65,48 +69,38 @@ def _pixels_size(config: Config, images: ImageStore) -> Size:
 
 def _pretrained_size(config: Config, images: ImageStore) -> Size:
     from unrote.models.adapters import add_adapters
-    from unrote.models.pretrained import part_config
+    from unrote.models.pretrained import describe
     from unrote.models.text_to_image import check_images
 
     source, lora = str(config.model.pretrained), config.model.train == "lora"
-    denoiser, autoencoder = part_config(source, "unet"), part_config(source, "vae")
-    factor = 2 ** (len(autoencoder["block_out_channels"]) - 1)
-    check_images(config, images, factor)
+    pipeline = describe(source)
+    family = pipeline.family
+    factor = 2 ** (len(pipeline.autoencoder["block_out_channels"]) - 1)
+    check_images(config, images, factor * family.patch)
     height, width = (side // factor for side in images.images.shape[1:3])
+    family.check(config, pipeline.denoiser, height, width)
+    channels = pipeline.autoencoder["latent_channels"]
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(denoiser)
-        whole = _count(unet)
-        trained = _count(add_adapters(unet, config.model.lora)) if lora else whole
+        denoiser = family.denoiser.from_config(pipeline.denoiser)
+        whole = _count(denoiser)
+        trained = _count(add_adapters(denoiser, config.model.lora)) if lora else whole
         batch = _part_of_batch(config, images)
-        latents = torch.zeros(batch, unet.config.in_channels, height, width)
-        activations = _activation_bytes(unet, config, latents, _fake_text(unet.config, batch))
-        vae = _count(AutoencoderKL.from_config(autoencoder))
+        latents = torch.zeros(batch, channels, height, width)
+        text = family.placeholder(denoiser.config, batch, t5=pipeline.has_t5)
+        condition = family.condition(text, denoiser.config, (height * factor, width * factor))
+        activations = _activation_bytes(denoiser, config, latents, condition, family.network)
+        vae = _count(AutoencoderKL.from_config(pipeline.autoencoder))
     half = lora and autocast_dtype(config.training) is not None
     needs_vae = config.augmentation.enabled or not config.data.cache_latents
     frozen = (2 if half else 4) * whole * lora + 4 * vae * needs_vae
     cache = 0
     if config.data.cache_latents:
-        cache = 8 * unet.config.in_channels * height * width * len(images) * (1 + config.data.random_flip)
-        texts = len({text for texts in images.every_caption() for text in texts}) + 1
-        cache += 0 if config.text.varies else 4 * texts * TEXT_LENGTH * _width_of(unet.config)
+        cache = 8 * channels * height * width * len(images) * (1 + config.data.random_flip)
+        texts = len({"", *(text for texts in images.every_caption() for text in texts)})
+        cache += 0 if config.text.varies else 4 * texts * sum(values[0].numel() for values in text.values())
     copies = 1 + config.training.use_ema
     model = 4 * trained * copies if lora else 4 * whole * copies + 2 * _folder_bytes(source)
     return Size(trained, frozen, activations, cache, model)
-
-
-def _width_of(unet: Any) -> int:
-    width = unet.cross_attention_dim
-    return int(width if isinstance(width, int) else max(width))
-
-
-def _fake_text(unet: Any, batch: int) -> dict[str, Any]:
-    hidden = {"encoder_hidden_states": torch.zeros(batch, TEXT_LENGTH, _width_of(unet))}
-    if unet.addition_embed_type != "text_time":
-        return hidden
-    pooled = unet.projection_class_embeddings_input_dim - 6 * unet.addition_time_embed_dim
-    return hidden | {
-        "added_cond_kwargs": {"text_embeds": torch.zeros(batch, pooled), "time_ids": torch.zeros(batch, 6)}
-    }
 
 
 def _folder_bytes(source: str) -> int:
@@ -122,12 +116,14 @@ def _count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def _activation_bytes(unet: Any, config: Config, images: Tensor, condition: Mapping[str, Any]) -> int:
+def _activation_bytes(
+    denoiser: Any, config: Config, images: Tensor, condition: Mapping[str, Any], network: Network = unet_prediction
+) -> int:
     """Bytes that autograd saves of a forward pass.
 
     Under gradient checkpointing: what is saved outside the recomputed blocks, their inputs, and the largest block.
     """
-    weights = {id(p.untyped_storage()) for p in unet.parameters()}
+    weights = {id(p.untyped_storage()) for p in denoiser.parameters()}
     saved: dict[int, tuple[Any, int, int]] = {}
     block, inputs = 0, 0
 
@@ -137,17 +133,18 @@ def _activation_bytes(unet: Any, config: Config, images: Tensor, condition: Mapp
             saved[storage._cdata] = (storage, storage.nbytes(), block)
         return tensor
 
-    def enter(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+    def enter(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         nonlocal block, inputs
         block += 1
-        inputs += arguments[0].untyped_storage().nbytes()
+        states = arguments[:1] or (named["hidden_states"], named["encoder_hidden_states"])
+        inputs += sum(state.untyped_storage().nbytes() for state in states)
 
     if config.training.gradient_checkpointing:
-        for module in unet.modules():
+        for module in denoiser.modules():
             if type(module).__name__ in RECOMPUTED:
-                module.register_forward_pre_hook(enter)
+                module.register_forward_pre_hook(enter, with_kwargs=True)
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        unet(images, torch.zeros(len(images), dtype=torch.int64), **condition)
+        network(denoiser, images, torch.zeros(len(images), dtype=torch.int64), condition)
     sizes: dict[int, int] = {}
     for _, size, owner in saved.values():
         sizes[owner] = sizes.get(owner, 0) + size

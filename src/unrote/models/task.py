@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from unrote.models.denoiser import DenoisingLoss
+from unrote.models.denoiser import PerSampleLoss
 
 RAW_VARIANT = "raw"
 """The diffusers variant under which the weights without averaging are saved beside the averaged ones."""
@@ -28,11 +28,13 @@ class Task(Protocol):
         denoiser: the whole network, on the device.
         trained: the parameters that are trained, averaged over the proxies and saved: the denoiser, or its adapters.
         loss: the noise process and the loss of each sample.
+        base: SHA-256 of each network of the pretrained model, by its name; empty for a new one.
     """
 
     denoiser: nn.Module
     trained: nn.Module
-    loss: DenoisingLoss
+    loss: PerSampleLoss
+    base: Mapping[str, str]
 
     def clean(self, indices: Tensor, mirrored: Tensor | None, draw: torch.Generator) -> Tensor:
         """The images ``indices`` (int64 [B], on the CPU) without noise, as the denoiser takes them, [B, C, H, W].

@@ -14,10 +14,11 @@ from unrote.data.build import cache_folder
 from unrote.data.store import ImageStore
 from unrote.errors import InputError
 from unrote.models.adapters import adapter_layers, add_adapters, average_products
-from unrote.models.denoiser import DenoisingLoss, autocast_dtype, memory_format
+from unrote.models.denoiser import autocast_dtype, memory_format
 from unrote.models.encoding import LatentEncoder, Moments, TextEncoder
+from unrote.models.families import family_of
 from unrote.models.pixels import as_floats
-from unrote.models.pretrained import PIPELINES, load_pretrained, noise_schedule, text_side
+from unrote.models.pretrained import base_weights, load_pretrained, text_side
 from unrote.models.task import RAW_VARIANT, Condition
 from unrote.seeding import generator
 from unrote.tensorfiles import weighted_average
@@ -27,7 +28,7 @@ Embed = Callable[[Sequence[str]], dict[str, Tensor]]
 
 
 class TextToImage:
-    """A UNet2DConditionModel on the latents of a pipeline; see :class:`unrote.models.task.Task`.
+    """The denoiser of a text-to-image pipeline on its latents; see :class:`unrote.models.task.Task`.
 
     Args:
         config: of the run; ``model.pretrained`` is set.
@@ -43,16 +44,19 @@ class TextToImage:
         self._config, self._images, self._device = config, images, device
         self._layout = memory_format(config.training)
         pipeline = load_pretrained(config.model.pretrained)
-        self._pipeline_name = type(pipeline).__name__
+        self.base: Mapping[str, str] = base_weights(pipeline)
+        self._family = family_of(type(pipeline).__name__, config.model.pretrained)
         dtype = autocast_dtype(config.training)
-        self.denoiser = pipeline.unet
+        self.denoiser = getattr(pipeline, self._family.part)
         self.trained: nn.Module = self.denoiser
         if config.model.train == "lora":
             # The frozen weights are only read under autocast, which would round them anyway.
             nn.Module.to(self.denoiser, dtype or torch.float32)
             self.trained = add_adapters(self.denoiser, config.model.lora)
         self.denoiser.to(device, memory_format=self._layout)
-        self.loss = DenoisingLoss(noise_schedule(pipeline), device, dtype)
+        factor = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
+        height, width = (side // factor for side in images.images.shape[1:3])
+        self.loss = self._family.loss(pipeline, (height, width), device, dtype)
         self._prepare_latents(pipeline)
         self._prepare_texts(pipeline)
 
@@ -70,7 +74,7 @@ class TextToImage:
     def _prepare_texts(self, pipeline: Any) -> None:
         tokenizers, encoders = text_side(pipeline)
         zeros = bool(pipeline.config.get("force_zeros_for_empty_prompt"))
-        encoder = TextEncoder(tokenizers, encoders, self._device, zeros_for_empty=zeros)
+        encoder = TextEncoder(self._family, tokenizers, encoders, self._device, zeros_for_empty=zeros)
         self._policy = TextPolicy(self._config.text, tokenizers[0], self._images.every_caption())
         self._empty = encoder([""])
         texts = self._policy.texts()
@@ -114,12 +118,13 @@ class TextToImage:
         return clean.index_copy(0, rows, latents), condition
 
     def condition(self, indices: Tensor, proxy: int, step: int) -> Condition:
-        """Embedded texts, and for SDXL the pooled text and the image's size."""
+        """Embedded texts, and what else the family's denoiser is told."""
         seed = self._config.seed
         texts = self._policy.captions_for(indices, generator(seed, "text", proxy, step))
         outputs = self._embed(texts)
         noise = generator(seed, "text-noise", proxy, step, device=self._device)
-        outputs["encoder_hidden_states"] = self._policy.noisy(outputs["encoder_hidden_states"], noise)
+        for name in (name for name in outputs if name.endswith("hidden_states")):
+            outputs[name] = self._policy.noisy(outputs[name], noise)
         return self._arguments(outputs)
 
     def unsteered(self, condition: Condition) -> Condition:
@@ -128,15 +133,9 @@ class TextToImage:
         return self._arguments({name: values.expand(count, *values.shape[1:]) for name, values in self._empty.items()})
 
     def _arguments(self, outputs: Mapping[str, Tensor]) -> Condition:
-        """As the UNet takes them."""
-        hidden = outputs["encoder_hidden_states"]
-        if "text_embeds" not in outputs:
-            return {"encoder_hidden_states": hidden}
+        """As the denoiser takes them."""
         height, width = self._images.images.shape[1:3]
-        # Original size, crop and target size: images are known at the size that they are trained in.
-        sizes = torch.tensor([height, width, 0, 0, height, width], device=self._device).expand(len(hidden), 6)
-        added = {"text_embeds": outputs["text_embeds"], "time_ids": sizes}
-        return {"encoder_hidden_states": hidden, "added_cond_kwargs": added}
+        return self._family.condition(outputs, self.denoiser.config, (height, width))
 
     def average(self, states: Iterable[dict[str, Any]], weights: list[float]) -> dict[str, Any]:
         """The mean of every number; or of the products of adapters, see :func:`average_products`."""
@@ -149,22 +148,23 @@ class TextToImage:
         if self._config.model.train == "lora":
             self._save_adapters(folder)
             return
-        load_pretrained(str(self._config.model.pretrained), unet=self.denoiser).save_pretrained(folder)
+        part = {self._family.part: self.denoiser}
+        load_pretrained(str(self._config.model.pretrained), **part).save_pretrained(folder)
 
     def save_raw(self, folder: Path) -> None:
-        """Write the UNet as a variant, or the adapters into a folder of that name."""
+        """Write the denoiser as a variant, or the adapters into a folder of that name."""
         if self._config.model.train == "lora":
             self._save_adapters(folder / RAW_VARIANT)
         else:
-            self.denoiser.save_pretrained(folder / "unet", variant=RAW_VARIANT)
+            self.denoiser.save_pretrained(folder / self._family.part, variant=RAW_VARIANT)
 
     def _save_adapters(self, folder: Path) -> None:
         layers = adapter_layers(self.denoiser, self._config.model.lora)
-        PIPELINES[self._pipeline_name].save_lora_weights(folder, unet_lora_layers=layers)
+        self._family.save_adapters(folder, layers)
 
 
 def check_images(config: Config, images: ImageStore, factor: int) -> None:
-    """Raise InputError unless the images can be trained on; ``factor`` is how many pixels are one latent."""
+    """Raise InputError unless the images can be trained on; ``factor`` is how many pixels are one latent or token."""
     _, height, width, channels = images.images.shape
     if images.captions is None:
         raise InputError(

@@ -145,10 +145,10 @@ def _space_lines(summary: Mapping[str, Any]) -> list[str]:
         name = f"{code(space['encoder'])}{'' if space['is_fid_inception'] else ' (not an FID)'}"
         authentic = (space["authenticity"] or {}).get("authpct")
         cells = [name, code(space["weights_sha256"][:12])]
-        cells += [_measured(generated.get("frechet_distance")), _measured(floor.get("frechet_distance"))]
-        cells += [_measured(generated.get("precision")), _measured(generated.get("recall"))]
+        cells += [measured(generated.get("frechet_distance")), measured(floor.get("frechet_distance"))]
+        cells += [measured(generated.get("precision")), measured(generated.get("recall"))]
         cells += ["–" if authentic is None else percent(authentic["fraction"])]
-        cells += [_measured((space["generalization"] or {}).get("c_t"))]
+        cells += [measured((space["generalization"] or {}).get("c_t"))]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -156,10 +156,11 @@ def _space_lines(summary: Mapping[str, Any]) -> list[str]:
 def _clip_sentence(score: Mapping[str, Any] | None) -> list[str]:
     if score is None:
         return []
-    return [f"CLIP score ({code(score['model'] or 'default')}, {score['num']:,} images): {_measured(score)}."]
+    return [f"CLIP score ({code(score['model'] or 'default')}, {score['num']:,} images): {measured(score)}."]
 
 
-def _measured(entry: Mapping[str, Any] | None) -> str:
+def measured(entry: Mapping[str, Any] | None) -> str:
+    """A number with its interval; a dash where there is none."""
     if entry is None:
         return "–"
     between = entry.get("interval")

@@ -1,5 +1,6 @@
 """Images from prompts, by diffusers' own text-to-image pipelines."""
 
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +16,7 @@ from unrote.text.guarded import PromptGuards
 from unrote.text.prompts import Prompt
 from unrote.training.run import Run
 
-NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
+NETWORKS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 """What the images depend on, besides tokenizer and scheduler."""
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -34,34 +35,40 @@ def load_text_to_image(source: Path | str, run: Run | None, variant: str | None)
     Raises:
         InputError: it can't be loaded.
     """
-    from unrote.models.pretrained import load_pretrained  # half of diffusers, which other models need not
+    from unrote.models.pretrained import (  # half of diffusers, which other models need not
+        base_weights,
+        describe,
+        load_pretrained,
+    )
 
     if run is None:
         return load_pretrained(str(source))
     if run.config.model.train == "lora":
         pipeline = load_pretrained(str(run.config.model.pretrained))
+        run.keep_base(base_weights(pipeline))
         # Not load_lora_weights, which warns that the text encoders get none.
-        pipeline.unet.load_lora_adapter(run.model_folder / (variant or ""), weight_name=LORA_WEIGHTS, prefix="unet")
+        part = "unet" if getattr(pipeline, "unet", None) is not None else "transformer"
+        folder = run.model_folder / (variant or "")
+        getattr(pipeline, part).load_lora_adapter(folder, weight_name=LORA_WEIGHTS, prefix=part)
         return pipeline
     if variant is None:
         return load_pretrained(str(source))
-    from diffusers import UNet2DConditionModel
-
-    unet = UNet2DConditionModel.from_pretrained(source, subfolder="unet", variant=variant, low_cpu_mem_usage=False)
-    return load_pretrained(str(source), unet=unet)
+    family = describe(str(source)).family
+    options = {"subfolder": family.part, "variant": variant, "low_cpu_mem_usage": False}
+    return load_pretrained(str(source), **{family.part: family.denoiser.from_pretrained(source, **options)})
 
 
 class PromptDenoiser:
     """A text-to-image pipeline with its prompts: image i is made from prompt i, beginning again after the last.
 
     Args:
-        pipeline: Stable Diffusion 1, 2 or XL, with the scheduler to sample with. Its safety checker is taken out: a
-            blackened image would hide what the model made.
+        pipeline: Stable Diffusion 1 to 3, XL or FLUX, with the scheduler to sample with. Its safety checker is taken
+            out: a blackened image would hide what the model made.
         prompts: the texts; P of them.
         seed: of the images whose prompt has no seed of its own.
         steps: denoising steps.
         eta: DDIM's share of fresh noise.
-        guidance_scale: of classifier-free guidance; 1 and less is none.
+        guidance_scale: of classifier-free guidance; 1 and less is none. FLUX is told it, having learned guidance.
         negative_prompt: what guidance leads away from; by default the empty text.
         size: height and width in pixels; by default the pipeline's own.
 
@@ -84,21 +91,19 @@ class PromptDenoiser:
         _check_pipeline(pipeline)
         if negative_prompt is not None and guidance_scale <= 1:
             raise InputError(f"--negative-prompt needs guidance: --guidance-scale is {guidance_scale:g}, not above 1")
+        accepted = inspect.signature(pipeline.__call__).parameters
+        if negative_prompt is not None and "true_cfg_scale" in accepted:
+            raise InputError(f"--negative-prompt: a {type(pipeline).__name__} has learned guidance, away from nothing")
         pipeline.safety_checker = None
         pipeline.set_progress_bar_config(disable=True)
         self._prompts, self._seed = prompts, seed
         self._negative = negative_prompt
         height, width = size or (None, None)
         guidance = {"guidance_scale": guidance_scale}
-        self._options: dict[str, Any] = {
-            **guidance,
-            "num_inference_steps": steps,
-            "eta": eta,
-            "height": height,
-            "width": width,
-        }
+        self._options: dict[str, Any] = {**guidance, "num_inference_steps": steps, "height": height, "width": width}
+        self._options |= {"eta": eta} if "eta" in accepted else {}
         self.guards, self.pipeline = PromptGuards(), pipeline
-        self.guided = (pipeline.unet, pipeline.scheduler, guidance_scale)
+        self.guided = (getattr(pipeline, "unet", None), pipeline.scheduler, guidance_scale)
         self.networks = tuple(part for name in NETWORKS if (part := getattr(pipeline, name, None)) is not None)
         texts = digest_of([(prompt.text, prompt.seed) for prompt in prompts])
         self.settings = {**guidance, "negative_prompt": negative_prompt, "size": size and list(size)}
@@ -150,9 +155,11 @@ class PromptDenoiser:
 
 
 def _check_pipeline(pipeline: Any) -> None:
-    unet = getattr(pipeline, "unet", None)
     kind = type(pipeline).__name__
+    if kind in ("StableDiffusion3Pipeline", "FluxPipeline"):
+        return
+    unet = getattr(pipeline, "unet", None)
     if unet is None or getattr(unet.config, "cross_attention_dim", None) is None:
-        raise InputError(f"prompts: a {kind} is no text-to-image pipeline with a UNet (Stable Diffusion 1, 2 or XL)")
+        raise InputError(f"prompts: a {kind} is no text-to-image pipeline of Stable Diffusion or FLUX")
     if unet.config.in_channels != unet.config.out_channels:
         raise InputError(f"prompts: the unet of this {kind} needs an image beside the text (such as inpainting)")

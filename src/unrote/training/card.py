@@ -3,6 +3,13 @@
 from unrote import __version__
 from unrote.config import Config
 from unrote.data.store import ImageStore
+from unrote.report.card_section import section
+
+NOT_AUDITED = """## Memorization audit
+
+How much of the training set this model reproduces is not known until it is audited:
+`unrote sample` and then `unrote audit` of the run measure it and write the result here; `--baseline` sets it beside
+a model trained with `--method standard`."""
 
 
 def model_card(config: Config, images: ImageStore, visits: int, skips: int) -> str:
@@ -26,11 +33,11 @@ from `{images.source}` (fingerprint `{images.fingerprint[:16]}`), in {shards}; {
 {_weights(config)} `config.yaml` has every setting, `ledger.csv` what the method saw of each
 training image.
 
+{section(NOT_AUDITED)}
+
 ## Limits
 
-How much of the training set this model reproduces is not known until it is audited:
-`unrote sample` and then `unrote audit` measure it; `unrote compare` sets it beside a baseline trained with
-`--method standard`. IET-AGC+ lowers memorization; it is no differential-privacy guarantee.{_inherited(config)}
+IET-AGC+ lowers memorization; it is no differential-privacy guarantee.{_inherited(config)}
 """
 
 

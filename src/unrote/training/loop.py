@@ -93,6 +93,8 @@ def _train(config: Config, images: ImageStore, run: Run, device: torch.device, p
     torch.manual_seed(derive_seed(config.seed, "init"))
     with peers.one_per_machine_first():
         task = make_task(config, images, device)
+    if peers.rank == 0:
+        run.keep_base(task.base)
 
     proxy, meter = Counter(), Meter(device)
     largest_shard = math.ceil(len(images) / config.num_shards)

@@ -24,7 +24,9 @@ def write_outputs(
     run.write_ledger(columns, images.names)
     save_model(run.model_folder, task, ema)
     visits, skips = int(columns["visits"].sum()), int(columns["skips"].sum())
-    write_text(run.path / "README.md", model_card(config, images, visits, skips))
+    card = model_card(config, images, visits, skips)
+    for folder in (run.model_folder, run.path):
+        write_text(folder / "README.md", card)
     summary: dict[str, Any] = {
         "samples_seen": visits,
         "steps": steps,

@@ -24,9 +24,9 @@ logger = logging.getLogger("unrote")
 class Run:
     """A run folder.
 
-    ``config.yaml`` and ``data.json`` say what is trained on what; ``log.jsonl`` how it went; ``checkpoints/`` and
-    ``proxies/`` are for going on; ``snapshots/`` are models from along the way; ``model/`` (a diffusers pipeline),
-    ``ledger.csv``, ``README.md`` and ``run.json`` are there when the run has ended.
+    ``config.yaml``, ``data.json`` and ``base.json`` say what is trained on what; ``log.jsonl`` how it went;
+    ``checkpoints/`` and ``proxies/`` are for going on; ``snapshots/`` are models from along the way; ``model/`` (a
+    diffusers pipeline), ``ledger.csv``, ``README.md`` and ``run.json`` are there when the run has ended.
     """
 
     def __init__(self, path: Path) -> None:
@@ -100,6 +100,25 @@ class Run:
             raise InputError(
                 f"{self.path}: the images in {config.data.source} are not those the run was started on "
                 f"({self.data['count']} then, {data['count']} now). Restore them to go on, or choose another --out"
+            )
+
+    def keep_base(self, weights: Mapping[str, str]) -> None:
+        """Note the pretrained model, SHA-256 of its networks by name, or check that it is the one noted.
+
+        Raises:
+            InputError: it is another, naming the networks that differ.
+        """
+        file = self.path / "base.json"
+        if not file.exists():
+            if weights:
+                write_json(file, dict(weights))
+            return
+        noted: dict[str, str] = json.loads(file.read_text())
+        changed = sorted(name for name in noted.keys() | weights.keys() if noted.get(name) != weights.get(name))
+        if changed:
+            raise InputError(
+                f"model.pretrained: {self.config.model.pretrained} is not the model that {self.path} was started from "
+                f"({', '.join(changed)} differ). Restore it to go on, or choose another --out"
             )
 
     @contextmanager

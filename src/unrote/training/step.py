@@ -14,6 +14,7 @@ from unrote.method.bank import LossBank
 from unrote.method.gate import Decision, LossGate, gated_sum
 from unrote.method.ledger import Ledger
 from unrote.models.ambient import Ambient
+from unrote.models.denoiser import DenoisingLoss
 from unrote.models.task import Condition, Task, rows_of
 from unrote.seeding import derive_seed, generator
 from unrote.text.mitigations import prediction_norm
@@ -38,10 +39,16 @@ class Batch:
     noise: Tensor
     """What the denoiser is to find."""
     timesteps: Tensor
+    """[B], int64 or, of flow matching, continuous."""
     shown: Tensor
     """The noise that is in what the denoiser sees; ``noise`` itself but for some baselines."""
     fixed: Tensor | None
     """The images' own noise, see :class:`unrote.models.ambient.Ambient`."""
+
+    @property
+    def whole_timesteps(self) -> Tensor:
+        """int64 [B]; a continuous timestep belongs to the whole one below it, and so to its bin of the bank."""
+        return self.timesteps.long()
 
     def at(self, rows: Tensor) -> "Batch":
         """The samples at ``rows``."""
@@ -113,8 +120,10 @@ class TrainingStep:
             update_bank=len(self._reference) == 0,
             **config.gate.rule,
         )
-        n = training.ambient_timestep
-        self._ambient = None if n is None else Ambient(self.loss, n, config.seed)
+        self._ambient: Ambient | None = None
+        if training.ambient_timestep is not None:
+            assert isinstance(self.loss, DenoisingLoss)  # the configuration refuses it with a pretrained model
+            self._ambient = Ambient(self.loss, training.ambient_timestep, config.seed)
         self._timestep_weights = timestep_weights(training, self.loss.num_timesteps)
         self.ema = EMA(self.model, training.ema_decay) if training.use_ema else None
         kind = torch.optim.Adam if training.optimizer == "adam" else torch.optim.AdamW
@@ -198,7 +207,7 @@ class TrainingStep:
         batch = Batch(indices.to(self.device), clean, condition, untouched, *noised)
         with torch.no_grad():
             losses = self._errors(self._predict(batch, condition), batch)
-        self.gate.bank.update(batch.timesteps, losses)
+        self.gate.bank.update(batch.whole_timesteps, losses)
 
     def _noise_for(
         self, clean: Tensor, indices: Tensor, mirrored: Tensor | None, draw: torch.Generator
@@ -220,7 +229,7 @@ class TrainingStep:
 
     def _timesteps(self, count: int, draw: torch.Generator) -> Tensor:
         if self._timestep_weights is None:
-            return torch.randint(self.loss.num_timesteps, (count,), generator=draw, device=self.device)
+            return self.loss.draw(count, draw)
         return torch.multinomial(self._timestep_weights.to(self.device), count, replacement=True, generator=draw)
 
     def _strength(self, ratio: Tensor) -> Tensor:
@@ -242,7 +251,7 @@ class TrainingStep:
         """The loss of each sample, and whether it is kept: by the gate, and by what the text changes."""
         prediction = self._predict(batch, batch.condition)
         loss = self._errors(prediction, batch)
-        decision = self.gate.decide(loss, batch.timesteps, batch.indices)
+        decision = self.gate.decide(loss, batch.whole_timesteps, batch.indices)
         if (limit := self.config.text.max_prediction_norm) is not None:
             with torch.no_grad():
                 free = self._predict(batch, self.task.unsteered(batch.condition))
@@ -268,7 +277,7 @@ class TrainingStep:
                 # Before the last backward pass, so that the wait for what was kept is over when that pass is queued.
                 whole = Decision(*(torch.cat(column) for column in zip(*decisions, strict=True)))
                 augmented = batch.augmented & whole.keep
-                self.gate.record(whole, torch.cat(losses), batch.timesteps, batch.indices, augmented)
+                self.gate.record(whole, torch.cat(losses), batch.whole_timesteps, batch.indices, augmented)
             # The batch's number of kept samples is known only after its last part: then gradients are rescaled below.
             divisor = self.gate.num_kept.clamp(min=1) if len(parts) == 1 else len(batch.indices)
             weighted = self._weighted(loss, part.timesteps)
@@ -308,7 +317,7 @@ class TrainingStep:
             torch.where(fresh, shown, batch.shown),
             fixed,
         )
-        self.gate.record(decision, loss, batch.timesteps, batch.indices, augmented)
+        self.gate.record(decision, loss, batch.whole_timesteps, batch.indices, augmented)
         # One synchronisation a step buys the whole cost of the skipped samples.
         kept = decision.keep.nonzero().flatten()
         if len(kept):

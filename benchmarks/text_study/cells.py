@@ -1,0 +1,118 @@
+"""What is compared: every way of fine-tuning, with the same images, optimizer and number of samples seen."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unrote.data import ImageStore
+from unrote.models.pixels import as_floats
+from unrote.text.mitigations import prediction_norm
+
+NORM_QUANTILE = 0.9
+"""The prediction-norm skip leaves out what the text steers more than this share of training images at first."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is done."""
+
+    epochs: float = 60
+    batch_size: int = 16
+    learning_rate: float = 5e-4
+    lora_learning_rate: float = 2e-3
+    snapshots: int = 3
+    num_shards: int = 4
+    local_epochs: float = 5
+    prompts: int = 120
+    """Images made from training captions, and as many from held-out ones, per snapshot."""
+    sampler: str = "dpm-solver++"
+    steps: int = 12
+    guidance_scale: float = 3.0
+    seeds: int = 3
+
+
+SCALES = {
+    "full": Scale(),
+    "short": Scale(epochs=72, learning_rate=1e-3, prompts=64, snapshots=3, steps=8),
+    "toy": Scale(epochs=1, batch_size=8, snapshots=1, num_shards=2, local_epochs=0.5, prompts=12, steps=2, seeds=1),
+}
+"""``full`` is meant for two quiet cores and three hours, ``short`` for one busy core and an hour."""
+
+_NOISE = {"text.embedding_noise": 0.1}
+_CAPTIONS = {"text.caption": "random"}
+_LORA = {"model.train": "lora", "model.lora.rank": 8}
+
+METHODS: dict[str, tuple[str, Mapping[str, Any]]] = {
+    "fine-tuning": ("standard", {}),
+    "LoRA": ("standard", _LORA),
+    "flips": ("standard", {"data.random_flip": True}),
+    "several captions": ("standard", _CAPTIONS),
+    "random caption": ("standard", {"text.replace_caption": 0.4}),
+    "random tokens": ("standard", {"text.replace_tokens": 0.2}),
+    "added tokens": ("standard", {"text.add_tokens": 2}),
+    "word repeat": ("standard", {"text.repeat_words": 0.4}),
+    "embedding noise": ("standard", _NOISE),
+    "prediction norm": ("standard", {"text.max_prediction_norm": "calibrated"}),
+    "AGC": ("agc", {}),
+    "IET-AGC": ("iet-agc", {}),
+    "IET-AGC+": ("iet-agc+", {}),
+    "IET-AGC+ & captions": ("iet-agc+", _CAPTIONS),
+    "IET-AGC+ & noise": ("iet-agc+", _NOISE),
+    "LoRA & IET-AGC+": ("iet-agc+", _LORA),
+}
+"""Name → method of ``unrote train`` and its own settings. The combinations were chosen before any result."""
+
+
+def slug(name: str) -> str:
+    """A method's name as a folder's."""
+    return name.lower().replace("+", "-plus").replace(" & ", "-and-").replace(" ", "-")
+
+
+def settings_of(name: str, scale: Scale, pretrained: str, side: int, seed: int, norm: float) -> dict[str, Any]:
+    """What ``unrote train`` is told for the method ``name``; ``norm`` is the calibrated prediction norm."""
+    method, own = METHODS[name]
+    rate = scale.lora_learning_rate if own.get("model.train") == "lora" else scale.learning_rate
+    ensemble = {"ensemble.num_shards": scale.num_shards, "ensemble.local_epochs": scale.local_epochs}
+    common = {
+        "seed": seed,
+        "model.pretrained": pretrained,
+        "data.resolution": side,
+        "training.epochs": scale.epochs,
+        "training.batch_size": scale.batch_size,
+        "training.learning_rate": rate,
+        "training.lr_warmup_steps": 20,
+        "training.ema_decay": 0.99,
+        "training.gradient_checkpointing": False,
+        "training.mixed_precision": "no",  # so small a model is no faster in bf16
+        "training.checkpointing_steps": 100_000,
+        "training.snapshots": scale.snapshots,
+    }
+    common |= ensemble if method.startswith("iet") else {}
+    return common | {key: norm if value == "calibrated" else value for key, value in own.items()}
+
+
+@torch.no_grad()
+def usual_norm(pipeline: Any, images: ImageStore, quantile: float = NORM_QUANTILE, seed: int = 0) -> float:
+    """A quantile of how much the captions of ``images`` steer the pretrained model, at random timesteps.
+
+    The threshold of the prediction-norm skip: Wen et al. 2024 leave its choice to the model at hand.
+    """
+    device, draw = torch.device("cpu"), torch.Generator().manual_seed(seed)
+    captions = [texts[0] for texts in images.every_caption()]
+    norms: list[Tensor] = []
+    for start in range(0, len(images), 64):
+        rows = slice(start, start + 64)
+        posterior = pipeline.vae.encode(as_floats(images.images[rows], device)).latent_dist
+        clean = posterior.sample(draw) * pipeline.vae.config.scaling_factor
+        timesteps = torch.randint(1000, (len(clean),), generator=draw)
+        noisy = pipeline.scheduler.add_noise(clean, torch.randn(clean.shape, generator=draw), timesteps)
+        told, untold = (
+            pipeline.unet(noisy, timesteps, pipeline.encode_prompt(texts, device, 1, False)[0]).sample
+            for texts in (captions[rows], [""] * len(clean))
+        )
+        norms.append(prediction_norm(told, untold))
+    return float(np.quantile(torch.cat(norms).numpy(), quantile))

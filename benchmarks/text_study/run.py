@@ -1,0 +1,253 @@
+"""Fine-tuning a small text-to-image model on new art: what each method copies, at what quality.
+
+    python benchmarks/text_study/run.py --out DIR                  # everything; again goes on where it stopped
+    python benchmarks/text_study/run.py --out DIR --toy            # under a minute, no downloads
+    python benchmarks/text_study/run.py --out DIR --only AGC --seeds 1
+
+Needs npm for the emoji, pip for the text encoder (or their archives in --packages), and for SSCD the `sscd` extra.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import time
+import zipfile
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy as np
+import torch
+from art import fetch_wheel, prepare
+from base_model import FULL, SHORT, TEXT_PACKAGE, TOY, Sizes, minilm, pretrain, toy_text
+from cells import METHODS, SCALES, Scale, settings_of, slug, usual_norm
+from measures import SPACE, copy_detection, make_images, measure, with_weights
+from table import REFERENCE, write_outcome
+
+import unrote
+from unrote.data import ImageStore, open_images
+from unrote.files import write_json
+from unrote.models.pretrained import load_pretrained
+
+UNTUNED, REGIME = "no fine-tuning", "emoji"
+SIZES = {"full": FULL, "short": SHORT, "toy": TOY}
+
+
+@dataclass
+class Study:
+    """Where everything is, and what is opened once."""
+
+    out: Path
+    packages: Path
+    scale_name: str
+
+    @property
+    def toy(self) -> bool:
+        """Whether shapes stand for emoji."""
+        return self.scale_name == "toy"
+
+    @property
+    def scale(self) -> Scale:
+        """How much is done."""
+        return SCALES[self.scale_name]
+
+    @property
+    def sizes(self) -> Sizes:
+        """How large pictures and models are."""
+        return SIZES[self.scale_name]
+
+    @property
+    def base(self) -> Path:
+        """The pretrained pipeline."""
+        return self.out / "base"
+
+    @cached_property
+    def train(self) -> ImageStore:
+        """What is fine-tuned on."""
+        return open_images(self.out / "art/train", resolution=self.sizes.side)
+
+    @cached_property
+    def holdout(self) -> ImageStore:
+        """Art of the same vendor that is not trained on."""
+        return open_images(self.out / "art/holdout", resolution=self.sizes.side)
+
+    @cached_property
+    def asked(self) -> ImageStore:
+        """The training images whose captions are asked for: all repeated ones once, and others."""
+        names = set(self.train.names)
+        first = [i for i, name in enumerate(self.train.names) if "-again" not in name]
+        again = [i for i in first if self.train.names[i].replace(".png", "-again1.png") in names]
+        single = np.random.default_rng(0).permutation([i for i in first if i not in set(again)])
+        return self.train.subset([*again, *single[: max(0, self.scale.prompts - len(again))].tolist()])
+
+    @cached_property
+    def unseen(self) -> ImageStore:
+        """The held-out images whose captions are asked for."""
+        order = np.random.default_rng(1).permutation(len(self.holdout))
+        return self.holdout.subset(order[: self.scale.prompts])
+
+    @cached_property
+    def pipeline(self) -> Any:
+        """The pretrained pipeline, loaded."""
+        return load_pretrained(str(self.base))
+
+    def prepare(self) -> None:
+        """The sets, the pretrained model, and what is calibrated on it."""
+        prepare(self.out / "art", self.packages, self.sizes.pictures, side=self.sizes.side, toy=self.toy)
+        if not self.base.exists():
+            pretrain(self.base, self.out / "art", self._text(), self.sizes)
+
+    def _text(self) -> Any:
+        folder = self.out / "text"
+        if self.toy:
+            texts = [
+                text
+                for several in open_images(self.out / "art/base", resolution=self.sizes.side).every_caption()
+                for text in several
+            ]
+            return toy_text(folder, texts)
+        if not folder.exists():
+            unpack_text(fetch_wheel(self.packages, TEXT_PACKAGE), folder)
+        return minilm(folder)
+
+    @cached_property
+    def norm(self) -> float:
+        """The threshold of the prediction-norm skip."""
+        return usual_norm(self.pipeline, self.train)
+
+    def cell_folder(self, name: str, seed: int) -> Path:
+        """What is kept of one training."""
+        return self.out / "cells" / f"{slug(name)}-seed{seed}"
+
+    def run_cell(self, name: str, seed: int) -> None:
+        """Train, sample and measure every snapshot, and let the weights go; what is there is kept."""
+        folder = self.cell_folder(name, seed)
+        if (folder / "cell.json").exists():
+            return
+        started, used, settings = time.monotonic(), time.process_time(), {}
+        facts: dict[str, Any] = {}
+        if name == UNTUNED:
+            points = [self.point(folder, 0, None, seed)]
+        else:
+            settings = settings_of(name, self.scale, str(self.base), self.sizes.side, seed, self.norm)
+            run = unrote.train(self.out / "art/train", out=folder / "run", method=METHODS[name][0], settings=settings)
+            facts = {"cpu_seconds": round(time.process_time() - used, 1)}
+            facts |= json.loads((run.path / "run.json").read_text())
+            shown = sorted((path for path in (run.path / "snapshots").iterdir()), key=lambda path: int(path.name))
+            points = [self.point(folder, int(path.name), path, seed) for path in shown]
+        settings.pop("model.pretrained", None)
+        cell = {"regime": REGIME, "method": name, "seed": seed, "folder": folder.name, **facts}
+        write_json(folder / "cell.json", cell | {"settings": settings, "points": points})
+        shutil.rmtree(folder / "run", ignore_errors=True)
+        last = points[-1]
+        print(f"{name}, seed {seed}: {brief(last)}, {time.monotonic() - started:.0f} s", flush=True)
+
+    def point(self, folder: Path, seen: int, weights: Path | None, seed: int) -> dict[str, Any]:
+        """One snapshot's images and numbers."""
+        file = folder / f"{seen}.json"
+        if not file.exists():
+            tuned = with_weights(self.pipeline, self.base, weights)
+            copies = make_images(tuned, self.asked, self.scale, seed)
+            fresh = make_images(tuned, self.unseen, self.scale, seed)
+            folder.mkdir(parents=True, exist_ok=True)
+            np.savez_compressed(folder / f"{seen}.npz", copies=copies, fresh=fresh)
+            numbers = measure(copies, fresh, self.asked, self.unseen, self.train, self.holdout)
+            write_json(file, {"samples_seen": seen, **numbers})
+        point: dict[str, Any] = json.loads(file.read_text())
+        return point
+
+    def add_sscd(self, name: str, seed: int, encoder: Any) -> None:
+        """SSCD's view of a finished cell's last snapshot, which takes longer than everything else there."""
+        folder = self.cell_folder(name, seed)
+        cell = json.loads((folder / "cell.json").read_text())
+        last = cell["points"][-1]
+        if "sscd" in last["memorization"]:
+            return
+        with np.load(folder / f"{last['samples_seen']}.npz") as images:
+            copies = images["copies"]
+        last["memorization"]["sscd"] = copy_detection(copies, self.train, self.holdout, encoder, self.out / "features")
+        write_json(folder / "cell.json", cell)
+
+    def cells(self) -> list[dict[str, Any]]:
+        """What is finished, without the pretrained model."""
+        found = [self.cell(name, seed) for name in METHODS for seed in range(self.scale.seeds)]
+        return [cell for cell in found if cell is not None]
+
+    def cell(self, name: str, seed: int) -> dict[str, Any] | None:
+        """What is kept of a cell, if it is finished."""
+        file = self.cell_folder(name, seed) / "cell.json"
+        found: dict[str, Any] | None = json.loads(file.read_text()) if file.exists() else None
+        return found
+
+    def write(self, machine: str) -> None:
+        """The outcome so far."""
+        cells, untuned = self.cells(), self.cell(UNTUNED, 0)
+        assert untuned is not None
+        done = {(cell["method"], cell["seed"]) for cell in cells}
+        seeds = list(range(self.scale.seeds))
+        about = f"{self.scale_name} scale: " + ", ".join(f"{k} {v}" for k, v in asdict(self.scale).items())
+        study = {
+            "name": "Text-to-image",
+            "about": about,
+            "seeds": seeds,
+            "baseline": REFERENCE,
+            "regimes": {REGIME: {"about": f"{len(self.train)} rows fine-tuned on, {len(self.holdout)} held out."}},
+            "methods": {name: {"about": method} for name, (method, _) in METHODS.items()},
+        }
+        missing = [f"{REGIME}/{name}/{seed}" for seed in seeds for name in METHODS if (name, seed) not in done]
+        facts = {"study": study, "floors": [], "missing": missing, "machine": machine, "prediction_norm": self.norm}
+        write_outcome(self.out, cells, untuned, facts)
+
+
+def brief(point: dict[str, Any]) -> str:
+    """The first numbers of a point, to watch the study by."""
+    return "{:.2f} copied, Fréchet distance {:.2f}".format(
+        point["memorization"]["orbit"]["fraction"], point["quality"][SPACE]["frechet_distance"]["value"]
+    )
+
+
+def unpack_text(wheel: Path, folder: Path) -> None:
+    """The ``model`` folder of the text encoder's package."""
+    with zipfile.ZipFile(wheel) as archive:
+        names = [name for name in archive.namelist() if "/model/" in name and name.count("/") == 2]
+        folder.mkdir(parents=True)
+        for name in names:
+            (folder / Path(name).name).write_bytes(archive.read(name))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The whole study, in stages; what is done is not done again."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of everything")
+    parser.add_argument("--packages", type=Path, help="folder of the packages' archives; default: OUT/packages")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--scale", choices=list(SCALES), default="full", help="how much is done; default: full")
+    size.add_argument("--toy", dest="scale", action="store_const", const="toy", help="shapes and a few steps")
+    parser.add_argument("--only", action="append", choices=list(METHODS), help="this method only; may be repeated")
+    parser.add_argument("--seeds", type=int, nargs="+", help="which seeds; default: 0 1 2")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--no-sscd", action="store_true", help="leave SSCD out")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    study = Study(options.out, options.packages or options.out / "packages", options.scale)
+    scale = study.scale
+    study.prepare()
+    names = options.only or list(METHODS)
+    seeds = range(scale.seeds) if options.seeds is None else options.seeds
+    wanted = [(UNTUNED, 0)] + [(name, seed) for seed in seeds for name in names]
+    for name, seed in wanted:
+        study.run_cell(name, seed)
+    if not (options.no_sscd or study.toy):
+        encoder = unrote.load_encoder("sscd")
+        for name, seed in wanted:
+            study.add_sscd(name, seed, encoder)
+    study.write(f"{platform.machine()}, {options.threads} threads, torch {torch.__version__}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""The result of an audit in a run's model card."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from toy import toy_images, toy_run
+from unrote.cli import cli
+from unrote.errors import InputError
+from unrote.report.card_section import BEGIN, END, section, with_section
+from unrote.report.model_card import comparison_table, read_baseline
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two runs whose samples are images at hand: the first gives back its training images, the second does not."""
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "pictures").mkdir()
+    for index, pixels in enumerate(toy_images(12, side=16).images):
+        Image.fromarray(pixels).save(folder / "pictures" / f"{index}.png")
+    found = []
+    for name, seed in (("copies", 0), ("new", 5)):
+        settings = {"data__source": str(folder / "pictures"), "training__epochs": 1}
+        run = toy_run(folder / name, images=folder / "pictures", **settings)
+        (run.path / "samples").mkdir()
+        for index, pixels in enumerate(toy_images(6, side=16, seed=seed).images):
+            Image.fromarray(pixels).save(run.path / "samples" / f"{index:06d}.png")
+        found.append(run)
+    return found
+
+
+def audited(run, out, *words):
+    command = ["audit", str(run.path), "--train", str(run.path), "--max-shift", "0", "--out", str(out), *words]
+    return CliRunner().invoke(cli, [*command, "--device", "cpu"], catch_exceptions=False)
+
+
+def test_an_audit_of_a_run_is_in_both_cards_with_the_baseline_beside_it(runs, tmp_path):
+    copies, new = runs
+    before = (new.path / "README.md").read_text()
+    assert "not known until it is audited" in before and before == (new.model_folder / "README.md").read_text()
+    assert audited(copies, tmp_path / "copies").exit_code == 0
+    report = tmp_path / "copies" / "report.json"
+    assert audited(new, tmp_path / "new", "--baseline", str(report)).exit_code == 0
+    card = (new.path / "README.md").read_text()
+    assert card == (new.model_folder / "README.md").read_text()
+    assert "not known until it is audited" not in card and "## Limits" in card and card.startswith("---\n")
+    first, second = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("new", "copies"))
+    assert f"**{first['verdict']['title']}.**" in card
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in card.splitlines() if line.startswith("|")]
+    assert ["", "this model", "baseline"] in rows
+    table = {row[0]: row[1:] for row in rows}
+    assert table["distinct training images that came back"] == [
+        str(s["extracted"]["distinct"]) for s in (first, second)
+    ]
+    assert table["distinct training images that came back"][1] == "6"
+    # Too few images for a distance, which is therefore given here.
+    for summary, value in ((first, 12.3456), (second, 7.0)):
+        space = summary["spaces"][summary["quality_space"]]
+        space["quality"]["generated"]["frechet_distance"] = {"value": value, "interval": [value - 1, value + 1]}
+    distance = f"| Fréchet distance (`{space['encoder']}`) | 12.35 (11.35 to 13.35) | 7 (6 to 8) |"
+    assert distance in comparison_table(first, second).splitlines()
+
+    # Once more is the same; without the baseline its column goes; all else is as it was.
+    assert audited(new, tmp_path / "new", "--baseline", str(report)).exit_code == 0
+    assert (new.path / "README.md").read_text() == card
+    assert audited(new, tmp_path / "new").exit_code == 0
+    again = (new.path / "README.md").read_text()
+    assert "baseline |" not in again and again.partition(BEGIN)[0] == before.partition(BEGIN)[0]
+    assert again.partition(END)[2] == before.partition(END)[2]
+
+
+def test_a_baseline_measured_otherwise_is_refused(runs, tmp_path):
+    copies, new = runs
+    audited(copies, tmp_path / "copies", "--no-flip")
+    card = (new.path / "README.md").read_text()
+    with pytest.raises(InputError, match="--baseline: was audited with other flip, num_transforms"):
+        audited(new, tmp_path / "new", "--baseline", str(tmp_path / "copies" / "report.json"))
+    assert (new.path / "README.md").read_text() == card
+    (tmp_path / "no.json").write_text("[]")
+    with pytest.raises(InputError, match=r"no\.json: is no report\.json"):
+        read_baseline(tmp_path / "no.json")
+    words = ["audit", str(new.path / "samples"), "--train", str(new.path), "--baseline", str(tmp_path / "no.json")]
+    with pytest.raises(InputError, match="--baseline: is for the model card of a run"):
+        CliRunner().invoke(cli, words, catch_exceptions=False)
+
+
+def test_cards_whose_marks_were_taken_out_get_the_section_at_the_end():
+    assert with_section("# Mine\n", "result\n") == f"# Mine\n\n{section('result')}\n"
+    assert with_section(f"# Mine\n\n{section('old')}\n\nMore\n", "new") == f"# Mine\n\n{section('new')}\n\nMore\n"

@@ -1,0 +1,153 @@
+"""The text-to-image study of benchmarks/text_study, at toy size: drawn shapes, no downloads."""
+
+import importlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from unrote.data import in_memory_store
+
+FOLDER = Path(__file__).parents[1] / "benchmarks/text_study"
+CHOSEN = ("fine-tuning", "prediction norm", "LoRA & IET-AGC+")
+
+
+@pytest.fixture(scope="module")
+def study(module_cache, tmp_path_factory):
+    """The modules of the study, and a folder in which the toy has run for some of the methods."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))
+        names = ("art", "base_model", "cells", "measures", "table", "run")
+        modules = {name: importlib.import_module(name) for name in names}
+    out = tmp_path_factory.mktemp("study")
+    arguments = ["--out", str(out), "--toy", "--threads", str(torch.get_num_threads())]
+    arguments += [word for name in CHOSEN for word in ("--only", name)]
+    modules["run"].main(arguments)
+    return modules, out, arguments
+
+
+def test_every_method_has_its_points(study):
+    _, out, _ = study
+    results = json.loads((out / "results.json").read_text())
+    assert [cell["method"] for cell in results["cells"]] == list(CHOSEN)
+    assert not set(results["missing"]) & {f"emoji/{name}/0" for name in CHOSEN} and len(results["missing"]) == 13
+    # 24 pictures, 4 of them 5 times: one epoch for every method, from the same model.
+    assert {tuple(p["samples_seen"] for p in cell["points"]) for cell in results["cells"]} == {(0, 40)}
+    assert {cell["samples_seen"] for cell in results["cells"]} == {40}
+    for cell in results["cells"]:
+        last = cell["points"][-1]
+        assert 0 <= last["prompts"]["own_image_nearest"] <= 1
+        assert last["quality"]["random-conv"]["frechet_distance"]["value"] > 0
+    table = (out / "table.md").read_text()
+    assert all(f"| {name} | 1 |" in table for name in ("no fine-tuning", *CHOSEN))
+    assert "<svg" in (out / "curves.svg").read_text()
+
+
+def test_what_was_learned_differs(study):
+    """Snapshots are sampled with their own weights, full and LoRA."""
+    modules, out, _ = study
+    made = {}
+    for name in ("no fine-tuning", *CHOSEN):
+        folder = out / "cells" / f"{modules['cells'].slug(name)}-seed0"
+        last = max(folder.glob("*.npz"), key=lambda path: int(path.stem))
+        with np.load(last) as images:
+            made[name] = images["copies"].astype(int)
+    names = list(made)
+    pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
+    assert all((made[a] != made[b]).any() for a, b in pairs)
+
+
+def test_again_does_nothing(study):
+    modules, out, arguments = study
+    before = {path: path.stat().st_mtime_ns for path in (out / "cells").rglob("*") if path.is_file()}
+    modules["run"].main(arguments)
+    assert {path: path.stat().st_mtime_ns for path in (out / "cells").rglob("*") if path.is_file()} == before
+    assert not list((out / "cells").glob("*/run"))
+
+
+def test_repeats_have_the_pixels_and_texts_of_their_original(study):
+    modules, out, _ = study
+    train = modules["run"].Study(out, out, "toy").train
+    rows = {name: row for row, name in enumerate(train.names)}
+    again = [name for name in train.names if "-again" in name]
+    assert len(again) == 4 * 4
+    texts = train.every_caption()
+    for name in again:
+        original = rows[name.split("-again")[0] + ".png"]
+        assert (train.images[rows[name]] == train.images[original]).all()
+        assert texts[rows[name]] == texts[original]
+
+
+def test_captions_asked_for_are_of_the_right_side(study):
+    modules, out, _ = study
+    toy = modules["run"].Study(out, out, "toy")
+    assert len(toy.asked) == len(toy.unseen) == 12
+    assert not any("-again" in name for name in toy.asked.names)
+    repeated = {name.split("-again")[0] + ".png" for name in toy.train.names if "-again" in name}
+    assert repeated <= set(toy.asked.names) <= set(toy.train.names)
+    assert not set(toy.unseen.names) & set(toy.train.names)
+
+
+def test_copies_are_measured_as_copies(study):
+    """Given back training images are all copies, of their own captions; real held-out art is none."""
+    modules, out, _ = study
+    toy = modules["run"].Study(out, out, "toy")
+    given = np.asarray(toy.asked.images), np.asarray(toy.unseen.images)
+    found = modules["measures"].measure(*given, toy.asked, toy.unseen, toy.train, toy.holdout)
+    copies = found["memorization"]["orbit"]
+    assert copies["fraction"] == copies["repeated"]["fraction"] == copies["single"]["fraction"] == 1
+    assert copies["repeated"]["total"] == 4 and copies["single"]["total"] == 8 and copies["distinct"] >= 1
+    assert found["prompts"]["own_image_copied"] == found["prompts"]["own_image_nearest"] == 1
+    assert found["prompts"]["prompt_first"] == found["prompts"]["prompt_rank"] == 1
+
+
+def test_agreement_by_hand(study):
+    modules, _, _ = study
+    random = np.random.default_rng(0)
+    meant = random.integers(0, 256, (7, 16, 16, 3), dtype=np.uint8)
+    made = np.roll(meant, 1, 0)
+    made[3] = meant[3]
+    found = modules["measures"].agreement(made, in_memory_store(meant, source="meant"))
+
+    def coarse(image):
+        return np.array(
+            [[image[2 * y : 2 * y + 2, 2 * x : 2 * x + 2].mean((0, 1)) for x in range(8)] for y in range(8)]
+        )
+
+    middle = np.mean([coarse(image) for image in meant], 0)
+    ranks, first = [], 0
+    for row, image in enumerate(made):
+        one = (coarse(image) - middle).ravel()
+        cosines = []
+        for other in meant:
+            two = (coarse(other) - middle).ravel()
+            cosines.append(one @ two / np.linalg.norm(one) / np.linalg.norm(two))
+        ranks.append(sum(value < cosines[row] for value in cosines) / 6)
+        first += max(cosines) == cosines[row]
+    assert found["prompt_rank"] == pytest.approx(np.mean(ranks))
+    assert found["prompt_first"] == pytest.approx(first / 7)
+
+
+def test_early_stopping_is_what_counts(study):
+    modules, _, _ = study
+    copied_at = modules["table"].copied_at
+    curve = [(10.0, 0.0), (6.0, 0.2), (8.0, 0.5), (4.0, 0.6)]
+    assert copied_at(curve, 8.0) == pytest.approx(0.1)
+    assert copied_at(curve, 6.0) == pytest.approx(0.2)
+    assert copied_at(curve, 5.0) == pytest.approx(0.575)
+    assert copied_at(curve, 12.0) == 0.0
+    assert copied_at(curve, 3.0) is None
+
+
+def test_texts_of_an_emoji(study):
+    modules, _, _ = study
+    emoji = {
+        "name": "COOKING", "short_names": ["fried_egg", "cooking"], "category": "Food & Drink",
+        "subcategory": "food-prepared",
+    }  # fmt: skip
+    texts_of = modules["art"].texts_of
+    assert texts_of(emoji) == ("cooking", "fried egg", "food prepared: fried egg", "cooking, food & drink")
+    assert texts_of(emoji, "1F3FB-1F3FB")[0] == "cooking, light skin tone"
+    assert texts_of(emoji, "1F3FB-1F3FF")[0] == "cooking, light skin tone, dark skin tone"
