@@ -3,7 +3,7 @@
     python benchmarks/fuzz.py --count 10000 --seed 0 --out benchmarks/results/fuzz.json
 
 Every input must be read or be refused by the error that says so (`BadImage` for one image, `InputError` otherwise),
-within the time limit. An audit hook of Python watches meanwhile: writes outside the working folder, unpickling, new
+within the time limit. An audit hook of Python watches meanwhile: writes outside the working folder, unpickling,
 processes and connections are failures whatever else happens. Input n of a seed is always the same.
 """
 

@@ -3,13 +3,19 @@
 import ast
 import subprocess
 import sys
+import tarfile
+import zipfile
+from email.parser import Parser
 from importlib import import_module, resources
 from pathlib import Path
 
 import pytest
+import yaml
+from packaging.requirements import Requirement
 
 import unrote
 
+PROJECT = Path(__file__).parents[1]
 ROOT = Path(str(resources.files("unrote")))
 MODULES = sorted(ROOT.rglob("*.py"))
 
@@ -148,3 +154,57 @@ def test_nothing_is_ever_unpickled():
                 options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
                 safe = {"torch.load": ("weights_only", "True")}.get(ast.unparse(node.func), ("allow_pickle", "False"))
                 assert options.get(safe[0]) == safe[1], f"{path.name}:{node.lineno}"
+
+
+@pytest.fixture(scope="module")
+def archives(tmp_path_factory):
+    """Names in the wheel and in the source archive, as hatchling builds them from this tree."""
+    pytest.importorskip("hatchling")
+    out = tmp_path_factory.mktemp("dist")
+    build = [sys.executable, "-m", "hatchling", "build", "-d", str(out)]
+    subprocess.run(build, cwd=PROJECT, check=True, capture_output=True)
+    (wheel,), (source,) = out.glob("*.whl"), out.glob("*.tar.gz")
+    with zipfile.ZipFile(wheel) as file, tarfile.open(source) as tar:
+        metadata = next(name for name in file.namelist() if name.endswith(".dist-info/METADATA"))
+        return set(file.namelist()), set(tar.getnames()), Parser().parsestr(file.read(metadata).decode())
+
+
+def test_the_wheel_has_all_of_the_package_and_nothing_else(archives):
+    wheel, source, metadata = archives
+    tracked = {path.relative_to(ROOT.parent).as_posix() for path in ROOT.rglob("*") if path.is_file()}
+    tracked = {name for name in tracked if "__pycache__" not in name}
+    assert {name for name in wheel if ".dist-info/" not in name} == tracked
+    assert {"unrote/py.typed", "unrote/presets/small-data.yaml", "unrote/data/assets/emoji.npz"} <= wheel
+    assert metadata["Version"] == unrote.__version__
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert any(name.endswith("licenses/LICENSE") for name in wheel)
+    top = f"unrote-{unrote.__version__}/"
+    assert {f"{top}README.md", f"{top}LICENSE", f"{top}src/unrote/cli.py", f"{top}tests/test_package.py"} <= source
+
+
+def test_extras_are_there_and_name_only_each_other(archives):
+    *_, metadata = archives
+    extras = set(metadata.get_all("Provides-Extra"))
+    assert {"text", "sscd", "fid", "track", "docs", "dev", "hf"} <= extras
+    for requirement in map(Requirement, metadata.get_all("Requires-Dist")):
+        if requirement.name == "unrote":
+            assert requirement.extras <= extras
+        assert requirement.name != "torchvision", "its wheel does not import beside PyTorch for CPUs"
+
+
+def test_the_citation_is_of_this_package():
+    citation = yaml.safe_load((PROJECT / "CITATION.cff").read_text("utf-8"))
+    assert (citation["cff-version"], citation["title"], citation["license"]) == ("1.2.0", "unrote", "Apache-2.0")
+    assert [str(row["identifiers"][0]["value"]) for row in citation["references"]] == [
+        "arXiv:2407.15328",
+        "arXiv:2502.09434",
+    ]
+
+
+def test_issue_forms_ask_for_the_environment():
+    forms = sorted((PROJECT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
+    assert [form.stem for form in forms] == ["bug", "config", "idea", "measurement"]
+    for form in forms:
+        values = yaml.safe_load(form.read_text("utf-8"))
+        if form.stem in ("bug", "measurement"):
+            assert "unrote env" in str(values["body"])

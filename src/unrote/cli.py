@@ -461,6 +461,33 @@ def presets() -> None:
 
 
 @cli.command()
+@click.argument("run", metavar="RUN")
+@click.argument("repository", metavar="OWNER/NAME")
+@click.option("--public", is_flag=True, help="Let everybody see it [only you].")
+@click.option("--dry-run", is_flag=True, help="List what would be uploaded.")
+def push(run: str, repository: str, public: bool, dry_run: bool) -> None:
+    """Upload a finished run's model and model card to the Hugging Face Hub."""
+    from unrote.publishing import files_to_push, push_run
+
+    if dry_run:
+        for name in files_to_push(Path(run), repository):
+            click.echo(name)
+        return
+    click.echo(push_run(Path(run), repository, private=not public))
+
+
+@cli.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print what makes a shell complete commands and options, e.g. for: eval "$(unrote completion bash)"."""
+    from click.shell_completion import get_completion_class
+
+    source = get_completion_class(shell)
+    assert source is not None
+    click.echo(source(cli, {}, "unrote", "_UNROTE_COMPLETE").source())
+
+
+@cli.command()
 def env() -> None:
     """Versions and machine, for bug reports."""
     import platform

@@ -238,8 +238,8 @@ def _check_flow(config: Config) -> None:
         )
     if config.training.timestep_bias_strategy != "none":
         raise InputError(
-            f"training.timestep_bias_strategy: {name} is a flow matching model, whose timesteps are drawn logit-normal; "
-            "leave it out"
+            f"training.timestep_bias_strategy: {name} is a flow matching model, whose timesteps are drawn "
+            "logit-normal; leave it out"
         )
 
 
