@@ -306,7 +306,7 @@ def run_that_diverges(folder, monkeypatch, times, **settings):
 def test_a_proxy_that_diverges_begins_its_turn_again_with_other_draws(tmp_path, monkeypatch, caplog):
     with caplog.at_level(logging.WARNING, "unrote"):
         run = run_that_diverges(tmp_path / "run", monkeypatch, 1)
-    assert "loss of proxy 1" in caplog.text and "goes back" in caplog.text
+    assert "proxy 1 has weights that are no numbers" in caplog.text and "goes back" in caplog.text
     (record,) = map(json.loads, (run.path / "diverged.jsonl").read_text().splitlines())
     assert (record["proxy"], record["retries"]) == (1, 0)
     assert run.read_ledger()["visits"].sum() == 13 * 4, "what was thrown away does not count"
@@ -319,7 +319,7 @@ def test_a_proxy_that_diverges_begins_its_turn_again_with_other_draws(tmp_path, 
 
 
 def test_one_that_diverges_again_ends_the_run_with_the_evidence(tmp_path, monkeypatch):
-    with pytest.raises(InputError, match=r"proxy 1 is nan at step \d+ again.*diverged\.jsonl"):
+    with pytest.raises(InputError, match=r"proxy 1 has weights.* at step \d+ again.*diverged\.jsonl"):
         run_that_diverges(tmp_path / "run", monkeypatch, 2)
     records = [json.loads(line) for line in (tmp_path / "run" / "diverged.jsonl").read_text().splitlines()]
     assert [(record["proxy"], record["retries"]) for record in records] == [(1, 0), (1, 1)]

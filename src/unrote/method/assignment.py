@@ -7,33 +7,26 @@ from itertools import accumulate
 def assign(sizes: Sequence[int], world: int) -> list[range]:
     """Assign proxies 0..K-1 to ranks, balanced by how many samples each has to train on.
 
-    With W ≤ K every rank gets a contiguous block, the blocks follow one another in the order of k, and no assignment of
-    that kind has a smaller largest rank. With W > K several ranks share one proxy: neighbouring ranks get equal ranges.
+    Every rank gets a contiguous block, the blocks follow one another in the order of k, and no assignment of that kind
+    has a smaller largest rank.
 
     >>> assign([25, 25, 25, 25], 3)
     [range(0, 1), range(1, 3), range(3, 4)]
-    >>> assign([50, 50], 3)
-    [range(0, 1), range(0, 1), range(1, 2)]
 
     Args:
         sizes: samples in each of the K shards, each at least 1.
-        world: W, the number of ranks.
+        world: W, the number of ranks, 1..K.
 
     Returns:
         The proxies of each rank; W ranges, none empty.
 
     Raises:
-        ValueError: if there is no shard, an empty one, or no rank.
+        ValueError: if there is no shard or an empty one, no rank, or more ranks than shards.
     """
     if not sizes or min(sizes) < 1:
         raise ValueError("there must be at least one shard, and none may be empty")
-    if world < 1:
-        raise ValueError(f"world must be at least 1, not {world}")
-    return _share(sizes, world) if world > len(sizes) else _blocks(sizes, world)
-
-
-def _blocks(sizes: Sequence[int], world: int) -> list[range]:
-    """W contiguous blocks whose largest sum is the smallest possible, the others as even as that allows."""
+    if not 1 <= world <= len(sizes):
+        raise ValueError(f"world must be between 1 and the number of shards, {len(sizes)}, not {world}")
     count = len(sizes)
     capacity, enough = max(sizes), sum(sizes)
     while capacity < enough:
@@ -68,11 +61,3 @@ def _fewest_blocks(sizes: Sequence[int], capacity: int) -> list[int]:
             held -= sizes[end]
         fewest[first] = 1 + fewest[end]
     return fewest
-
-
-def _share(sizes: Sequence[int], world: int) -> list[range]:
-    """Each further rank helps the proxy that has most samples per rank, the first of them on a tie."""
-    ranks = [1] * len(sizes)
-    for _ in range(world - len(sizes)):
-        ranks[max(range(len(sizes)), key=lambda k: (sizes[k] / ranks[k], -k))] += 1
-    return [range(k, k + 1) for k, count in enumerate(ranks) for _ in range(count)]

@@ -242,7 +242,9 @@ def _go_back(run: Run, ensemble: ShardEnsemble, step: TrainingStep, record: dict
     """
     with (run.path / "diverged.jsonl").open("a") as file:
         file.write(json.dumps(record | {"loss": str(record["loss"]), "retries": step.retry.count}) + "\n")
-    what = f"the loss of proxy {record['proxy']} is {record['loss']:g} at step {record['step']}"
+    finite = math.isfinite(record["loss"])
+    found = "has weights that are no numbers" if finite else f"has a loss of {record['loss']:g}"
+    what = f"proxy {record['proxy']} {found} at step {record['step']}"
     if ensemble.num_shards == 1 or step.retry.count:
         again = " again, after it began its turn anew" if step.retry.count else ""
         raise InputError(
