@@ -107,7 +107,7 @@ def test_what_is_written_says_the_same(done):
     page, table = (out / "study.html").read_text(), (out / "study.md").read_text()
     assert "a &lt;study&gt;" in page and "<study>" not in page
     assert "<script" not in page and not re.search(r"(src|href)=\"(?!data:)", page)
-    assert page.count("data:image/png;base64,") == 2
+    assert page.count("data:image/png;base64,") == 4
     assert len([line for line in table.splitlines() if line.startswith("| agc |")]) == 1
 
 
@@ -260,6 +260,10 @@ def test_planted_copies_are_counted(planted):
     assert (orbit["single"]["count"], orbit["single"]["distinct"]) == (3, 3)
     assert (found["plain"]["count"], found["plain"]["distinct"]) == (4, 3)  # not the mirrored, not the moved one
     assert found["calibrated"]["count"] >= 6
+    closest = yardstick.measure(samples)["closest"]
+    assert {(pair["sample"], pair["train"]) for pair in closest[:5]} == {(0, 0), (2, 1), (3, 50), (4, 51), (5, 52)}
+    assert len({pair["train"] for pair in closest}) == len(closest)
+    assert [pair["ratio"] for pair in closest] == sorted(pair["ratio"] for pair in closest)
     assert yardstick.control.unseen_below["count"] == 0
 
 

@@ -65,6 +65,11 @@ def test_what_is_not_reached_on_every_seed_has_no_number(found):
     assert worse["at_equal_quality"] is None and worse["at_equal_quality_ratio"] is None
     assert worse["not_reached"] == 3
     assert worse["best_distance_ratio"]["value"] == pytest.approx(1.5)
+    # At its own best, distance 3, the baseline is half way between 100 and 400 copies.
+    assert worse["at_own_best_ratio"]["value"] == pytest.approx(400.5 / (100.5 * 400.5) ** 0.5)
+    # At 2 x the baseline's best, distance 4, worse is half way between 200 and 400.
+    assert worse["ratio_at"]["2"]["value"] == pytest.approx((200.5 * 400.5) ** 0.5 / 100.5)
+    assert worse["ratio_at"]["1.05"] is None
 
 
 def test_quality_at_a_tenth_of_the_memorization(found):

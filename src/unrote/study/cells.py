@@ -114,6 +114,10 @@ class Folder:
         """The first of these samples as a picture."""
         return self.path / f"sheet-{seen:09d}.png"
 
+    def pairs_file(self, seen: int) -> Path:
+        """The samples nearest to training images, and below them these."""
+        return self.path / f"closest-{seen:09d}.png"
+
     def points(self, yardstick: Yardstick) -> list[dict[str, Any]] | None:
         """The measured points, earliest first, if they are measured by this yardstick."""
         file = self.path / "points.json"
@@ -145,10 +149,14 @@ class Folder:
         if points is None:
             trained = self.trained
             assert trained is not None
-            points = [
-                {"samples_seen": seen, **yardstick.measure(read_samples(self.samples_file(seen)))}
-                for seen in trained["snapshots"]
-            ]
+            points = []
+            for seen in trained["snapshots"]:
+                samples = read_samples(self.samples_file(seen))
+                point = {"samples_seen": seen, **yardstick.measure(samples)}
+                pairs = [samples[[pair["sample"] for pair in point["closest"]]]]
+                pairs += [yardstick.subjects.distinct.images[[pair["train"] for pair in point["closest"]]]]
+                write_sheet(self.pairs_file(seen), np.concatenate(pairs))
+                points.append(point)
             write_json(self.path / "points.json", {"label": self.label, "yardstick": yardstick.key, "points": points})
         return points
 

@@ -22,7 +22,7 @@ from unrote.neighbours.orbit import IDENTITY, Transform, orbit
 from unrote.scanning.duplicates import shared_clusters
 from unrote.study.subjects import Subjects
 
-VERSION = 1
+VERSION = 2
 """Of everything below: another one measures the samples again."""
 NUM_NEIGHBORS = 50
 HEADLINE = 0.5
@@ -30,6 +30,8 @@ HEADLINE = 0.5
 FALSE_POSITIVE_RATE = 0.01
 """Of the calibrated threshold, on the control."""
 MAX_SHIFT = 2
+CLOSEST = 8
+"""Pairs of a sample and the training image it is nearest to that are named."""
 MANIFOLD_IMAGES = 2000
 """Images of reference that precision and recall look at."""
 
@@ -88,9 +90,9 @@ class Yardstick:
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
     def measure(self, samples: np.ndarray) -> dict[str, Any]:
-        """``memorization`` and ``quality`` of samples uint8 [G, H, W, C]; JSON-able."""
+        """``memorization``, ``closest`` pairs and ``quality`` of samples uint8 [G, H, W, C]; JSON-able."""
         store = in_memory_store(samples, source="samples")
-        return {"memorization": self._memorization(store), "quality": self._quality(store)}
+        return {**self._memorization(store), "quality": self._quality(store)}
 
     @cached_property
     def control(self) -> Control:
@@ -147,7 +149,14 @@ class Yardstick:
                 "threshold": control.threshold,
                 **self._copies(ratios, nearest, control.threshold),
             }
-        return found
+        return {"memorization": found, "closest": self._closest(ratios, nearest)}
+
+    def _closest(self, ratios: np.ndarray, nearest: np.ndarray) -> list[dict[str, Any]]:
+        """The samples of least ratio, each of another training image."""
+        order = np.argsort(ratios, kind="stable")
+        _, first = np.unique(self.control.clusters[nearest[order]], return_index=True)
+        chosen = order[np.sort(first)[:CLOSEST]]
+        return [{"sample": int(i), "train": int(nearest[i]), "ratio": float(ratios[i])} for i in chosen]
 
     def _copies(self, ratios: np.ndarray, nearest: np.ndarray, threshold: float) -> dict[str, Any]:
         """Samples below ``threshold``, and how many distinct training images they copy; of repeated images apart."""

@@ -18,7 +18,7 @@ from unrote.study.tables import COLUMNS, floor_lines, table
 
 SHEET_STYLE = (
     ".sheets{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,210px),1fr));gap:18px;margin:14px 0}"
-    ".sheets img{width:100%;image-rendering:pixelated;display:block;border-radius:6px}"
+    ".sheets img{width:100%;image-rendering:pixelated;display:block;border-radius:6px;margin-top:6px}"
     "figcaption{font-size:13.5px;line-height:1.4;margin-top:5px}td .range{display:block;margin:0}"
     "td,th{padding-right:12px}"
 )
@@ -118,17 +118,26 @@ def _sheets(cells: Sequence[Mapping[str, Any]], names: Sequence[str], space: str
         equal = [i for i, distance in enumerate(distances) if target is not None and distance <= target]
         place = equal[0] if equal else int(np.argmin(distances))
         point = cell["points"][place]
-        file = Folder(root / "cells" / cell["folder"], name).sheet_file(point["samples_seen"])
+        folder = Folder(root / "cells" / cell["folder"], name)
+        file = folder.sheet_file(point["samples_seen"])
         if file.exists():
             words = (
                 f"{name}, {'first at equal quality' if equal else 'at its best'}: "
-                f"{point['samples_seen']:,} samples seen, "
-                f"Fréchet distance {distances[place]:.2f}, "
+                f"{point['samples_seen']:,} samples seen, Fréchet distance {distances[place]:.2f}, "
                 f"{100 * point['memorization']['orbit']['fraction']:.1f} % near-copies"
             )
-            data = base64.b64encode(file.read_bytes()).decode()
+            pairs = folder.pairs_file(point["samples_seen"])
             figures.append(
-                f'<figure><img alt="samples of {escape(name)}" src="data:image/png;base64,{data}">'
-                f"<figcaption>{escape(words)}</figcaption></figure>"
+                f"<figure>{_picture(file, f'samples of {name}')}<figcaption>{escape(words)}</figcaption>"
+                f"{_picture(pairs, f'the samples of {name} nearest to training images, and these below')}</figure>"
             )
-    return f'<h3>Samples</h3><div class="sheets">{"".join(figures)}</div>' if figures else ""
+    words = (
+        "The first samples of a seed; below, the eight samples nearest to different training images, over the training "
+        "images they are nearest to (as they are, not mirrored or moved)."
+    )
+    return f'<h3>Samples</h3><p class="soft small">{words}</p><div class="sheets">{"".join(figures)}</div>'
+
+
+def _picture(file: Path, words: str) -> str:
+    data = base64.b64encode(file.read_bytes()).decode()
+    return f'<img alt="{escape(words)}" src="data:image/png;base64,{data}">'

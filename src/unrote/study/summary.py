@@ -12,6 +12,8 @@ QUALITY_MARGIN = 1.05
 """Equal quality: a Fréchet distance of at most so many times that of the baseline's best point."""
 EQUAL_MEMORIZATION = 0.1
 """Equal memorization: at most so many times the baseline's at equal quality."""
+MARGINS = (1.05, 1.25, 1.5, 2.0)
+"""Equal quality, and worse ones, that the baseline is stopped early for."""
 AREA_DISTANCE = 2.0
 """The area's reference point: so many times the baseline's best distance, and its highest memorization."""
 COMPARED_AT = np.geomspace(1.0, 4.0, 25)
@@ -143,6 +145,14 @@ def _row(curves: Sequence[Curve], baselines: Sequence[Curve]) -> dict[str, Any]:
         "best_distance": _dict(mean_over_seeds(best, low=0)),
         "at_best_distance": _dict(mean_over_seeds([curve.at_best for curve in curves], low=0)),
         "best_distance_ratio": _ratio(list(zip(best, (one.best_distance for one in baselines), strict=True))),
+        "at_own_best_ratio": _ratio(
+            [
+                (curve.at_best, baseline.memorized_at(curve.best_distance))
+                for curve, baseline in zip(curves, baselines, strict=True)
+            ],
+            half,
+        ),
+        "ratio_at": {f"{margin:g}": _ratio_at(margin, curves, baselines) for margin in MARGINS},
         "at_equal_quality": _all(own, lambda values: mean_over_seeds(values, low=0)),
         "at_equal_quality_ratio": _ratio(list(zip(own, theirs, strict=True)), half),
         "distance_at_equal_memorization": _all(distances, lambda values: mean_over_seeds(values, low=0)),
@@ -150,6 +160,15 @@ def _row(curves: Sequence[Curve], baselines: Sequence[Curve]) -> dict[str, Any]:
         "area_ratio": _ratio(areas),
         "not_reached": sum(value is None for value in own),
     }
+
+
+def _ratio_at(margin: float, curves: Sequence[Curve], baselines: Sequence[Curve]) -> dict[str, Any] | None:
+    """Memorization over the baseline's, both at ``margin`` times the baseline's best distance."""
+    pairs = [
+        tuple(one.memorized_at(margin * baseline.best_distance) for one in (curve, baseline))
+        for curve, baseline in zip(curves, baselines, strict=True)
+    ]
+    return _ratio(pairs, curves[0].half)
 
 
 def _dominated(curves: Mapping[int, Curve], others: Mapping[int, Curve], reference: Mapping[int, Curve]) -> bool:
