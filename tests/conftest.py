@@ -1,6 +1,12 @@
 """Fixtures that several modules share."""
 
+import os
+
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Before torch is imported: workers, and the processes that their tests start, would fight over the processors.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="module")
