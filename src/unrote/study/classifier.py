@@ -63,7 +63,7 @@ class ClassifierEncoder:
     """
 
     key = "classifier"
-    name = f"classifier-{FEATURES}/{VERSION}"
+    name = f"classifier-{FEATURES}/{VERSION}, unscaled"
     preprocessing = "none (images at their own size)"
     copy_detection = False
     is_fid_inception = False
@@ -76,8 +76,7 @@ class ClassifierEncoder:
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """Features float32 [n, 64] of uint8 images [n, H, W, C]."""
         batches = [images[start : start + 256] for start in range(0, len(images), 256)]
-        # Scaled so that distances between sets of real images are easy to read; only the unit.
-        rows = [10 * self.network.features(_pixels(batch)) for batch in batches]
+        rows = [self.network.features(_pixels(batch)) for batch in batches]
         features: np.ndarray = torch.cat(rows).numpy()
         return features
 

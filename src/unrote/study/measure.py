@@ -119,7 +119,7 @@ class Yardstick:
             "unseen_below": self.control.unseen_below,
             "leaks": int(self.control.leaks.sum()),
             "threshold": self.control.threshold,
-            "classifier_accuracy": getattr(self.encoders[0], "accuracy", None),
+            "classifier_accuracy": next((one.accuracy for one in self.encoders if hasattr(one, "accuracy")), None),
         }
 
     def _memorization(self, samples: ImageStore) -> dict[str, Any]:

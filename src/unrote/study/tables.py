@@ -86,5 +86,5 @@ def floor_lines(floors: Sequence[Mapping[str, Any]], space: str) -> list[str]:
     accuracies = {floor["classifier_accuracy"] for floor in floors if floor.get("classifier_accuracy") is not None}
     if accuracies:
         found = ", ".join(f"{100 * accuracy:.1f} %" for accuracy in sorted(accuracies))
-        lines.append(f"The classifier whose features these are is right on {found} of other images.")
+        lines.append(f"The classifier is right on {found} of other images.")
     return lines
