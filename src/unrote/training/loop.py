@@ -138,6 +138,11 @@ def _train(config: Config, images: ImageStore, run: Run, device: torch.device, p
     state = checkpoints.load_newest()
     stood = {k: Counter() for k in ensemble.mine}
     if state is not None:
+        if "proxies" not in state:
+            raise InputError(
+                f"{run.path}: was begun by an earlier version, whose checkpoints this one can't go on from; finish it with "
+                "that version, or train into a new folder"
+            )
         ensemble.load(state["ensemble"])
         ledger.load_state_dict(state["ledger"])
         progress.load_state_dict(state["progress"])
