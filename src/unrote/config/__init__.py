@@ -19,8 +19,8 @@ from unrote.config.sections import (
     LoraConfig,
     ModelConfig,
     TextConfig,
-    TrainingConfig,
 )
+from unrote.config.training import TrainingConfig
 
 __all__ = [
     "METHODS",

@@ -140,7 +140,7 @@ def _train(config: Config, images: ImageStore, run: Run, device: torch.device, p
     if state is not None:
         if "proxies" not in state:
             raise InputError(
-                f"{run.path}: was begun by an earlier version, whose checkpoints this one can't go on from; finish it with "
+                f"{run.path}: was begun by an earlier version, whose checkpoints can't be gone on from; finish it with "
                 "that version, or train into a new folder"
             )
         ensemble.load(state["ensemble"])
