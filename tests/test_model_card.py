@@ -7,9 +7,9 @@ from click.testing import CliRunner
 from PIL import Image
 
 from toy import toy_images, toy_run
+from unrote.card_section import BEGIN, END, section, with_section
 from unrote.cli import cli
 from unrote.errors import InputError
-from unrote.report.card_section import BEGIN, END, section, with_section
 from unrote.report.model_card import comparison_table, read_baseline
 
 

@@ -130,7 +130,7 @@ def test_the_method_knows_only_torch_and_indices():
         ("training", {"cli", "auditing", "report", "demo", "api"}),
         ("files.py", {"training", "method", "models", "cli", "auditing", "report", "data", "config"}),
         ("tensorfiles.py", {"training", "method", "models", "cli", "auditing", "report", "data", "config"}),
-        ("config.py", {"training", "method", "models", "cli", "auditing", "report", "data"}),
+        ("config", {"training", "method", "models", "cli", "auditing", "report", "data"}),
     ],
 )
 def test_imports_point_one_way(folder, never):

@@ -8,9 +8,9 @@ from typing import Any
 from unrote.auditing.memorization import HEADLINE
 from unrote.auditing.result import AuditReport
 from unrote.auditing.verdict import headline, interval, orbit_words, percent
+from unrote.card_section import with_section
 from unrote.errors import InputError
 from unrote.files import write_text
-from unrote.report.card_section import with_section
 from unrote.report.exports import code, measured, summary_markdown
 
 CARDS = ("README.md", "model/README.md")

@@ -1,9 +1,9 @@
 """The model card of a finished run, in the Hub's format."""
 
 from unrote import __version__
+from unrote.card_section import section
 from unrote.config import Config
 from unrote.data.store import ImageStore
-from unrote.report.card_section import section
 
 NOT_AUDITED = """## Memorization audit
 
