@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from test_text_to_image import SETTINGS, captioned, explicit, tuned
 from tiny_pipelines import tiny_flux, tiny_stable_diffusion_3
-from toy import assert_same_run, largest_difference, log_of, summary_of
+from toy import assert_same_run, final_state, largest_difference, log_of, summary_of
 from unrote.config import load_config
 from unrote.errors import InputError
 from unrote.models.flow import FlowLoss, shift_of
@@ -27,7 +27,6 @@ from unrote.models.making import make_task
 from unrote.models.pretrained import describe, load_pretrained
 from unrote.models.sizing import size_of
 from unrote.sampling import sample
-from unrote.tensorfiles import load_state
 from unrote.training.step import TrainingStep
 
 pytestmark = pytest.mark.usefixtures("module_cache")
@@ -163,7 +162,7 @@ def test_a_gate_without_effect_changes_no_bit(tmp_path, folders, family, kind):
 def test_the_ensemble_is_k_models_side_by_side(tmp_path, folders, kind):
     settings = {"training__use_ema": False, "text__dropout": 0.3}
     run = tuned(tmp_path / "run", folders / "sd3", "iet-agc", kind, **settings)
-    found = load_state(max((run.path / "checkpoints").glob("*.safetensors")))["model"]
+    found = final_state(run)["model"]
     expected = explicit(run.config, captioned(), rounds=3).model.state_dict()
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():

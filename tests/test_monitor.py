@@ -132,10 +132,10 @@ def test_stopped_in_the_middle_and_gone_on_it_is_the_same_run(tmp_path, monkeypa
 
     whole = Monitor.look
 
-    def deadly(self, rounds, samples, step, log, tracker):
+    def deadly(self, rounds, samples, step, journal):
         if rounds == deadly.at and not deadly.after:
             raise Killed
-        whole(self, rounds, samples, step, log, tracker)
+        whole(self, rounds, samples, step, journal)
         if rounds == deadly.at:
             raise Killed
 

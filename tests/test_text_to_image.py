@@ -20,7 +20,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 from tiny_pipelines import tiny_stable_diffusion, tiny_stable_diffusion_xl
-from toy import assert_same_run, largest_difference, log_of, summary_of, toy_images
+from toy import assert_same_run, final_state, largest_difference, log_of, summary_of, toy_images
 from unrote.api import train
 from unrote.config import load_config
 from unrote.data.store import in_memory_store
@@ -31,7 +31,6 @@ from unrote.models.denoiser import DenoisingLoss
 from unrote.models.making import make_task
 from unrote.sampling import sample
 from unrote.seeding import derive_seed
-from unrote.tensorfiles import load_state
 from unrote.training.budget import make_budget
 from unrote.training.run import Run
 from unrote.training.step import TrainingStep
@@ -135,7 +134,7 @@ def test_plain_diffusers_loads_it_and_computes_the_same(tmp_path, base, kind):
 
     torch.manual_seed(derive_seed(0, "init"))
     task = make_task(run.config, captioned(), torch.device("cpu"))
-    state = load_state(max((run.path / "checkpoints").glob("*.safetensors")))["model"]
+    state = final_state(run)["model"]
     task.trained.load_state_dict(state)
     torch.manual_seed(0)
     latents, text = torch.randn(1, 4, 8, 8), torch.randn(1, 12, 16)
@@ -183,7 +182,7 @@ def explicit(config, images, rounds):
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_the_ensemble_is_k_models_side_by_side(tmp_path, base, kind):
     run = tuned(tmp_path / "run", base, "iet-agc", kind, training__use_ema=False, text__dropout=0.3)
-    found = load_state(max((run.path / "checkpoints").glob("*.safetensors")))["model"]
+    found = final_state(run)["model"]
     expected = explicit(run.config, captioned(), rounds=3).model.state_dict()
     assert found.keys() == expected.keys()
     assert kind == "full" or all("/lora_" in name for name in found), "proxies are small files"
@@ -372,8 +371,8 @@ def test_min_snr_weighs_what_is_minimized_and_not_what_the_gate_sees(tmp_path, b
     plain = tuned(tmp_path / "plain", base, "agc", **settings)
     weighted = tuned(tmp_path / "weighted", base, "agc", **settings, training__min_snr_gamma=0.1)
     assert largest_difference(saved(plain), saved(weighted)) > 0
-    states = [load_state(max((run.path / "checkpoints").glob("*.safetensors"))) for run in (plain, weighted)]
-    torch.testing.assert_close(states[0]["gate"]["bank"]["averages"], states[1]["gate"]["bank"]["averages"])
+    banks = [final_state(run)["bank"]["averages"] for run in (plain, weighted)]
+    torch.testing.assert_close(*banks)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from unrote.api import train
 from unrote.data.store import in_memory_store
+from unrote.tensorfiles import load_state
 
 SETTINGS = {
     "model.block_out_channels": [32, 32],
@@ -47,6 +48,12 @@ def weights_of(run, variant=None):
     """The saved weights, by name."""
     name = f"diffusion_pytorch_model{'' if variant is None else '.' + variant}.safetensors"
     return load_file(run.model_folder / "unet" / name)
+
+
+def final_state(run):
+    """What the last checkpoint knows of the model that the run ended with: its parts by name."""
+    files = load_state(max((run.path / "checkpoints").glob("*.safetensors")))["ensemble"]["slots"]["files"]
+    return load_state(run.path / "proxies" / files["global" if "global" in files else "live-0"])
 
 
 def log_of(run):
