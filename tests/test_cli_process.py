@@ -341,8 +341,9 @@ def test_every_preset_fits_the_embedded_emoji(home, answers, name):
     result = answers[f"preset {name}"]
     assert result.code == 0, result.err
     plan = json.loads(result.out)
-    side = preset_values(name).get("data", {}).get("resolution", 32)
-    assert plan["shape"] == [side, side, 3]
+    data = preset_values(name).get("data", {})
+    side = data.get("resolution", 32)
+    assert plan["shape"] == [side, side, data.get("channels", 3)]
     assert plan["config"]["preset"] == name
     assert not (home / f"preset-{name}").exists()
 
