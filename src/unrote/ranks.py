@@ -126,6 +126,6 @@ def _together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise InputError(
+        raise PeerLostError(
             f"another process of this job has stopped; its own message says why ({first_line(error)})"
         ) from error

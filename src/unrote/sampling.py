@@ -308,11 +308,27 @@ class Denoiser:
         condition = torch.tensor(labels, device=device) if labels else None
         stochastic = {"generator": draws} if not isinstance(self._scheduler, DPMSolverMultistepScheduler) else {}
         self._scheduler.set_timesteps(len(self._scheduler.timesteps), device=device)
-        for timestep in self._scheduler.timesteps:
-            scaled = self._scheduler.scale_model_input(images, timestep)
-            prediction = self._unet(scaled, timestep, class_labels=condition).sample
-            images = self._scheduler.step(prediction, timestep, images, **stochastic, **self._eta).prev_sample
-        return to_uint8(images)
+        timesteps = self._scheduler.timesteps
+        return to_uint8(denoised(self._unet, self._scheduler, timesteps, images, condition, **stochastic, **self._eta))
+
+
+def denoised(
+    unet: Any, scheduler: Any, timesteps: Tensor, images: Tensor, labels: Tensor | None, **options: Any
+) -> Tensor:
+    """Noisy images [B, C, H, W], as noisy as the first of ``timesteps``, made clean.
+
+    Args:
+        unet: the model.
+        scheduler: its sampler.
+        timesteps: those of the sampler, or its last ones.
+        images: what to begin with.
+        labels: int64 [B] for a class-conditional model.
+        options: of the sampler's step.
+    """
+    for timestep in timesteps:
+        prediction = unet(scheduler.scale_model_input(images, timestep), timestep, class_labels=labels).sample
+        images = scheduler.step(prediction, timestep, images, **options).prev_sample
+    return images
 
 
 def to_uint8(images: Tensor) -> NDArray[np.uint8]:

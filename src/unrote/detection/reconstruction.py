@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from unrote.auditing.quality import subsample
 from unrote.data.store import ImageStore, in_memory_store
@@ -18,7 +17,7 @@ from unrote.detection.membership import labelled_as
 from unrote.errors import InputError
 from unrote.guards.index import PixelIndex, is_copy
 from unrote.models.pixels import as_floats
-from unrote.sampling import to_uint8
+from unrote.sampling import denoised, to_uint8
 from unrote.scanning.duplicates import shared_clusters
 from unrote.seeding import generator
 
@@ -129,19 +128,12 @@ def _came_back(
         draws = [generator(seed, "reconstruct", time, row) for row in range(first, first + len(clean))]
         noise = torch.stack([torch.randn(clean.shape[1:], generator=draw) for draw in draws]).to(unet.device)
         alpha = scheduler.alphas_cumprod[time]
-        labels = None if images.labels is None else torch.from_numpy(images.labels[places[part]]).to(unet.device)
+        labels = None
+        if unet.config.num_class_embeds and images.labels is not None:
+            labels = torch.from_numpy(images.labels[places[part]]).to(unet.device)
         noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
-        made = to_uint8(_denoised(unet, scheduler, noisy, start, labels))
+        made = to_uint8(denoised(unet, scheduler, scheduler.timesteps[start:], noisy, labels))
         values, nearest = index(made)
         hits[part] = is_copy(index, values) & (clusters[nearest] == clusters[places[part]])
     counts: list[int] = hits.reshape(-1, NOISES).sum(1).tolist()
     return counts
-
-
-def _denoised(unet: Any, scheduler: Any, x: Tensor, start: int, labels: Tensor | None) -> Tensor:
-    """From the sampler's timestep at position ``start`` to the clean image."""
-    labels = labels if unet.config.num_class_embeds else None
-    for timestep in scheduler.timesteps[start:]:
-        prediction = unet(scheduler.scale_model_input(x, timestep), timestep, class_labels=labels).sample
-        x = scheduler.step(prediction, timestep, x).prev_sample
-    return x

@@ -56,13 +56,10 @@ class Budget:
         # No empty last round where rounding leaves E x N just below a whole number.
         return math.ceil(self.total / self.local - 1e-9)
 
-    def seen(self, rounds: float) -> int:
-        """Samples that all proxies have seen after so many rounds."""
-        return self.total if rounds >= self.num_rounds else min(self.total, math.floor(self.local * rounds))
-
     def target(self, proxy: int, round_index: int, part: float) -> int:
         """Samples that ``proxy`` has seen when ``part`` (in (0, 1]) of round ``round_index`` is over."""
-        seen = self.seen(round_index + part)
+        rounds = round_index + part
+        seen = self.total if rounds >= self.num_rounds else min(self.total, math.floor(self.local * rounds))
         # Whole numbers do not grow evenly: a proxy's share of a part can be one more than its share of all.
         return min(self._share(proxy, seen), self._share(proxy, self.total))
 

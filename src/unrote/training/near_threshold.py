@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
+from unrote.config.sections import OpsConfig
 from unrote.data.augmentations import augment
 from unrote.method.augment import Policy, augmentation_strength
 from unrote.method.gate import LossGate
@@ -41,5 +42,5 @@ def augment_near_threshold(
     gate.ledger.to(images.device)
     ratio = gate.ledger.running_ratio_of(indices.to(images.device))
     strength = augmentation_strength(ratio, policy=policy, skip_ratio=gate.skip_ratio, beta=beta)
-    views, _ = augment(images, strength.to(images.dtype), None, **(ops or {"flip": True, "shift": 1 / 16}))
+    views, _ = augment(images, strength.to(images.dtype), None, **(ops or OpsConfig().model_dump()))
     return views

@@ -2,7 +2,6 @@
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 from unrote import __version__
 from unrote.config import Config
@@ -27,21 +26,15 @@ def write_outputs(
     card = model_card(config, images, visits, skips)
     for folder in (run.model_folder, run.path):
         write_text(folder / "README.md", card)
-    summary: dict[str, Any] = {
+    summary = {
+        "unrote": __version__,
         "samples_seen": visits,
         "steps": steps,
         "skipped": skips,
         "augmented": int(columns["augmented"].sum()),
+        "moved": int(columns["moves"].sum()),
     }
-    write_json(
-        run.path / "run.json",
-        {
-            "unrote": __version__,
-            **summary,
-            "moved": int(columns["moves"].sum()),
-            **privacy_spent(config.training, len(images), steps),
-        },
-    )
+    write_json(run.path / "run.json", summary | privacy_spent(config.training, len(images), steps))
 
 
 def save_model(folder: Path, task: Task, ema: EMA | None) -> None:

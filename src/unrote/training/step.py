@@ -124,7 +124,8 @@ class TrainingStep:
         if training.ambient_timestep is not None:
             assert isinstance(self.loss, DenoisingLoss)  # the configuration refuses it with a pretrained model
             self._ambient = Ambient(self.loss, training.ambient_timestep, config.seed)
-        self._timestep_weights = timestep_weights(training, self.loss.num_timesteps)
+        weights = timestep_weights(training, self.loss.num_timesteps)
+        self._timestep_weights = None if weights is None else weights.to(device)
         self.ema = EMA(self.model, training.ema_decay) if training.use_ema else None
         kind = torch.optim.Adam if training.optimizer == "adam" else torch.optim.AdamW
         self.optimizer = kind(
@@ -230,7 +231,7 @@ class TrainingStep:
     def _timesteps(self, count: int, draw: torch.Generator) -> Tensor:
         if self._timestep_weights is None:
             return self.loss.draw(count, draw)
-        return torch.multinomial(self._timestep_weights.to(self.device), count, replacement=True, generator=draw)
+        return torch.multinomial(self._timestep_weights, count, replacement=True, generator=draw)
 
     def _strength(self, ratio: Tensor) -> Tensor:
         """TAA: how strongly each sample is augmented, by how near its ratio is to the threshold."""
