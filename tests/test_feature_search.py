@@ -114,11 +114,53 @@ def test_the_guard_fires_where_rounding_to_8_bits_cannot_tell_and_mends_it():
     assert_brute_force(found, queries, references, 50)
 
 
-def test_bfloat16_is_chosen_where_8_bits_are_too_coarse_and_changes_nothing():
+@needs_int8
+def test_8_bits_are_enough_for_independent_numbers_as_rounding_at_random_adds_up_to_little():
     queries, references = normal(1, 70, 512), normal(2, 3000, 512)
+    assert fast_way(queries, references, 50, CPU)[0] == "int8"
+    found = nearest_features(queries, references, 50)
+    assert found.searched_again < len(queries) / 10
+    assert_brute_force(found, queries, references, 50)
+
+
+def test_bfloat16_is_chosen_where_8_bits_are_too_coarse_and_changes_nothing():
+    """One dimension of a hundred times the range of the others, in which all that is near is alike."""
+    queries, references = normal(1, 70, 512), normal(2, 3000, 512)
+    queries[:, 7] *= 0.0
+    references[:, 7] *= 0.0
+    queries[:2, 7], references[:2, 7] = (100.0, -100.0), (100.0, -100.0)
     if bfloat16_pays("cpu"):
         assert fast_way(queries, references, 50, CPU)[0] == "bfloat16"
     assert_brute_force(nearest_features(queries, references, 50), queries, references, 50)
+
+
+def rounded_and_true(values: int, draws: int) -> tuple[np.ndarray, np.ndarray]:
+    """Squared distances in steps of the grid of one pair after rounding by ``draws`` dithers, and before: [draws]."""
+    random = np.random.default_rng(3)
+    queries = random.uniform(-1, 1, (draws, values)).astype(np.float32)
+    # The fractions of the differences are a half: then rounding at random moves distances most.
+    references = (queries + random.choice([-1.5, 1.5], values) * np.float32(2 / 255)).astype(np.float32)
+    box = np.repeat([[-1.0], [1.0]], values, axis=1).astype(np.float32)
+    squared, true = np.empty(draws), np.empty(draws)
+    for draw in range(draws):  # every query draws its own dither
+        query, reference = queries[draw : draw + 1], references[draw : draw + 1]
+        reference = np.clip(reference, -1, 1)
+        scan = QuantisedScan(query, box, 1, 1, 1, 1, CPU)
+        scan.add(0, reference)
+        squared[draw] = float(scan.scan.unpacked()[0])
+        true[draw] = ((query.astype(np.float64) - reference) ** 2).sum() * scan.factor**2
+    return squared, true
+
+
+def test_rounding_at_random_moves_a_distance_as_little_as_hoeffding_says():
+    """|d̂² − d² − ‖ε‖²| ≤ 2cd fails with probability at most 2 exp(−2c²) for every c, and not much more rarely."""
+    squared, true = rounded_and_true(512, 2000)
+    cross = (squared - true - 512 / 4) / (2 * np.sqrt(true))
+    assert abs(cross.mean()) < 0.05  # unbiased but for ‖ε‖²
+    assert 0.4 < cross.std() < 0.55  # Hoeffding's c is in units of a half: each term has at most that deviation
+    for c in (0.5, 1.0, 1.5):
+        assert (np.abs(cross) > c).mean() <= 2 * np.exp(-2 * c**2)
+    assert (np.abs(cross) > 1.0).any()  # a smaller c would not hold
 
 
 @pytest.mark.parametrize("way", WAYS)

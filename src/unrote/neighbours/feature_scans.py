@@ -1,5 +1,6 @@
 """Scans of float32 features: bounds of distances from below that are proven, so that what they drop is known."""
 
+import hashlib
 import math
 
 import numpy as np
@@ -12,6 +13,7 @@ from unrote.neighbours.products import dense_product
 from unrote.neighbours.running_top import EMPTY, RunningTop, below
 from unrote.neighbours.scans import IntegerScan, State
 
+DITHER_BITS = 15
 PIECES = 3  # bfloat16 numbers that hold a float32 number but for 2⁻²⁷ of it
 
 
@@ -193,12 +195,17 @@ class FloatScan:
 
 
 class QuantisedScan:
-    """The ``slots`` nearest of N references after rounding to 8 bits, and what rounding can have done to them.
+    """The ``slots`` nearest of N references after rounding to 8 bits at random, and what that can have done to them.
 
-    The bounds. Map every value x of dimension j to (x − low_j) · t, where the box [0, 255]^D holds all queries. To
-    project a reference on a box that holds the query brings it no farther away, and rounding the two projections moves
-    them by e_q and e_r, which are measured: t·‖q − r‖ ≥ ‖q̂ − r̂‖ − e_q − e_r, where ‖q̂ − r̂‖² is an exact integer. In
-    the other direction t·‖q − r‖ ≤ ‖q̂ − r̂‖ + e_q + m_r, where m_r is how far projecting and rounding moved r.
+    The bounds. Map every value x of dimension j to y = (x − low_j) · t, where the box [0, 255]^D holds all queries. To
+    project a reference on a box that holds the query brings it no farther away. Then ŷ = ⌊y + u_j⌋, where one vector u,
+    uniform in [0, 1)^D, serves queries and references alike. With a = y_q − y_r, ŷ_q − ŷ_r is a + ε, where a_j + ε_j is
+    one of the two whole numbers next to a_j, E ε = 0, and the ε_j are independent. By Hoeffding (JASA 58, 1963, theorem
+    2) |⟨a, ε⟩| ≤ c‖a‖ and ‖ε‖² ≤ D/4 + c√D =: m, but for probabilities of 2⁻⁸⁰ each, with c² = 40 ln 2: so
+    ‖a‖² + 2c‖a‖ + m ≥ ‖ŷ_q − ŷ_r‖² ≥ ‖a‖² − 2c‖a‖, and ‖ŷ_q − ŷ_r‖² is an exact integer. c does not grow with D, as the
+    sum of how far rounding moved both (√(D/3)) does. u is drawn from a hash of the queries, so these cannot be chosen
+    against it. In fixed point with 15 bits after the point all of this holds exactly; to come there moves a value by
+    less than 10⁻⁴.
 
     Args:
         queries: float32 [g, D].
@@ -208,58 +215,67 @@ class QuantisedScan:
     def __init__(
         self, queries: np.ndarray, box: np.ndarray, num: int, slots: int, count: int, tile: int, device: torch.device
     ):
-        self.low, self.device = box[0], device
+        values = queries.shape[1]
+        # Each side in the middle of a side of the cube, so that few references lie outside.
+        self.low, self.device = (box.mean(0, dtype=np.float64) - widest(box) / 2).astype(np.float32), device
         self.factor = float(np.float32(255.0 / widest(box)))
-        rounded, errors = self.rounded(queries)
+        seed = hashlib.sha256(np.ascontiguousarray(queries).data).digest()
+        dither = np.random.default_rng(list(seed)).integers(0, 1 << DITHER_BITS, values, dtype=np.int32)
+        self.dither = torch.from_numpy(dither).to(device).float().mul_(2.0**-DITHER_BITS)
+        self.cross = math.sqrt(40 * math.log(2))
+        self.swing = min(values / 4 + self.cross * math.sqrt(values), float(values))
+        self.moved = torch.zeros((), dtype=torch.float64, device=device)
+        rounded, outside = self.rounded(queries)
+        self.fixed = 2e-4 * math.sqrt(values) + float(outside)  # float32 has put the cube a little beside the box
         self.scan = IntegerScan(rounded, slots, count, num=num, tile=tile, device=device)
-        self.errors, self.greatest = errors[0], torch.zeros(2, dtype=torch.float64, device=device)
 
     def rounded(self, rows: np.ndarray) -> tuple[np.ndarray, Tensor]:
-        """Images uint8 [n, 1, 1, D]; how far rounding, and projecting and rounding, moved each at most: float64."""
+        """Images uint8 [n, 1, 1, D], and how far projecting moved a row at most, float64."""
         result = torch.empty(rows.shape, dtype=torch.uint8)
-        errors = torch.empty((2, len(rows)), dtype=torch.float64, device=self.device)
+        moved = torch.zeros((), dtype=torch.float64, device=self.device)
         values = rows.shape[1]
         step = max(1, (1 << 17) // values)  # a piece stays in the processor's cache through all passes
         for start in range(0, len(rows), step):
             piece = slice(start, start + step)
-            scaled = torch.from_numpy(rows[piece] - self.low).to(self.device)
-            scaled.mul_(self.factor)
-            low, high = torch.aminmax(scaled)
-            projected = scaled if low >= 0 and high <= 255 else scaled.clamp(0.0, 255.0)
-            levels = projected.round()
-            result[piece] = levels
-            errors[1, piece] = torch.linalg.vecdot(scaled.sub_(levels), scaled)
-            errors[0, piece] = errors[1, piece]
-            if projected is not scaled:
-                errors[0, piece] = torch.linalg.vecdot(projected.sub_(levels), projected)
-        # Sums in float32 are off by at most D · 2⁻²³; scaled values of up to 255 by less than 1e-4 each.
-        images = result.numpy()[:, None, None]
-        return images, errors.sqrt_().mul_(1 + values * 2.0**-23).add_(1e-4 * values**0.5)
+            # From 256 to 511 a float32 has 15 bits after the point: adding u is exact, and 256 is 0 in 8 bits.
+            fixed = torch.from_numpy(rows[piece] - self.low).to(self.device).mul_(self.factor).add_(256.0)
+            low, high = torch.aminmax(fixed)
+            if not (low >= 256.0 and high <= 511.0):
+                projected = fixed.clamp(256.0, 511.0)
+                moved = torch.maximum(moved, torch.linalg.vecdot(fixed.sub_(projected), fixed).amax())
+                fixed = projected
+            result[piece] = fixed.add_(self.dither).int()
+        # A sum in float32 is off by at most D · 2⁻²³ of itself.
+        return result.numpy()[:, None, None], moved.sqrt_().mul_(1 + values * 2.0**-23)
 
     def add(self, first: int, references: np.ndarray) -> None:
         """Take in float32 rows [b, D]."""
-        rounded, errors = self.rounded(references)
-        greatest = errors.amax(1)
-        if not greatest.isfinite().all():
+        rounded, moved = self.rounded(references)
+        if not moved.isfinite():
             checked(references)
-        # What is kept is at most so much farther than it seems, what is dropped at most so much nearer.
-        self.scan.add(first, rounded, 2 * self.errors + self.greatest[1] + greatest[0])
-        self.greatest = torch.maximum(self.greatest, greatest)
+        self.moved = torch.maximum(self.moved, moved)
+        self.scan.add(first, rounded, self._allowed)
+
+    def _allowed(self, distances: Tensor) -> Tensor:
+        """Squared distances after rounding that something as near as what has these (not squared) can have."""
+        nearest = distances.square().add_(self.cross**2).sqrt_().add_(self.cross + 2 * self.fixed + self.moved)
+        return nearest.add(2 * self.cross).mul_(nearest).add_(self.swing)
 
     def candidates(self) -> tuple[Tensor, Tensor]:
         """Lower bounds of distances float64 (infinite: none) and indices int64, each [g, slots], bounds ascending."""
         squared, indices, _, there = self.scan.unpacked()
-        bounds = squared.double().sqrt_().sub_(self.errors[:, None] + self.greatest[0]).clamp_(min=0.0)
-        return bounds.div_(self.factor).mul_(1 - 1e-9).masked_fill_(~there, torch.inf), indices
+        bounds = squared.double().sub_(self.swing).clamp_(min=0.0).add_(self.cross**2).sqrt_()
+        bounds.sub_(self.cross + self.fixed).clamp_(min=0.0).div_(self.factor).mul_(1 - 1e-9)
+        return bounds.masked_fill_(~there, torch.inf), indices
 
     def state(self) -> State:
-        """The keys and the greatest errors of references."""
-        return {**self.scan.state(), "greatest": self.greatest.cpu().numpy()}
+        """The keys, and how far projecting moved a reference at most."""
+        return {**self.scan.state(), "moved": self.moved.cpu().numpy()}
 
     def merge(self, state: State) -> None:
-        """Keep the least keys and the greatest errors of both."""
+        """Keep the least keys and the greatest move of both."""
         self.scan.merge({"keys": state["keys"]})
-        self.greatest = torch.maximum(self.greatest, torch.from_numpy(state["greatest"]).to(self.device))
+        self.moved = torch.maximum(self.moved, torch.from_numpy(state["moved"]).to(self.device))
 
 
 class RangeScan:

@@ -23,7 +23,7 @@ from unrote.ranks import Ranks
 Way = Literal["int8", "bfloat16", "float32"]
 WAYS: tuple[Way, ...] = ("int8", "bfloat16", "float32")
 # Candidates kept per neighbour asked for (and 16 more): the coarser the bounds, the more references they cannot tell.
-KEPT = {"int8": 3.0, "bfloat16": 4.0, "float32": 1.5}
+KEPT = {"int8": 3.5, "bfloat16": 4.0, "float32": 1.5}
 
 
 @torch.no_grad()
@@ -62,7 +62,7 @@ def nearest_features(
     num, count, values = min(num, len(references)), len(references), references.shape[1]
     sizes = Blocks.within(memory_bytes, values, slots_of("bfloat16", num, count), 8, 10)
     ranks, device = Ranks.here(distributed=distributed), torch.device(device)
-    saved = Saved.keyed(resume, ranks, queries, references, "features/2", num, sizes.group)
+    saved = Saved.keyed(resume, ranks, queries, references, "features/3", num, sizes.group)
     groups = range(0, len(queries), sizes.group)
     squared, indices = np.zeros((len(queries), num)), np.zeros((len(queries), num), dtype=np.int64)
     again = 0

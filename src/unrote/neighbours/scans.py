@@ -4,7 +4,7 @@ A scan is fed blocks of references in any number of pieces and keeps, per query,
 loaded, and merged with the state of a scan of other references; what order or grouping they came in changes nothing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -41,7 +41,7 @@ class IntegerScan:
         num_references: N.
         views: the orbit; of equally near views the first counts.
         margin: pixels at each border that are left out.
-        num: with ``slack``, the rank whose distance the slack is measured from; ``slots`` if None.
+        num: with ``allowed``, the rank whose distance it is given; ``slots`` if None.
         tile: how many queries at once.
         device: where products are computed.
 
@@ -86,17 +86,19 @@ class IntegerScan:
         # Reflection repeats some pixels and drops others, so each view has its own norm: a count of uses.
         self.uses = torch.stack([torch.bincount(s, minlength=values).to(torch.int8) for s in self.sources])
 
-    def add(self, first: int, references: np.ndarray, slack: Tensor | None = None) -> None:
+    def add(
+        self, first: int, references: np.ndarray, allowed: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
         """Take in uint8 rows [b, H, W, C].
 
-        With ``slack`` [g], rows are not kept whose distance (not squared) exceeds that of the ``num``-th row kept so
-        far by more than the slack.
+        With ``allowed``, rows are not kept whose squared distance exceeds what it gives, float64, for the distances
+        (not squared) of the ``num``-th row kept so far.
         """
         bases, norms = self._columns(references)
         for start in range(0, len(self.queries), self.tile):
             rows = slice(start, min(start + self.tile, len(self.queries)))
             scores, which = self._scores(rows, bases, norms)
-            self._keep(rows, first, scores, which, self._limits(rows, None if slack is None else slack[rows]))
+            self._keep(rows, first, scores, which, self._limits(rows, allowed))
 
     def _columns(self, references: np.ndarray) -> tuple[list[Tensor], Tensor]:
         """The block under each base as int8 columns [D, b], and the squared norms of all its views [T, b]."""
@@ -140,16 +142,15 @@ class IntegerScan:
         assert best is not None
         return best, which
 
-    def _limits(self, rows: slice, slack: Tensor | None) -> Tensor:
+    def _limits(self, rows: slice, allowed: Callable[[Tensor], Tensor] | None) -> Tensor:
         """Scores from which on nothing is kept."""
         keys = self.top.keys[rows]
-        limits = keys[:, -1] // self.stride
-        if slack is not None:
+        limits = (keys[:, -1] // self.stride).double()  # exact up to 2⁵³, far above any distance
+        if allowed is not None:
             distances = (keys[:, self.num - 1] // self.stride).double().sqrt()
-            allowed = (distances + slack).square_().mul_(1 + 1e-9).add_(1.0)  # rounding of the root, and "up to"
-            limits = torch.minimum(limits.double(), allowed).long()
-        greatest = torch.iinfo(self.dtype).max
-        return (limits - self.norms[rows]).clamp_(-greatest, greatest).to(self.dtype)
+            limits = torch.minimum(limits, allowed(distances).mul_(1 + 1e-9).add_(1.0))  # roots round, and "up to"
+        greatest = min(torch.iinfo(self.dtype).max, 1 << 62)
+        return limits.sub_(self.norms[rows]).clamp_(-greatest, greatest).to(self.dtype)
 
     def _keep(self, rows: slice, first: int, scores: Tensor, which: Tensor | None, limits: Tensor) -> None:
         found = below(scores, limits)
