@@ -8,7 +8,6 @@ is missing and who has failed; tensors go by gloo once everybody is there.
 
 import json
 import os
-import secrets
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,6 +27,7 @@ from unrote import __version__
 from unrote.config import Config
 from unrote.data.store import ImageStore
 from unrote.errors import InputError, first_line
+from unrote.files import temporary_path
 from unrote.method.assignment import assign
 from unrote.method.peers import Alone, Average
 from unrote.tensorfiles import state_from_bytes, state_to_bytes
@@ -226,7 +226,7 @@ class Group(Single):
         """The process that has the store goes last, or the others could not read why."""
         with suppress(RuntimeError):
             left, end = self._store.add("left", 1), time.monotonic() + seconds
-            while self.rank == 0 and left < self.size and time.monotonic() < end:
+            while self.rank == 0 and left < self.size and self._others() and time.monotonic() < end:
                 time.sleep(0.02)
                 left = self._store.add("left", 0)
 
@@ -288,6 +288,10 @@ class Group(Single):
                 return str(self._store.get("failed").decode())
         return self._death()
 
+    def _others(self) -> bool:
+        """Whether any of the others may still be there."""
+        return len(self._neighbours) < self.size - 1 or any(map(_lives, self._neighbours.values()))
+
     def _death(self) -> str | None:
         for rank, pid in self._neighbours.items():
             if not _lives(pid):
@@ -303,11 +307,21 @@ def is_finished(run: Run, config: Config, images: ImageStore, peers: Single) -> 
     """
     if peers.size == 1:
         return run.finished
-    marker = run.path / f".shared-{secrets.token_hex(8)}"
+    marker = temporary_path(run.path / "shared")
     if peers.rank == 0:
         marker.touch()
+    try:
+        _check_same(run, config, images, peers, marker.name)
+        # Nobody looks for the marker any more.
+        return bool(peers.gather(run.finished)[0])
+    finally:
+        if peers.rank == 0:
+            marker.unlink()
+
+
+def _check_same(run: Run, config: Config, images: ImageStore, peers: Single, marker: str) -> None:
     same = {"version of unrote": __version__, "configuration": config.to_yaml(), "images": images.fingerprint}
-    theirs, seen, finished = peers.gather([same, marker.name, run.finished])[0]
+    theirs, seen = peers.gather([same, marker])[0]
     for name, value in same.items():
         if theirs[name] != value:
             raise InputError(f"process {peers.rank} has another {name} than process 0: give all of them the same")
@@ -316,10 +330,6 @@ def is_finished(run: Run, config: Config, images: ImageStore, peers: Single) -> 
             f"--out {run.path}: process {peers.rank} does not see what process 0 writes there; "
             "choose a folder on a filesystem that all machines share"
         )
-    peers.gather(None)
-    if peers.rank == 0:
-        marker.unlink()
-    return bool(finished)
 
 
 @contextmanager
