@@ -12,8 +12,8 @@ class Reachable:
     """The store that the first process keeps, as another one sees it: its methods are those of ``store``.
 
     The store's own calls wait for an answer as long as the connection stands, and it stands where a cut network
-    swallows what is sent, or where the process that keeps the store hangs. So each call waits in a thread of its own, which is
-    left behind if there is no answer.
+    swallows what is sent, or where the process that keeps the store hangs. So each call waits in a thread of its own,
+    which is left behind if there is no answer.
 
     Args:
         store: to be asked.
