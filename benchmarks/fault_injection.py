@@ -13,6 +13,8 @@ import hashlib
 import json
 import os
 import random
+import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -29,7 +31,9 @@ from toy import everything_of
 
 RESULTS = Path(__file__).parent / "results"
 SETTINGS = {"training.epochs": 8, "training.checkpointing_steps": 2, "training.log_every_steps": 2}
-KILLS_PER_JOB = 3
+KILLS_PER_JOB = 4
+PEER_TIMEOUT = "10"
+COMMIT = ["git", "describe", "--always", "--dirty"]
 
 
 def digest(out: Path) -> str:
@@ -39,8 +43,17 @@ def digest(out: Path) -> str:
 
 
 def leftovers(out: Path) -> list[str]:
-    """Files of a finished run that nobody should find: half-written ones, markers of a process that was there."""
-    return sorted(str(path.relative_to(out)) for path in out.rglob(".*") if path.name != ".lock")
+    """What nobody should find in a finished run: hidden files and folders, proxies and states that no checkpoint names.
+
+    The lock file stays, empty.
+    """
+    found = {path for path in out.rglob(".*") if path != out / ".lock" or path.read_bytes()}
+    named = {out / "checkpoints" / path.name for path in out.glob("checkpoints/*.json")}
+    for manifest in tuple(named):
+        named |= {manifest.with_suffix(".safetensors")}
+        named |= {out / "proxies" / name for name in json.loads(manifest.read_text())["proxies"]}
+    found |= {*out.glob("checkpoints/*"), *out.glob("proxies/*")} - named
+    return sorted(str(path.relative_to(out)) for path in found)
 
 
 def newest_checkpoint(out: Path) -> int:
@@ -48,14 +61,10 @@ def newest_checkpoint(out: Path) -> int:
     return max((int(path.stem) for path in (out / "checkpoints").glob("*.json")), default=0)
 
 
-def killed(out: Path, draw: random.Random, seconds: float, steps: int) -> dict[str, Any]:
-    """Start two processes, kill some, and wait until all have ended.
-
-    The time is drawn from what the job still needs, of ``seconds`` for all ``steps``.
-    """
-    delay = draw.uniform(0, seconds * (1 - newest_checkpoint(out) / steps))
-    job = Job(out, 2, settings=SETTINGS, UNROTE_PEER_TIMEOUT="20")
-    ranks = draw.choice([[0], [1], [0, 1]])
+def killed(out: Path, draw: random.Random, seconds: float) -> dict[str, Any]:
+    """Start two processes, kill one or both after a time of at most ``seconds``, and wait until all have ended."""
+    delay, ranks = draw.uniform(0, seconds), draw.choice([[0], [1], [0, 1]])
+    job = Job(out, 2, settings=SETTINGS, UNROTE_PEER_TIMEOUT=PEER_TIMEOUT)
     began = time.monotonic()
     while job.running and time.monotonic() - began < delay:
         time.sleep(0.005)
@@ -70,17 +79,20 @@ def killed(out: Path, draw: random.Random, seconds: float, steps: int) -> dict[s
         "exit_codes": codes,
         "survivor_ended_after_seconds": ended,
         "newest_checkpoint": newest_checkpoint(out),
+        "left": leftovers(out),
     }
 
 
-def one_job(folder: Path, seed: int, seconds: float, steps: int, kills: int) -> dict[str, Any]:
-    """A job that is killed so often and then left alone."""
+def one_job(folder: Path, seed: int, seconds: float, kills: int) -> dict[str, Any]:
+    """A job that is killed so often, unless it is finished before, and then left alone."""
     draw, out = random.Random(seed), folder / f"job-{seed}"
-    history = [killed(out, draw, seconds, steps) for _ in range(kills)]
+    history: list[dict[str, Any]] = []
+    while len(history) < kills and not Run(out).finished:
+        history.append(killed(out, draw, seconds))
     world = draw.choice([1, 2, 3])
     final = Job(out, world, settings=SETTINGS)
     codes = final.wait(600)
-    return {
+    result = {
         "seed": seed,
         "kills": history,
         "last_processes": world,
@@ -89,6 +101,8 @@ def one_job(folder: Path, seed: int, seconds: float, steps: int, kills: int) -> 
         "leftovers": leftovers(out),
         "messages": final.messages() if any(codes) else [],
     }
+    shutil.rmtree(out)
+    return result
 
 
 def inject(folder: Path, kills: int, seed: int, minutes: float) -> dict[str, Any]:
@@ -101,14 +115,15 @@ def inject(folder: Path, kills: int, seed: int, minutes: float) -> dict[str, Any
     calm = Job(folder / "calm", 2, settings=SETTINGS)
     assert calm.wait(600) == [0, 0], calm.messages()
     seconds = time.monotonic() - began
-    steps = newest_checkpoint(folder / "calm")
     jobs: list[dict[str, Any]] = []
     while sum(counts(jobs).values()) < kills and time.monotonic() < end:
-        jobs.append(one_job(folder, seed + len(jobs), seconds, steps, min(KILLS_PER_JOB, kills)))
+        jobs.append(one_job(folder, seed + len(jobs), seconds, min(KILLS_PER_JOB, kills)))
         state = f"{sum(counts(jobs).values())} kills, {different(jobs, expected)} of {len(jobs)} jobs different"
-        print(state, file=sys.stderr, flush=True)
+        print(f"seed {jobs[-1]['seed']}: {state}, left {jobs[-1]['leftovers']}", file=sys.stderr, flush=True)
+    every = [kill for job in jobs for kill in job["kills"] if kill["killed"]]
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": subprocess.run(COMMIT, cwd=RESULTS, capture_output=True, text=True, check=False).stdout.strip(),
         "load_average": list(os.getloadavg()),
         "seed": seed,
         "settings": SETTINGS,
@@ -117,10 +132,11 @@ def inject(folder: Path, kills: int, seed: int, minutes: float) -> dict[str, Any
         "undisturbed_two_processes_equal": digest(folder / "calm") == expected,
         "kills": sum(counts(jobs).values()),
         "kills_by_rank": counts(jobs),
+        "kills_that_left_something": sum(bool(kill["left"]) for kill in every),
         "jobs": len(jobs),
         "jobs_that_differ": different(jobs, expected),
         "jobs_with_leftovers": sum(bool(job["leftovers"]) for job in jobs),
-        "longest_survivor_seconds": max(kill["survivor_ended_after_seconds"] for job in jobs for kill in job["kills"]),
+        "longest_survivor_seconds": max((kill["survivor_ended_after_seconds"] for kill in every), default=0.0),
         "history": jobs,
     }
 
@@ -139,7 +155,7 @@ def different(jobs: list[dict[str, Any]], expected: str) -> int:
 
 
 def main() -> int:
-    """Inject and write the result; 1 if any job differs."""
+    """Inject and write the result; 1 if any job differs or leaves anything."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
@@ -150,7 +166,8 @@ def main() -> int:
         result = inject(Path(folder), arguments.kills, arguments.seed, arguments.minutes)
     write_json(arguments.out, result)
     print(json.dumps({key: value for key, value in result.items() if key != "history"}, indent=2))
-    return int(bool(result["jobs_that_differ"]) or not result["undisturbed_two_processes_equal"])
+    failed = result["jobs_that_differ"] or result["jobs_with_leftovers"]
+    return int(bool(failed) or not result["undisturbed_two_processes_equal"])
 
 
 if __name__ == "__main__":

@@ -4,12 +4,14 @@ They find each other by the same environment variables as under torchrun, but no
 they have to notice by themselves.
 """
 
+import ctypes
 import multiprocessing
 import os
 import signal
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ class Job:
         method: see :func:`unrote.train`.
         settings: dotted fields.
         limit: bytes that a file may have in rank 0, as on a disk that is full; None for no limit.
+        hosts: a network namespace for each, which then is a machine of that name; none for this machine.
         variables: of the environment.
     """
 
@@ -48,6 +51,7 @@ class Job:
         settings: dict[str, Any] | None = None,
         *,
         limit: int | None = None,
+        hosts: Sequence[str] = (),
         **variables: str,
     ) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -56,7 +60,8 @@ class Job:
         self.processes = []
         for rank, log in enumerate(self._logs):
             own = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | variables
-            arguments = (own, log, out, method, settings or {}, limit if rank == 0 else None)
+            host = hosts[rank] if hosts else None
+            arguments = (host, own, log, out, method, settings or {}, limit if rank == 0 else None)
             self.processes.append(CONTEXT.Process(target=_work, args=arguments))
         for process in self.processes:
             process.start()
@@ -89,12 +94,30 @@ class Job:
 
 
 def _work(
-    variables: dict[str, str], log: Path, out: Path, method: str, settings: dict[str, Any], limit: int | None
+    host: str | None,
+    variables: dict[str, str],
+    log: Path,
+    out: Path,
+    method: str,
+    settings: dict[str, Any],
+    limit: int | None,
 ) -> None:
+    if host is not None:
+        _move_to(host)
     os.environ.update(variables)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(descriptor, 2)
     sys.exit(_train(out, method, settings, limit))
+
+
+def _move_to(host: str) -> None:
+    """Into a network namespace, and under its name; Python 3.11 has no setns."""
+    library = ctypes.CDLL(None, use_errno=True)
+    clone_newuts = 0x04000000
+    with Path("/run/netns", host).open() as namespace:
+        if library.setns(namespace.fileno(), 0) or library.unshare(clone_newuts):
+            raise OSError(ctypes.get_errno(), f"cannot move to {host}")
+    socket.sethostname(host)
 
 
 def _train(out: Path, method: str, settings: dict[str, Any], limit: int | None) -> int:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
+from forking import free_port
 from toy import SETTINGS, assert_same_run, log_of, summary_of, toy_images
 from unrote.training.budget import Budget, Progress
 from unrote.training.run import Run
@@ -113,6 +114,14 @@ def test_where_everyone_stands_is_what_counting_gives(total, local, sizes, parts
 LONG = {"training.epochs": 60, "training.log_every_steps": 2}
 
 
+@pytest.fixture(scope="module")
+def long_alone(tmp_path_factory, data):
+    """The longer run in one process, beside the first test that it is for."""
+    out = tmp_path_factory.mktemp("long") / "run"
+    process = launch(1, out, data, **LONG)
+    return lambda: Run(out) if process.poll() == 0 else finished(process, out)
+
+
 def workers_of(process):
     """Process ids by rank of what torchrun started."""
     found = {}
@@ -132,10 +141,9 @@ def wait_for_checkpoints(out, process, count):
     return False
 
 
-def test_killed_stopped_and_gone_on_with_in_fewer_processes(tmp_path, data):
+def test_killed_stopped_and_gone_on_with_in_fewer_processes(tmp_path, data, long_alone):
     """One of three is killed; then one of two is asked to stop; then one alone goes on: the result is the same."""
-    alone, out = tmp_path / "alone", tmp_path / "run"
-    undisturbed = launch(1, alone, data, **LONG)
+    out = tmp_path / "run"
     process = launch(3, out, data, **LONG)
     assert wait_for_checkpoints(out, process, 10)
     os.kill(workers_of(process)[1], signal.SIGKILL)
@@ -151,7 +159,42 @@ def test_killed_stopped_and_gone_on_with_in_fewer_processes(tmp_path, data):
     assert max(int(path.stem) for path in (out / "checkpoints").glob("*.json")) > steps
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers.values()), "no orphans"
     run = finished(launch(1, out, data, **LONG), out)
-    assert_same_run(run, finished(undisturbed, alone))
+    assert_same_run(run, long_alone())
+
+
+def test_a_machine_disappears_and_torchrun_goes_on_with_the_other(tmp_path, data, long_alone):
+    """Elastic: of two machines with one worker each, one is killed; torchrun restarts the other, alone (W = 2, 1)."""
+    out = tmp_path / "run"
+    patience = "last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=2"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=3"]
+    launcher += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--rdzv-id=1"]
+    variables = os.environ | {"OMP_NUM_THREADS": "1", "UNROTE_CACHE": str(tmp_path / "cache")}
+    variables |= {"UNROTE_PEER_TIMEOUT": "20"}
+    # The meeting point of the launchers is the first machine's, which stays.
+    first, second = (
+        subprocess.Popen(
+            [*launcher, f"--rdzv-conf={patience},is_host={host}", *command_of(out, data, **LONG)],
+            env=variables,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for host in ("true", "false")
+    )
+    try:
+        assert wait_for_checkpoints(out, first, 10)
+        found = [second.pid, *workers_of(second).values()]
+        for pid in found:
+            os.kill(pid, signal.SIGKILL)
+        second.communicate(timeout=60)
+        _, errors = first.communicate(timeout=150)
+    finally:
+        for process in (first, second):
+            process.kill()
+    assert first.returncode == 0, errors
+    assert "going on at" in errors, "it was started again"
+    assert_same_run(Run(out), long_alone())
+    assert not any(Path(f"/proc/{pid}").exists() for pid in found), "no orphans"
+    assert [path.name for path in out.rglob(".*")] == [".lock"]
 
 
 def test_a_process_that_hangs_is_named(tmp_path, data):

@@ -1,7 +1,9 @@
 """What happens to long jobs happens to several real processes: afterwards the result is that of one calm process."""
 
 import json
+import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -85,17 +87,78 @@ def test_a_request_to_stop_one_process_stops_all_after_a_checkpoint(tmp_path, ca
         assert (found.path / name).read_bytes() == (expected.path / name).read_bytes()
 
 
-def test_a_process_that_stands_still_is_named(tmp_path, calm):
-    out = tmp_path / "run"
-    job = Job(out, 2, settings=MANY, UNROTE_PEER_TIMEOUT="5")
+@pytest.mark.parametrize("hung", [0, 1])
+def test_a_process_that_stands_still_is_named(tmp_path, calm, hung):
+    out, other = tmp_path / "run", 1 - hung
+    job = Job(out, 2, settings=MANY, UNROTE_PEER_TIMEOUT="4")
     until(lambda: checkpoints_in(out), job)
-    job.kill([1], signal.SIGSTOP)
-    job.processes[0].join(60)
-    assert job.processes[0].exitcode == UNUSABLE, job.messages()
-    assert "process 1 of 2 has given no sign of life for 5 seconds" in job.messages()[0]
-    job.kill([1], signal.SIGCONT)
-    assert job.wait(60)[1] != 0, "it does not go on alone"
+    job.kill([hung], signal.SIGSTOP)
+    job.processes[other].join(60)
+    assert job.processes[other].exitcode == UNUSABLE, job.messages()
+    assert f"process {hung} of 2 has given no sign of life for 4 seconds" in job.messages()[other]
+    job.kill([hung], signal.SIGCONT)
+    assert job.wait(60)[hung] != 0, "it does not go on alone"
     goes_on(out, 2, calm)
+
+
+ADDRESSES = ("10.83.0.1", "10.83.1.1")
+
+
+def ip(*arguments):
+    subprocess.run(["ip", *arguments], check=True, capture_output=True, timeout=20)
+
+
+@pytest.fixture
+def machines():
+    """Two network namespaces with a router between them, and what makes it forward or swallow everything."""
+    router, *hosts = (f"unrote-{os.getpid()}-{name}" for name in ("router", "a", "b"))
+
+    def forward(number):
+        command = ["netns", "exec", router, "sh", "-c", f"echo {number} > /proc/sys/net/ipv4/ip_forward"]
+        ip(*command)
+
+    try:
+        try:
+            for name in (router, *hosts):
+                ip("netns", "add", name)
+            for host, address in zip(hosts, ADDRESSES, strict=True):
+                gateway, port = f"{address.rpartition('.')[0]}.254", f"port{address[-3]}"
+                ip("link", "add", "eth0", "netns", host, "type", "veth", "peer", "name", port, "netns", router)
+                for name, link, its in ((host, "eth0", address), (router, port, gateway)):
+                    ip("-n", name, "addr", "add", f"{its}/24", "dev", link)
+                    ip("-n", name, "link", "set", link, "up")
+                ip("-n", host, "link", "set", "lo", "up")
+                ip("-n", host, "route", "add", "default", "via", gateway)
+            forward(1)
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"no network namespaces here: they need root and iproute2 ({error})")
+        yield hosts, forward
+    finally:
+        for name in (router, *hosts):
+            if shutil.which("ip"):
+                subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+
+
+def test_a_network_that_is_cut(tmp_path, calm, machines):
+    """Packets vanish, no connection is reset: each side gives the other up, and later both go on."""
+    hosts, forward = machines
+    out, options = tmp_path / "run", {"MASTER_ADDR": ADDRESSES[0], "GLOO_SOCKET_IFNAME": "eth0"}
+    job = Job(out, 2, settings=MANY, hosts=hosts, UNROTE_PEER_TIMEOUT="4", **options)
+    until(lambda: checkpoints_in(out), job)
+    forward(0)
+    cut = time.monotonic()
+    assert job.wait(60) == [UNUSABLE, UNUSABLE], job.messages()
+    # The time-out, up to a second until the next look, and up to 5 for the others to read why.
+    assert time.monotonic() - cut < 4 + 1 + 5 + 3
+    for rank, message in enumerate(job.messages()):
+        assert f"process {1 - rank} of 2" in message, message
+    assert not Run(out).finished and checkpoints_in(out)
+    assert [path.name for path in out.rglob(".*")] == [".lock"] and (out / ".lock").read_text() == ""
+    forward(1)
+    again = Job(out, 2, settings=MANY, hosts=hosts, UNROTE_PEER_TIMEOUT="20", **options)
+    assert again.wait() == [0, 0], again.messages()
+    assert_same_run(Run(out), calm)
+    assert [path.name for path in out.rglob(".*")] == [".lock"]
 
 
 def test_a_second_run_in_the_folder_refuses_and_the_first_goes_on(tmp_path, calm):

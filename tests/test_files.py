@@ -3,13 +3,25 @@
 import hashlib
 import json
 import math
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch import nn
 
 from unrote.errors import InputError
-from unrote.files import atomic_path, atomic_write, sha256_file, write_bytes, write_json, write_text
+from unrote.files import (
+    atomic_path,
+    atomic_write,
+    remove_leftovers,
+    sha256_file,
+    temporary_path,
+    write_bytes,
+    write_json,
+    write_text,
+)
 from unrote.tensorfiles import clone_state, load_state, save_state, weighted_average
 
 
@@ -75,6 +87,37 @@ def test_a_reader_never_sees_a_part(tmp_path):
         file.flush()
         assert path.read_bytes() == b"old"
     assert path.read_bytes() == b"new"
+
+
+def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
+    """Killed amid a file, a folder, and one that safetensors writes; beside them what is somebody's own."""
+    left = """
+import os, sys, torch
+from pathlib import Path
+from safetensors.torch import save_file
+from unrote.files import atomic_path, atomic_write
+folder = Path(sys.argv[1])
+if os.fork() == 0:
+    with atomic_path(folder / "model") as temporary, atomic_write(folder / "a.b") as file:
+        temporary.mkdir()
+        (temporary / "weights").touch()
+        os._exit(0)
+# It cannot write as much as this: it ends amid writing.
+import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
+save_file({"a": torch.zeros(1 << 16)}, folder / "x.safetensors")
+"""
+    result = subprocess.run([sys.executable, "-c", left, tmp_path], capture_output=True, check=False)
+    assert result.returncode == -signal.SIGXFSZ
+    assert len(names(tmp_path)) == 3 and all(name.startswith(".") for name in names(tmp_path))
+    own = {".gitignore", ".lock", ".nfs0000000001", ".tmp", ".notes.tmp", ".tmp-mine", "a.b"}
+    for name in own:
+        (tmp_path / name).touch()
+    temporary_path(tmp_path / "link").symlink_to(tmp_path.parent)
+    remove_leftovers(tmp_path)
+    assert set(names(tmp_path)) == own
+    remove_leftovers(tmp_path / "not there")
 
 
 def test_text_json_and_checksum(tmp_path):

@@ -101,6 +101,9 @@ def test_dying_before_any_change_of_the_disk(disk, undisturbed, tmp_path, part):
         with disk.dies_after(moment):
             toy_run(folder, "iet-agc+", **QUICK)
         assert_same_run(toy_run(folder, "iet-agc+", **QUICK), run)
+        assert [path.name for path in folder.rglob(".*")] == [".lock"]
+        manifests = [json.loads(path.read_text()) for path in folder.glob("checkpoints/*.json")]
+        assert set(names(folder / "proxies")) == {name for one in manifests for name in one["proxies"]}
 
 
 @pytest.mark.parametrize("method", ["agc", "iet-agc+"])

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
@@ -11,6 +12,24 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from unrote.errors import InputError
+
+_TEMPORARY = re.compile(r"\..+\.\d+\.[0-9a-f]{8}\.tmp|\.tmp\w{6}")
+"""Names that :func:`temporary_path` gives, and safetensors while it writes a file."""
+
+
+def temporary_path(path: Path) -> Path:
+    """A hidden name beside ``path`` that no other process uses, and :func:`remove_leftovers` knows."""
+    return path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes left half written in ``folder``; nobody may be writing there."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if _TEMPORARY.fullmatch(path.name):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def fsync(path: Path) -> None:
@@ -29,7 +48,7 @@ def atomic_path(path: Path, *, durable: bool = True) -> Iterator[Path]:
     ``durable=False`` leaves out the fsync: whole or absent after the process is killed, but not after a power cut.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    temporary = temporary_path(path)
     try:
         yield temporary
         if durable:

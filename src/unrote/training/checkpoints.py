@@ -2,6 +2,7 @@
 
 import json
 import logging
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,17 @@ class Checkpoints:
                 "Restore the files from a backup, or train into a new folder"
             )
         return None
+
+    def clear_away(self) -> None:
+        """Remove the files of proxies that no checkpoint names and nobody uses; every process must call it at once.
+
+        A run that goes on from its last checkpoint and only writes its outputs saves no other, which would do it.
+        """
+        named: set[str] = set()
+        for path in self._folder.glob("*.json") if self._peers.rank == 0 else ():
+            with suppress(ValueError, KeyError, TypeError):
+                named |= set(json.loads(path.read_text())["proxies"])
+        self._slots.pin(self._peers.gather(sorted(named))[0])
 
     def _problem_of(self, manifest_path: Path) -> str | None:
         try:

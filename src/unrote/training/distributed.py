@@ -8,14 +8,11 @@ is missing and who has failed; tensors go by gloo once everybody is there.
 
 import json
 import os
-import secrets
-import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,9 +25,11 @@ from unrote import __version__
 from unrote.config import Config
 from unrote.data.store import ImageStore
 from unrote.errors import InputError, first_line
+from unrote.files import temporary_path
 from unrote.method.assignment import assign
 from unrote.method.peers import Alone, Average
 from unrote.tensorfiles import state_from_bytes, state_to_bytes
+from unrote.training.reachable import Reachable, lives, machine
 from unrote.training.run import Run
 
 TIMEOUT = "UNROTE_PEER_TIMEOUT"
@@ -116,7 +115,7 @@ class Group(Single):
 
     def introduce(self) -> None:
         """Learn which of the others are on this machine: there it is seen at once if one dies."""
-        place = _place()
+        place = machine()
         for rank, (theirs, pid) in enumerate(self.gather([place, os.getpid()])):
             if place and theirs == place and rank != self.rank:
                 self._neighbours[rank] = pid
@@ -201,10 +200,11 @@ class Group(Single):
 
     def _receive(self, sender: int) -> Any:
         length = torch.zeros(1, dtype=torch.int64)
-        dist.recv(length, sender)
-        content = torch.empty(int(length), dtype=torch.uint8)
-        for part in _chunks(content):
-            dist.recv(part, sender)
+        with self._named(f"receiving a proxy from process {sender} of {self.size}"):
+            dist.recv(length, sender)
+            content = torch.empty(int(length), dtype=torch.uint8)
+            for part in _chunks(content):
+                dist.recv(part, sender)
         return state_from_bytes(content.numpy().tobytes())
 
     def _broadcast(self, state: Any) -> Any:
@@ -226,7 +226,7 @@ class Group(Single):
         """The process that has the store goes last, or the others could not read why."""
         with suppress(RuntimeError):
             left, end = self._store.add("left", 1), time.monotonic() + seconds
-            while self.rank == 0 and left < self.size and time.monotonic() < end:
+            while self.rank == 0 and left < self.size and self._others() and time.monotonic() < end:
                 time.sleep(0.02)
                 left = self._store.add("left", 0)
 
@@ -288,9 +288,13 @@ class Group(Single):
                 return str(self._store.get("failed").decode())
         return self._death()
 
+    def _others(self) -> bool:
+        """Whether any of the others may still be there."""
+        return len(self._neighbours) < self.size - 1 or any(map(lives, self._neighbours.values()))
+
     def _death(self) -> str | None:
         for rank, pid in self._neighbours.items():
-            if not _lives(pid):
+            if not lives(pid):
                 return f"process {rank} of {self.size} has died; the same command goes on from here"
         return None
 
@@ -303,11 +307,21 @@ def is_finished(run: Run, config: Config, images: ImageStore, peers: Single) -> 
     """
     if peers.size == 1:
         return run.finished
-    marker = run.path / f".shared-{secrets.token_hex(8)}"
+    marker = temporary_path(run.path / "shared")
     if peers.rank == 0:
         marker.touch()
+    try:
+        _check_same(run, config, images, peers, marker.name)
+        # Nobody looks for the marker any more.
+        return bool(peers.gather(run.finished)[0])
+    finally:
+        if peers.rank == 0:
+            marker.unlink()
+
+
+def _check_same(run: Run, config: Config, images: ImageStore, peers: Single, marker: str) -> None:
     same = {"version of unrote": __version__, "configuration": config.to_yaml(), "images": images.fingerprint}
-    theirs, seen, finished = peers.gather([same, marker.name, run.finished])[0]
+    theirs, seen = peers.gather([same, marker])[0]
     for name, value in same.items():
         if theirs[name] != value:
             raise InputError(f"process {peers.rank} has another {name} than process 0: give all of them the same")
@@ -316,10 +330,6 @@ def is_finished(run: Run, config: Config, images: ImageStore, peers: Single) -> 
             f"--out {run.path}: process {peers.rank} does not see what process 0 writes there; "
             "choose a folder on a filesystem that all machines share"
         )
-    peers.gather(None)
-    if peers.rank == 0:
-        marker.unlink()
-    return bool(finished)
 
 
 @contextmanager
@@ -360,7 +370,10 @@ def _join(stop: list[int]) -> Group:
             f"the processes did not find each other at {os.environ.get('MASTER_ADDR')}: {first_line(error)}. "
             "Start them with torchrun, or check MASTER_ADDR, MASTER_PORT, RANK and WORLD_SIZE"
         ) from None
-    group = Group(PrefixStore("unrote", store), rank, size, timeout, stop)
+    shared: Any = PrefixStore("unrote", store)
+    if rank > 0:
+        shared = Reachable(shared, f"process 0 of {size}", timeout)
+    group = Group(shared, rank, size, timeout, stop)
     group.introduce()
     return group
 
@@ -382,17 +395,3 @@ def _as_tensor(content: bytes) -> Tensor:
 
 def _chunks(content: Tensor) -> list[Tensor]:
     return [content[start : start + CHUNK] for start in range(0, len(content), CHUNK)]
-
-
-def _place() -> str:
-    """Where process ids mean the same: a machine, or a container on it."""
-    with suppress(OSError):
-        return f"{socket.gethostname()} {Path('/proc/self/ns/pid').readlink()}"
-    return ""
-
-
-def _lives(pid: int) -> bool:
-    # A process that was killed is there until its parent has looked at it.
-    with suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    return False

@@ -150,6 +150,7 @@ def _train(config: Config, images: ImageStore, run: Run, device: torch.device, p
             monitor.load_state_dict(state["monitor"])
         stood = {k: Counter(**state["proxies"][k]) for k in ensemble.mine}
         logger.info("going on at %s of %s samples", f"{state['samples']:,}", f"{budget.total:,}")
+    checkpoints.clear_away()
     peers.ticks = saved = state["steps"] if state else 0
     journal = Journal(peers, run, config, peers.ticks, state["log"] if state else None)
 

@@ -15,7 +15,7 @@ import numpy as np
 from unrote.config import Config, changed_keys, parse, read_yaml
 from unrote.data.store import ImageStore
 from unrote.errors import InputError
-from unrote.files import write_json, write_text
+from unrote.files import remove_leftovers, write_json, write_text
 from unrote.training.ownership import Ownership
 
 logger = logging.getLogger("unrote")
@@ -76,9 +76,13 @@ class Run:
     def start(self, config: Config, images: ImageStore) -> None:
         """Begin a run in the locked folder, or check that it is one of exactly this configuration and these images.
 
+        What killed processes left half written is removed: no other process may be writing in the folder yet.
+
         Raises:
             InputError: naming the changed keys, or if the images have changed.
         """
+        for folder in ("", "checkpoints", "proxies", "snapshots", "monitor"):
+            remove_leftovers(self.path / folder)
         data = describe_data(images)
         if (self.path / "config.yaml").exists():
             self._check_unchanged(config, data)

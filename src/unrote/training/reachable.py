@@ -1,0 +1,65 @@
+"""Whether other processes are still there: by their ids on one machine, by the store's answers between machines."""
+
+import socket
+import threading
+from concurrent.futures import Future
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+
+class Reachable:
+    """The store that the first process keeps, as another one sees it: its methods are those of ``store``.
+
+    The store's own calls wait for an answer as long as the connection stands, and it stands where a cut network
+    swallows what is sent, or where the process that keeps the store hangs. So each call waits in a thread of its own,
+    which is left behind if there is no answer.
+
+    Args:
+        store: to be asked.
+        what: the process that keeps it, for the error.
+        seconds: how long an answer may take.
+
+    Raises:
+        RuntimeError: from every call, once one was not answered.
+    """
+
+    def __init__(self, store: Any, what: str, seconds: float) -> None:
+        self._store, self._seconds, self._lost = store, seconds, False
+        self._message = f"{what} has given no sign of life for {seconds:g} seconds"
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *arguments: self._call(getattr(self._store, name), arguments)
+
+    def _call(self, method: Any, arguments: tuple[Any, ...]) -> Any:
+        if self._lost:
+            raise RuntimeError(self._message)
+        answer: Future[Any] = Future()
+
+        def ask() -> None:
+            try:
+                answer.set_result(method(*arguments))
+            except BaseException as error:
+                answer.set_exception(error)
+
+        threading.Thread(target=ask, daemon=True).start()
+        try:
+            return answer.result(self._seconds)
+        except TimeoutError:
+            self._lost = True
+            raise RuntimeError(self._message) from None
+
+
+def machine() -> str:
+    """Where process ids mean the same: a machine, or a container on it."""
+    with suppress(OSError):
+        return f"{socket.gethostname()} {Path('/proc/self/ns/pid').readlink()}"
+    return ""
+
+
+def lives(pid: int) -> bool:
+    """Whether there is such a process on this machine, and it has not ended."""
+    # A process that was killed is there until its parent has looked at it.
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    return False
