@@ -2,13 +2,14 @@
 
 import json
 import logging
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
 from memorizing import LONG, pictures, save
-from toy import assert_same_run, everything_of, toy_images, toy_run, weights_of
-from unrote.api import train
+from toy import SETTINGS, WALL_CLOCK, assert_same_run, everything_of, toy_images, toy_run, weights_of
+from unrote.api import plan, train
 from unrote.auditing import audit
 from unrote.auditing.extracted import near_copies
 from unrote.auditing.limits import MEASURES, parse_limit
@@ -16,9 +17,9 @@ from unrote.config import load_config
 from unrote.config.limits import MONITORED, StopRule, parse_stop_rule
 from unrote.data import open_images
 from unrote.errors import InputError
-from unrote.guards.quick import QuickAudit
+from unrote.guards.quick import QuickAudit, smaller
 from unrote.sampling import sample
-from unrote.training.monitor import rounds_between
+from unrote.training.looks import plan_looks
 from unrote.training.run import Run
 
 LOOKS = {"monitor__every": 1, "monitor__samples": 6, "monitor__steps": 4, "monitor__max_overhead": 100.0}
@@ -63,8 +64,18 @@ def test_a_look_says_what_an_audit_of_the_snapshot_says(tmp_path):
         "stop_when": "mq-orbit-squared@0.4 > 0.99",
         "stopped": False,
         "model_samples": 2560,
-        "looks": [{key: value for key, value in look.items() if key != "time"} for look in looks],
+        "every": 1,
+        "planned_overhead": pytest.approx(2 * 40 * 10 / (3 * 2560)),
+        "prompts": None,
+        "looks": [{key: value for key, value in look.items() if key not in WALL_CLOCK} for look in looks],
     }
+    assert all(look["seconds"] > 0 for look in looks)
+    picture = ElementTree.parse(run.path / "monitor.svg").getroot()
+    lines = [line.get("points").split() for line in picture.iter("{http://www.w3.org/2000/svg}polyline")]
+    assert [len(line) for line in lines] == [2, 2]
+    heights = [float(point.split(",")[1]) for point in lines[1]]
+    shares = [look["monitor"]["mq-orbit-squared@0.4"] for look in looks]
+    assert (heights[0] > heights[1]) == (shares[0] < shares[1]), "the more, the higher"
 
 
 @pytest.mark.parametrize("measure", MONITORED)
@@ -188,13 +199,57 @@ def test_looks_are_rarer_where_they_would_cost_too_much():
         changed = {key.replace("__", "."): value for key, value in changed.items()}
         precise = {"training.mixed_precision": "no"}
         config = load_config(method="standard", overrides=settings | precise | changed)
-        return rounds_between(config, images, rounds)
+        return plan_looks(config, images, rounds).every
 
     assert every(20_000, 10) == 2, "as asked: 3,000 forward passes for every 120,000 of training"
     assert every(1_000, 100) == 20, "5 looks of 3,000 are 5 % of 300,000"
     assert every(1_000, 100, training__mixed_precision="bf16") == 34, "3 looks are 5 % of 200,000"
     assert every(1_000, 100, monitor__max_overhead=0.5) == 2
-    assert every(100, 10) == 10, "the end is always looked at"
+    assert every(1_000, 20) == 20, "one look is 5 % of 60,000"
+    with pytest.raises(InputError, match=r"a single look of 60 samples in 50 steps is 5\.3% .*max_overhead=0\.06"):
+        every(1_000, 19)
+    assert every(1_000, 19, monitor__max_overhead=0.06) == 19
+    config = load_config(method="standard", overrides=settings | {"training.mixed_precision": "no"})
+    found = plan_looks(config, 1_000, 100)
+    assert (found.count, found.overhead) == (5, pytest.approx(0.05))
+    assert str(found) == (
+        "5 looks, every 20 rounds instead of every 2, to stay within monitor.max_overhead: 5.0% of training's work"
+    )
+
+
+def test_a_look_with_text_is_counted_with_guidance_and_decoding():
+    def plan(**changed):
+        settings = {"monitor.every": 1, "monitor.samples": 10, "monitor.steps": 20, "model.pretrained": "base"}
+        changed = {key.replace("__", "."): value for key, value in changed.items()}
+        config = load_config(method="standard", overrides=settings | {"training.mixed_precision": "no"} | changed)
+        return plan_looks(config, 1_000, 100)
+
+    passes = 10 * (2 * 20 + 4)
+    assert plan().overhead == pytest.approx(plan().count * passes / 300_000)
+    assert 0.045 < plan().overhead <= 0.05
+    assert plan(monitor__guidance_scale=1).overhead == pytest.approx(plan(monitor__guidance_scale=1).count * 240 / 3e5)
+    assert plan(model__train="lora").overhead == pytest.approx(plan(model__train="lora").count * passes / 200_000)
+
+
+def test_the_plan_of_a_run_says_what_looking_costs(tmp_path):
+    settings = SETTINGS | {"monitor.every": 1, "monitor.samples": 2, "monitor.steps": 2, "monitor.max_overhead": 0.05}
+    config = load_config(method="standard", overrides=settings)
+    assert "monitor      2 looks, every 1 rounds: 2.6% of training's work" in str(plan(config, toy_images(), tmp_path))
+    config = load_config(method="standard", overrides=settings | {"monitor.steps": 20})
+    with pytest.raises(InputError, match=r"monitor\.max_overhead: a single look"):
+        plan(config, toy_images(), tmp_path)
+
+
+def test_large_images_are_compared_smaller():
+    big = toy_images(12, side=128).images
+    expected = big.reshape(12, 64, 2, 64, 2, 3).astype(float).mean((2, 4))
+    assert np.abs(smaller(big) - expected).max() <= 0.5
+    assert smaller(big[:, :96]).shape == (12, 48, 64, 3)
+    small = toy_images(3).images
+    assert smaller(small) is small
+    queries = np.concatenate([big[:3], toy_images(5, side=128, seed=1).images])
+    train_set, reduced = _store(big), _store(smaller(big))
+    assert QuickAudit(train_set)(queries, "mq", 0.7) == QuickAudit(reduced)(smaller(queries), "mq", 0.7)
 
 
 def test_a_stop_rule_is_read_as_it_is_written():

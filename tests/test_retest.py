@@ -1,6 +1,7 @@
 """Re-test: what a memorizing model gives back is found, what it never saw is not, and the search is repeatable."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,9 +15,10 @@ from unrote.auditing import audit
 from unrote.auditing.intervals import wilson_interval
 from unrote.cli import cli
 from unrote.data import in_memory_store, open_images
-from unrote.detection.retest import Settings, retest
+from unrote.detection.retest import PERTURBATION, Settings, retest
 from unrote.errors import InputError
 from unrote.guards.index import PixelIndex, is_copy
+from unrote.guards.prompts import EmbeddingNoise
 from unrote.sampling import Denoiser, load_unet
 from unrote.seeding import derive_seed
 
@@ -163,3 +165,29 @@ def test_a_text_to_image_model_is_asked_with_the_images_own_caption(tmp_path):
     assert retest(tmp_path / "sd", [0], store, settings=settings)["images"][0]["found_after"] == 2
     with pytest.raises(InputError, match="has no caption"):
         retest(tmp_path / "sd", [2], store, settings=settings)
+    # A sample of its perturbed embedding is found in the second half of the tries only.
+    denoise.guards.embeddings.append(EmbeddingNoise(PERTURBATION))
+    planted[0] = denoise(range(2, 4))[1]
+    store = in_memory_store(planted, source="captioned", captions=captions)
+    close = replace(settings, threshold=1e-6)
+    assert retest(tmp_path / "sd", [0], store, settings=close)["images"][0]["found_after"] == 4
+
+
+def test_guards_of_a_text_to_image_model_work_once_however_many_images_are_asked_for(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    from unrote.guards.guidance import AntiMemorizationGuidance
+
+    tiny_stable_diffusion(tmp_path / "tokenizer", vae_levels=2).save_pretrained(tmp_path / "sd")
+    pixels = np.random.default_rng(0).integers(0, 255, (3, 16, 16, 3)).astype(np.uint8)
+    store = in_memory_store(pixels, source="captioned", captions=["red cat", "a dog", "cat"])
+    calls, whole = [], AntiMemorizationGuidance._changed
+
+    def watched(self, step):
+        calls.append(len(step.x))
+        return whole(self, step)
+
+    monkeypatch.setattr(AntiMemorizationGuidance, "_changed", watched)
+    settings = Settings(tries=4, steps=2, batch_size=2, threshold=1e-6)
+    result = retest(tmp_path / "sd", [0, 1, 2], store, settings=settings, guards=["amg", "random-tokens:count=1"])
+    assert calls == [2] * (3 * 4 // 2 * 2), "once a step: the training images are those that are searched for"
+    assert result["guards"] == ["amg", "random-tokens:count=1"]

@@ -17,6 +17,7 @@ from unrote.cli import cli
 from unrote.data.store import digests_of, in_memory_store, same_pixels
 from unrote.encoders.random_conv import RandomConvEncoder
 from unrote.errors import InputError
+from unrote.sampling import sample
 from unrote.study import classifier, measure
 from unrote.study.cells import claimed
 from unrote.study.measure import Yardstick
@@ -24,6 +25,7 @@ from unrote.study.plan import ImagesPlan, RepeatsPlan, load_study
 from unrote.study.results import compare
 from unrote.study.run import Ground, Wanted
 from unrote.study.subjects import Subjects, choose_subjects, encoder_images
+from unrote.training.run import Run
 
 STUDIES = Path(__file__).parents[1] / "benchmarks" / "study"
 CPU = torch.device("cpu")
@@ -186,6 +188,65 @@ def test_what_was_computed_under_other_defaults_is_not_taken(done):
     with pytest.raises(InputError, match=r"training\.ema_decay: 0\.5 -> 0\.999"):
         cell.check()
     (cell.folder.path / "cell.json").write_text(written)
+
+
+def guarded_study(folder, source, names):
+    """One seed, sampled in more steps: without and with guards."""
+    guards = {"standard": {}, "amg": {"guards": ["amg:threshold=1,strength=2"]}}
+    guards["filter"] = {"guards": ["copy-filter:threshold=1,tries=2"]}
+    file = study_file(folder, source, seeds=[0], methods={name: guards[name] for name in names})
+    plan = yaml.safe_load(file.read_text())
+    plan["regimes"]["few"] |= {"sampling": {"num": 12, "steps": 10, "batch_size": 12}, "snapshots": 1}
+    file.write_text(yaml.safe_dump(plan))
+    return file
+
+
+def test_guards_are_methods_that_train_once_and_sample_as_the_command_does(pictures, tmp_path):
+    file = guarded_study(tmp_path, pictures, ["amg", "standard", "filter"])
+    out = tmp_path / "out"
+    result = compare([file], out, device=CPU, keep=True)
+    (run,) = out.glob("cells/*/run")
+    ground = Ground(load_study(file), "few", 0, out)
+    np.savez(tmp_path / "train.npz", images=ground.images("amg").images)
+    pixels = {}
+    for name in ("standard", "amg", "filter"):
+        (snapshot,) = result["cells"][0]["snapshots"]
+        with np.load(ground.cell(name).folder.samples_file(snapshot)) as arrays:
+            pixels[name] = arrays["images"]
+    model, made = Run(run).snapshot_folder(snapshot), tmp_path / "made.npz"
+    guard = f"amg:threshold=1,strength=2,train={tmp_path / 'train.npz'}"
+    sample(model, 12, steps=10, batch_size=12, guards=[guard], out=made)
+    with np.load(made) as arrays:
+        np.testing.assert_array_equal(pixels["amg"], arrays["images"])
+    assert (pixels["amg"] != pixels["standard"]).any() and (pixels["filter"] != pixels["standard"]).any()
+    assert len({cell["cpu_seconds"] for cell in result["cells"]}) == 1
+    assert set(result["summary"]["few"]["spaces"]["random-conv"]["near-copies"]) == set(pixels)
+
+
+def test_a_guard_that_is_added_later_trains_again_and_its_cost_is_one_training(pictures, tmp_path):
+    out = tmp_path / "out"
+    (first,) = compare([guarded_study(tmp_path, pictures, ["standard"])], out, device=CPU)["cells"]
+    cells = compare([guarded_study(tmp_path, pictures, ["standard", "amg"])], out, device=CPU)["cells"]
+    assert not list(out.glob("cells/*/run"))
+    by_name = {cell["method"]: cell for cell in cells}
+    assert by_name["standard"] == first
+    assert by_name["amg"]["samples_seen"] == first["samples_seen"]
+    (kept,) = out.glob("cells/*/time.json")
+    spent = json.loads(kept.read_text())["cpu_seconds"]
+    assert by_name["amg"]["cpu_seconds"] == spent < 1.9 * first["cpu_seconds"]
+
+
+@pytest.mark.parametrize(
+    ("guard", "message"),
+    [
+        ("amgg", "methods.x.guards: --guard amgg: there is none"),
+        ("repeat-words", "is for text-to-image models"),
+        ("amg:train=other", "no train="),
+    ],
+)
+def test_guards_that_a_study_can_not_have_are_refused(pictures, tmp_path, guard, message):
+    with pytest.raises(InputError, match=message):
+        load_study(study_file(tmp_path, pictures, methods={"standard": {}, "x": {"guards": [guard]}}))
 
 
 @pytest.mark.parametrize("count", [7, 256, 4760])

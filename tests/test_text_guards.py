@@ -9,14 +9,17 @@ from PIL import Image
 
 pytest.importorskip("transformers")
 
+from diffusers.callbacks import MultiPipelineCallbacks
+
 from tiny_pipelines import tiny_stable_diffusion, tiny_stable_diffusion_xl
 from unrote.data import in_memory_store
 from unrote.errors import InputError
 from unrote.guards.attention import AttentionReweighting
+from unrote.guards.callback import GuardCallback
 from unrote.guards.embeddings import PromptOptimization
 from unrote.guards.guidance import AntiMemorizationGuidance
 from unrote.guards.prompts import EmbeddingNoise, RandomTokens, RepeatWords
-from unrote.sampling import sample
+from unrote.sampling import make_scheduler, sample
 from unrote.seeding import generator
 from unrote.text.mitigations import noisy_embeddings
 
@@ -165,6 +168,72 @@ def test_attention_ignores_the_end_and_the_padding(pipeline):
         torch.testing.assert_close(found[2 + row :][:1], cut, rtol=1e-4, atol=1e-5)
     again = pipeline.unet(x, time, encoder_hidden_states=torch.cat([free, text])).sample
     torch.testing.assert_close(again, usual, rtol=0, atol=0)
+
+
+SPREAD = 700.0
+CALLED_BACK = [
+    ["random-tokens:count=2"],
+    ["repeat-words"],
+    ["embedding-noise:std=0.5"],
+    ["prompt-optimization:target=1e-9,steps=2"],
+    ["attention"],
+    ["amg:threshold=1,strength=0.5,deduplicate=2"],
+    ["amg:threshold=1", "attention", "random-tokens:count=1", "embedding-noise"],
+]
+
+
+@pytest.fixture(scope="module")
+def training_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("train") / "train.npz"
+    np.savez(path, images=captioned().images, captions=np.array(captioned().captions))
+    return path
+
+
+@pytest.mark.parametrize("guards", CALLED_BACK, ids=lambda guards: "+".join(one.partition(":")[0] for one in guards))
+def test_as_a_callback_of_a_plain_pipeline_a_guard_does_what_the_command_does(folder, training_file, tmp_path, guards):
+    """Byte for byte: the images of `unrote sample --guard`, two of one batch; and the pipeline is as before."""
+    from diffusers import DiffusionPipeline
+
+    # Latents of training images as far apart as what the denoiser makes, or no image would be nearer to one of them.
+    pipeline = DiffusionPipeline.from_pretrained(folder, low_cpu_mem_usage=False)
+    pipeline.vae.register_to_config(scaling_factor=SPREAD)
+    pipeline.save_pretrained(tmp_path / "model")
+    named = [f"{one},train={training_file}" if one.startswith("amg") else one for one in guards]
+    where = made(tmp_path / "model", tmp_path / "samples", named, num=2, steps=10)
+    seeds = [row["generator_seed"] for row in rows_of(where)]
+    pipeline.scheduler = make_scheduler(pipeline.scheduler, "ddim", 10, clip_sample=False)
+
+    def images(**more):
+        noises = [torch.Generator().manual_seed(seed) for seed in seeds]
+        found = pipeline(PROMPTS[:2], generator=noises, num_inference_steps=10, output_type="np", **more).images
+        return (found * 255).round().astype(int)
+
+    plain = images()
+
+    callback = GuardCallback(pipeline, guards, PROMPTS[:2], seeds, train=training_file)
+    guarded = images(callback_on_step_end=callback)
+    np.testing.assert_array_equal(guarded, pixels_in(where))
+    assert (guarded != plain).any()
+    np.testing.assert_array_equal(images(), plain, "nothing is left in the pipeline")
+    together = MultiPipelineCallbacks([GuardCallback(pipeline, guards, PROMPTS[:2], seeds, train=training_file)])
+    np.testing.assert_array_equal(images(callback_on_step_end=together), guarded)
+
+
+def test_what_no_callback_can_do_is_refused_with_the_way_out(pipeline, tmp_path):
+    for guards, prompts, seeds, message in (
+        (["copy-filter:train=x"], ["a"], [0], "put CopyFilter around the call"),
+        (["attention"], ["a", "cat"], [0], "2 prompts and 1 seeds"),
+        (["amg"], ["a"], [0], "add train=DATA"),
+    ):
+        with pytest.raises(InputError, match=message):
+            GuardCallback(pipeline, guards, prompts, seeds)
+    callback = GuardCallback(pipeline, ["repeat-words"], ["red cat"], [0])
+    with pytest.raises(InputError, match="made for 1 images"):
+        pipeline(["red cat", "a dog", "cat"], num_inference_steps=2, callback_on_step_end=callback)
+    pipeline(["red cat", "a dog", "cat"], num_inference_steps=2)
+    large = tiny_stable_diffusion_xl(tmp_path / "tokenizer")
+    with pytest.raises(InputError, match="SDXL is in two embeddings"):
+        GuardCallback(large, ["repeat-words"], ["red cat"], [0])
 
 
 def captioned(count=6):

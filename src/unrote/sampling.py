@@ -62,6 +62,7 @@ def sample(
     resolution: int | None = None,
     batch_size: int | None = None,
     guards: Sequence[str] = (),
+    train: Any = None,
     device: torch.device | str = "cpu",
     distributed: bool = False,
 ) -> Path:
@@ -88,6 +89,7 @@ def sample(
         batch_size: images denoised at once; by default 32, with prompts 4.
         guards: what keeps training images from coming back, as ``NAME[:key=value,…]`` each; see docs/guards.md. Image i
             depends on them too.
+        train: the training images that guards compare with where they name none; by default those of the run.
         device: where to compute.
         distributed: every process of the initialized ``torch.distributed`` group calls this with the same arguments and
             makes its share of the batches; ``out`` is a folder that all of them see.
@@ -127,7 +129,7 @@ def sample(
         denoise = Denoiser(unet.to(device).eval(), schedule, sampler, steps, eta, seed)
     else:
         pipeline = load_text_to_image(source, run, weights_variant(run, weights)).to(device)
-        sampler, pipeline.scheduler = _text_sampler(pipeline.scheduler, sampler, steps)
+        sampler, pipeline.scheduler = text_sampler(pipeline.scheduler, sampler, steps)
         denoise = PromptDenoiser(
             pipeline,
             texts,
@@ -142,7 +144,7 @@ def sample(
     if guards:
         from unrote.guards.making import make_guards  # the searches of an audit, which sampling alone does not need
 
-        guarding = make_guards(guards, denoise, run, seed=seed, device=device)
+        guarding = make_guards(guards, denoise, run, train=train, seed=seed, device=device)
     settings = {
         "model": str(source),
         "model_sha256": weights_hash(*denoise.networks),
@@ -257,7 +259,7 @@ def make_scheduler(schedule: Any, sampler: Sampler, steps: int, **changes: Any) 
     return scheduler
 
 
-def _text_sampler(schedule: Any, sampler: Sampler | None, steps: int) -> tuple[Sampler, Any]:
+def text_sampler(schedule: Any, sampler: Sampler | None, steps: int) -> tuple[Sampler, Any]:
     """The sampler that was asked for, or the default, of a text-to-image pipeline."""
     flow = isinstance(schedule, FlowMatchEulerDiscreteScheduler)
     if flow and sampler not in (None, "euler"):
@@ -285,7 +287,7 @@ class Denoiser:
     def __init__(self, unet: Any, schedule: Any, sampler: Sampler, steps: int, eta: float, seed: int) -> None:
         self._unet, self._seed = unet, seed
         self._scheduler = make_scheduler(schedule, sampler, steps)
-        self.guided = (unet, self._scheduler, 1.0)
+        self.guided = (unet, self._scheduler, lambda: 1.0)
         self.shape: tuple[int, int, int] = (*[unet.config.sample_size] * 2, unet.config.in_channels)
         self._eta = {"eta": eta} if sampler == "ddim" else {}
         self.networks, self.settings = (unet,), dict[str, Any]()

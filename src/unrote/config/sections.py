@@ -274,9 +274,8 @@ class Config(Section):
             raise ValueError("model.train: lora needs a model to adapt; set model.pretrained")
         if self.augmentation.enabled and self.augmentation.labels and self.model.pretrained is not None:
             raise ValueError("augmentation.labels: a pretrained model can't be told; set augmentation.labels=false")
-        if self.monitor.every and self.model.pretrained is not None:
-            raise ValueError("monitor.every: only models without text are monitored; audit snapshots instead")
-        if self.monitor.every and self.model.num_train_timesteps % self.monitor.steps:
+        own = self.model.pretrained is None
+        if self.monitor.every and own and self.model.num_train_timesteps % self.monitor.steps:
             raise ValueError(f"monitor.steps: must divide model.num_train_timesteps, {self.model.num_train_timesteps}")
         if self.redistribution.enabled and not self.gate.enabled:
             raise ValueError("redistribution.enabled goes by skips: enable gate too")

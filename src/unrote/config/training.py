@@ -95,16 +95,18 @@ class TrainingConfig(Section):
 
 
 class MonitorConfig(Section):
-    """Looking at samples while training; a pixel model only. Nothing of it changes what is learned."""
+    """Looking at samples while training. Nothing of it changes what is learned."""
 
     every: NonNegativeInt = 0
     """Rounds between two looks; 0 never looks. Without an ensemble a round is ensemble.local_epochs all the same."""
     samples: PositiveInt = 64
-    """Images that a look samples, always from the same noise."""
+    """Images that a look samples, always from the same noise; with text, of the captions of so many images."""
     steps: PositiveInt = 25
-    """DDIM steps of a look; must divide model.num_train_timesteps."""
+    """DDIM steps of a look (Euler's, of flow matching models); must divide model.num_train_timesteps."""
+    guidance_scale: PositiveFloat = 7.5
+    """With text: of classifier-free guidance; 1 and less is none, at half the cost."""
     max_overhead: Annotated[float, Field(gt=0)] = 0.05
-    """Look more rarely than every so many rounds where looks would take more than this share of training's work."""
+    """Looks are rarer than every says where they would take more than this share of training's work."""
     stop_when: str | None = None
     """Stop at a look where this holds, such as mq@0.5 > 0.01; none never stops."""
     keep_best: Literal["none", "pareto"] = "none"

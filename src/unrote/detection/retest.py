@@ -1,7 +1,7 @@
 """Does the copy come back? An adversarial search for named training images, after something was done against it."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from unrote.auditing.intervals import wilson_interval
 from unrote.data import ImageStore
 from unrote.detection.reconstruction import reconstructions
 from unrote.errors import InputError
+from unrote.guards.copy_filter import CopyFilter
 from unrote.guards.index import DEFAULT_RATIO, PixelIndex, is_copy
 from unrote.guards.making import Sources, make_guards
 from unrote.guards.prompts import EmbeddingNoise
@@ -108,13 +109,13 @@ def retest(
     images = Sources(run, denoise.shape).train("retest", train)
     wanted = _checked(targets, images)
     index = PixelIndex(images, threshold=settings.threshold)
+    # Once, for all targets: what is at work in the UNet would otherwise be there as often as it is made.
+    copy_filter = make_guards(guards, denoise, run, train=images, seed=settings.seed, device=device).copy_filter
     if isinstance(denoise, PromptDenoiser):
-        found = [
-            _found(index, [target], _asked(denoise, images, target, guards, settings), settings) for target in wanted
-        ]
+        found = [_found(index, [target], _asked(denoise, images, target, copy_filter, settings)) for target in wanted]
         after = [one[0] for one in found]
     else:
-        after = _found(index, wanted, _sampled(denoise, _make(denoise, guards, run, settings), settings), settings)
+        after = _found(index, wanted, _sampled(_make(denoise, copy_filter), settings))
     rows = [_row(images, target, tries, settings.tries) for target, tries in zip(wanted, after, strict=True)]
     controls: list[dict[str, Any]] = []
     if settings.reconstruct and isinstance(denoise, Denoiser):
@@ -145,17 +146,14 @@ def _checked(targets: Sequence[int], images: ImageStore) -> list[int]:
 Made = Callable[[Sequence[int]], np.ndarray]
 
 
-def _make(denoise: Any, guards: Sequence[str], run: Run | None, settings: Settings) -> Made:
-    """What makes images, with guards if there are any."""
-    if not guards:
-        return lambda indices: np.asarray(denoise(indices))
-    copy_filter = make_guards(guards, denoise, run, seed=settings.seed).copy_filter
+def _make(denoise: Any, copy_filter: CopyFilter | None) -> Made:
+    """What makes images, and makes copies again if there is a filter."""
     if copy_filter is None:
         return lambda indices: np.asarray(denoise(indices))
     return lambda indices: copy_filter(denoise, indices)[0]
 
 
-def _sampled(denoise: Any, make: Made, settings: Settings, start: int = 0, num: int | None = None) -> Batches:
+def _sampled(make: Made, settings: Settings, start: int = 0, num: int | None = None) -> Batches:
     """The samples of tries ``start``, … in whole batches."""
     num = settings.tries if num is None else num
     for first in range(start, start + num, settings.batch_size):
@@ -163,7 +161,7 @@ def _sampled(denoise: Any, make: Made, settings: Settings, start: int = 0, num: 
 
 
 def _asked(
-    denoise: PromptDenoiser, images: ImageStore, target: int, guards: Sequence[str], settings: Settings
+    denoise: PromptDenoiser, images: ImageStore, target: int, copy_filter: CopyFilter | None, settings: Settings
 ) -> Batches:
     """Samples of the target's own caption, then with a little noise on its embedding."""
     caption = None if images.captions is None else images.captions[target]
@@ -171,16 +169,14 @@ def _asked(
         raise InputError(f"--index {target}: {images.names[target]} has no caption to ask the model for it")
     options: dict[str, Any] = {"steps": settings.steps, "guidance_scale": settings.guidance_scale}
     half = -(-settings.tries // 2)
-    for start, num, std in ((0, half, 0.0), (half, settings.tries - half, PERTURBATION)):
-        seed = derive_seed(settings.seed, "retest")
-        asking = PromptDenoiser(denoise.pipeline, [Prompt(caption)], seed=seed, **options)
-        make = _make(asking, guards, None, settings)
-        if std:
-            asking.guards.embeddings.append(EmbeddingNoise(std))
-        yield from _sampled(asking, make, settings, start, num)
+    asking = PromptDenoiser(denoise.pipeline, [Prompt(caption)], seed=derive_seed(settings.seed, "retest"), **options)
+    own = denoise.guards
+    for start, num, noise in ((0, half, []), (half, settings.tries - half, [EmbeddingNoise(PERTURBATION)])):
+        asking.guards = replace(own, embeddings=[*own.embeddings, *noise])
+        yield from _sampled(_make(asking, copy_filter), settings, start, num)
 
 
-def _found(index: PixelIndex, targets: Sequence[int], batches: Batches, settings: Settings) -> list[int | None]:
+def _found(index: PixelIndex, targets: Sequence[int], batches: Batches) -> list[int | None]:
     """After how many tries each target was found; ends as soon as all are."""
     clusters = index.references.clusters
     after: dict[int, int] = {}

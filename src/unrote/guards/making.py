@@ -32,10 +32,12 @@ class Guards:
     Attributes:
         copy_filter: what checks finished images; None without one.
         others: what is at work while images are denoised.
+        handles: whose ``remove()`` takes out what is at work in the UNet.
     """
 
     copy_filter: CopyFilter | None = None
     others: list[Any] = field(default_factory=list)
+    handles: list[Any] = field(default_factory=list)
 
     def settings(self) -> list[dict[str, Any]]:
         """What the images depend on, JSON-able."""
@@ -50,10 +52,12 @@ class Sources:
     Attributes:
         run: the run that the model belongs to, if any: its training images are the default.
         shape: height, width and channels of what is generated.
+        default: other images to be the default.
     """
 
     run: Run | None
     shape: tuple[int, int, int]
+    default: Any = None
 
     def train(self, guard: str, asked: Any) -> ImageStore:
         """The training images that ``asked`` names, or those of the run.
@@ -61,6 +65,7 @@ class Sources:
         Raises:
             InputError: there are none to take, or they have another size than what is generated.
         """
+        asked = self.default if asked is None else asked
         if asked is None and self.run is None:
             raise InputError(f"--guard {guard}: needs the training images; add train=DATA")
         images = self.opened(asked) if asked is not None else self._of(self.run)
@@ -87,7 +92,13 @@ class Sources:
 
 
 def make_guards(
-    texts: Sequence[str], denoise: Any, run: Run | None, *, seed: int = 0, device: torch.device | str = "cpu"
+    texts: Sequence[str],
+    denoise: Any,
+    run: Run | None,
+    *,
+    train: Any = None,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
 ) -> Guards:
     """The guards that ``texts`` name, at work in ``denoise``.
 
@@ -95,6 +106,7 @@ def make_guards(
         texts: ``NAME[:key=value,…]`` each; see docs/guards.md.
         denoise: :class:`unrote.sampling.Denoiser` or :class:`unrote.text.generation.PromptDenoiser`.
         run: the run that the model belongs to; None for another pipeline.
+        train: the training images where a guard names none; by default those of the run.
         seed: of the sampling.
         device: where encoders compute.
 
@@ -106,22 +118,22 @@ def make_guards(
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise InputError(f"--guard {twice[0]}: is given twice")
-    sources, guards = Sources(run, denoise.shape), Guards()
+    sources, guards = Sources(run, denoise.shape, train), Guards()
     for spec in specs:
         values: dict[str, Any] = spec.values
         if spec.name == CopyFilter.name:
             guards.copy_filter = _copy_filter(spec, sources, seed, str(device))
         elif spec.name == AntiMemorizationGuidance.name:
-            guards.others.append(_guidance(values, denoise, sources, device))
+            guards.others.append(_guidance(values, denoise, sources, guards.handles, device))
         else:
             guards.others.append(_text_guard(spec.name, values, denoise))
     return guards
 
 
 def _guidance(
-    values: dict[str, Any], denoise: Any, sources: Sources, device: torch.device | str
+    values: dict[str, Any], denoise: Any, sources: Sources, handles: list[Any], device: torch.device | str
 ) -> AntiMemorizationGuidance:
-    """Attached to the UNet for good."""
+    """At work in the UNet until its handle is removed."""
     train = sources.train(AntiMemorizationGuidance.name, values.get("train"))
     clusters = near_clusters(train)
     train = train.subset(np.flatnonzero(clusters == np.arange(len(train))))
@@ -142,7 +154,7 @@ def _guidance(
             embed = _captions_of(pipeline, train.captions)
     numbers = {name: value for name, value in values.items() if name != "train"}
     guard = AntiMemorizationGuidance(pixels, **numbers, embed=embed, clip=pipeline is None, train=train.fingerprint)
-    guard.attach(unet, scheduler, lambda: scale)
+    handles.append(guard.attach(unet, scheduler, scale))
     return guard
 
 

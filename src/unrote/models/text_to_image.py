@@ -158,6 +158,19 @@ class TextToImage:
         else:
             self.denoiser.save_pretrained(folder / self._family.part, variant=RAW_VARIANT)
 
+    def pipeline(self) -> Any:
+        """The whole pipeline around the denoiser as it is now; its other parts are loaded once more."""
+        source, part = str(self._config.model.pretrained), self._family.part
+        # A single file is read as one; a folder's own denoiser need not be read.
+        pipeline = load_pretrained(source, **({} if Path(source).is_file() else {part: None}))
+        pipeline.register_modules(**{part: self.denoiser})
+        return pipeline.to(self._device)
+
+    def sampled_as(self) -> Any:
+        """The context to sample in: float32, but for adapters on weights that were rounded for training."""
+        dtype = autocast_dtype(self._config.training) if self._config.model.train == "lora" else None
+        return torch.autocast(self._device.type, dtype, enabled=dtype is not None)
+
     def _save_adapters(self, folder: Path) -> None:
         layers = adapter_layers(self.denoiser, self._config.model.lora)
         self._family.save_adapters(folder, layers)

@@ -6,9 +6,9 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ class Cell:
         sampling: how its snapshots are sampled.
         images: what is trained on, by fingerprint.
         root: the study's folder.
+        guards: at work while it is sampled.
     """
 
     regime: str
@@ -53,6 +54,7 @@ class Cell:
     sampling: SamplingPlan
     images: str
     root: Path
+    guards: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
@@ -66,13 +68,18 @@ class Cell:
             "settings": self.config.model_dump(mode="json", exclude_defaults=True, exclude={"method", "preset"}),
             "sampling": self.sampling.model_dump(mode="json"),
             "images": self.images,
-        }
+        } | ({"guards": list(self.guards)} if self.guards else {})
 
     @property
     def folder(self) -> "Folder":
         """Named by the hash of the identity, so that equal cells are one and renaming a method costs nothing."""
         text = json.dumps(self.identity, sort_keys=True)
         return Folder(self.root / "cells" / hashlib.sha256(text.encode()).hexdigest()[:20], self.label)
+
+    @property
+    def trained_in(self) -> "Folder":
+        """Where its run is: with those that differ from it in guards alone, in the folder of the one without any."""
+        return replace(self, guards=()).folder
 
     def check(self) -> None:
         """Raises InputError if what is kept was trained when a default had another value: its hash is the same."""
@@ -126,8 +133,16 @@ class Folder:
         written = json.loads(file.read_text())
         return list(written["points"]) if written["yardstick"] == yardstick.key else None
 
-    def sample(self, models: Mapping[int, Path], how: SamplingPlan, seed: int, device: torch.device) -> None:
-        """Sample models by samples seen; what is there is not made again."""
+    def sample(
+        self,
+        models: Mapping[int, Path],
+        how: SamplingPlan,
+        seed: int,
+        device: torch.device,
+        guards: Sequence[str] = (),
+        train: ImageStore | None = None,
+    ) -> None:
+        """Sample models by samples seen; what is there is not made again. Guards compare with ``train``."""
         for seen, model in sorted(models.items()):
             target = self.samples_file(seen)
             if not target.exists():
@@ -139,6 +154,8 @@ class Folder:
                     sampler=how.sampler,
                     steps=how.steps,
                     batch_size=how.batch_size,
+                    guards=guards,
+                    train=train,
                     device=device,
                 )
             write_sheet(self.sheet_file(seen), read_samples(target))
@@ -174,21 +191,37 @@ def claimed(folder: Folder) -> Iterator[bool]:
         yield True
 
 
-def train_cell(cell: Cell, images: ImageStore, device: torch.device, *, keep: bool = False) -> None:
-    """Train and sample a claimed cell, from where it was interrupted; the run folder goes when that is done."""
-    folder = cell.folder
+def train_cell(
+    cell: Cell, images: ImageStore, device: torch.device, *, keep: bool = False, others: Sequence[Cell] = ()
+) -> None:
+    """Train and sample a cell, from where it was interrupted; :attr:`Cell.trained_in` is claimed.
+
+    Args:
+        cell: the cell.
+        images: what it is trained on.
+        device: where to compute.
+        keep: keep the run folder, which otherwise goes when nobody needs it any more.
+        others: cells that may still need it.
+    """
+    folder, trained_in = cell.folder, cell.trained_in.path
     if folder.trained is not None:
         return
+    folder.path.mkdir(parents=True, exist_ok=True)
     whole = cell.config.model_dump(mode="json")
     write_json(folder.path / "cell.json", {"label": cell.label, **cell.identity, "config": whole})
-    run = Run(folder.path / "run")
-    with _timed(folder.path / "time.json"):
-        train_config(cell.config, images, run.path, str(device))
+    run = Run(trained_in / "run")
+    if not run.path.exists():
+        # What an earlier training took, whose run is gone.
+        (trained_in / "time.json").unlink(missing_ok=True)
+    if not run.finished:
+        with _timed(trained_in / "time.json"):
+            train_config(cell.config, images, run.path, str(device))
     models = snapshots_of(run)
-    folder.sample(models, cell.sampling, cell.seed, device)
-    cost = json.loads((folder.path / "time.json").read_text())
+    folder.sample(models, cell.sampling, cell.seed, device, cell.guards, images)
+    cost = json.loads((trained_in / "time.json").read_text())
     write_json(folder.path / "trained.json", counts_of(run) | cost | {"snapshots": sorted(models)})
-    if not keep:
+    waiting = any(other.trained_in.path == trained_in and other.folder.trained is None for other in others)
+    if not (keep or waiting):
         shutil.rmtree(run.path)
 
 

@@ -9,9 +9,11 @@ from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, model_
 from unrote.config import Config, load_config, nearest, read_yaml
 from unrote.config.base import Section
 from unrote.errors import InputError
+from unrote.guards.spec import parse_guard
 
 SAME_FOR_ALL = ("seed", "method", "preset", "data.", "model.", "training.epochs", "training.batch_size")
 """Settings, or sections of them, that no method may choose: the images, the model and the budget of a regime."""
+PIXEL_GUARDS = ("copy-filter", "amg")
 METHODS_OWN = ("data.random_flip", "model.dropout")
 """Of these the mitigations, which change neither the images that are there nor the number of parameters."""
 STUDYS_OWN = ("seed", "data.", "training.epochs", "training.snapshots")
@@ -91,6 +93,8 @@ class MethodPlan(Section):
     """Dotted settings on top of the regime's."""
     deduplicate: bool = False
     """Train on one image of each cluster of near-duplicates, as ``unrote scan`` finds them; the budget is the same."""
+    guards: tuple[str, ...] = ()
+    """At work while sampling, as of ``unrote sample --guard``; methods that differ in this alone train once."""
     regimes: tuple[str, ...] | None = None
     """The regimes it takes part in; none is all."""
     about: str = ""
@@ -128,6 +132,7 @@ class Study(Section):
             where = f"methods.{name}"
             why = "is the same for every method of a regime: equal images, equal model, equal samples seen"
             _refuse(f"{where}.settings", method.settings, (*SAME_FOR_ALL, *STUDYS_OWN), METHODS_OWN, why)
+            _check_guards(f"{where}.guards", method.guards)
             for regime_name in method.regimes or ():
                 if regime_name not in self.regimes:
                     raise ValueError(f"{where}.regimes: there is no regime {regime_name!r}")
@@ -187,6 +192,19 @@ def _refuse(
             continue
         if any(key == one or (one.endswith(".") and key.startswith(one)) for one in refused):
             raise ValueError(f"{where}: {key} {why}")
+
+
+def _check_guards(where: str, guards: tuple[str, ...]) -> None:
+    """Raise ValueError unless they are guards of models without text, and compare with what was trained on."""
+    for text in guards:
+        try:
+            spec = parse_guard(text)
+        except InputError as error:
+            raise ValueError(f"{where}: {error}") from None
+        if spec.name not in PIXEL_GUARDS:
+            raise ValueError(f"{where}: {spec.name} is for text-to-image models; there are {', '.join(PIXEL_GUARDS)}")
+        if "train" in spec.values:
+            raise ValueError(f"{where}: {spec.name} compares with the images that the method is trained on; no train=")
 
 
 def _explain(problem: Any) -> str:

@@ -60,7 +60,12 @@ class Ground:
         train = self.images(method)
         config = self.study.config(self.regime, method, self.seed, len(train))
         sampling = self.study.regimes[self.regime].sampling
-        return Cell(self.regime, method, self.seed, config, sampling, train.fingerprint, self.root)
+        guards = self.study.methods[method].guards
+        return Cell(self.regime, method, self.seed, config, sampling, train.fingerprint, self.root, guards)
+
+    def cells(self) -> list[Cell]:
+        """Those of all methods."""
+        return [self.cell(method) for method in self.study.methods_of(self.regime)]
 
 
 @lru_cache
@@ -119,11 +124,11 @@ def compute(ground: Ground, method: str, number: str, device: torch.device, *, k
     if folder.trained is not None and folder.points(ground.yardstick) is not None:
         return
     started = time.monotonic()
-    with claimed(folder) as ours:
+    with claimed(cell.trained_in) as ours:
         if not ours:
             logger.info("%s (%s): another process is at it", cell.label, number)
             return
-        train_cell(cell, ground.images(method), device, keep=keep)
+        train_cell(cell, ground.images(method), device, keep=keep, others=ground.cells())
         between = time.monotonic()
         last = folder.measure(ground.yardstick)[-1]
     logger.info(

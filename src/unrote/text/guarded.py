@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 @dataclass
@@ -60,16 +61,21 @@ class PromptGuards:
         pipeline.scheduler.set_timesteps(options["num_inference_steps"], device=pipeline.unet.device)
         device, guided = pipeline.unet.device, options["guidance_scale"] > 1
         embedded, free = pipeline.encode_prompt(list(texts), device, 1, guided, against)
-        empty = pipeline.encode_prompt("", device, 1, False)[0][0]
         start = _latent_shape(pipeline, options["height"], options["width"])
+        return {"prompt_embeds": self.changed(pipeline, embedded, seeds, start), "negative_prompt_embeds": free}
+
+    def changed(self, pipeline: Any, embedded: Tensor, seeds: Sequence[int], start: tuple[int, ...]) -> Tensor:
+        """Embeddings [B, L, D] as the guards change them; ``start`` is the shape of the noise of one image."""
+        if not self.embeddings:
+            return embedded
+        empty = pipeline.encode_prompt("", embedded.device, 1, False)[0][0]
         rows = []
         for row, seed in zip(embedded, seeds, strict=True):
             for guard in self.embeddings:
-                row = guard.embedding(
-                    pipeline, row, empty, torch.randn(start, generator=torch.Generator().manual_seed(seed)), seed
-                )
+                noise = torch.randn(start, generator=torch.Generator().manual_seed(seed))
+                row = guard.embedding(pipeline, row, empty, noise, seed)
             rows.append(row)
-        return {"prompt_embeds": torch.stack(rows), "negative_prompt_embeds": free}
+        return torch.stack(rows)
 
 
 def _latent_shape(pipeline: Any, height: int | None, width: int | None) -> tuple[int, int, int]:

@@ -5,44 +5,36 @@ grows with the number of images: between the two there is a model that does one 
 """
 
 import logging
-import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from unrote.config import Config
 from unrote.config.limits import StopRule, parse_stop_rule
 from unrote.data import ImageStore, open_images
 from unrote.errors import InputError
-from unrote.files import write_json
-from unrote.models.denoiser import build_schedule
+from unrote.files import write_json, write_text
+from unrote.models.denoiser import DenoisingLoss, build_schedule
 from unrote.models.task import Task
+from unrote.report.looks import looks_chart
+from unrote.seeding import generator
 from unrote.tensorfiles import load_state, save_state
 from unrote.training.ema import EMA
 from unrote.training.journal import Journal
+from unrote.training.looks import Looks, plan_looks
 from unrote.training.run import Run
 
 logger = logging.getLogger("unrote")
 
-BATCH = 32
+BATCH, PROMPTED_BATCH = 32, 4
 """Images sampled at once, as ``unrote sample`` does, so that both make the same images."""
-TRAINING_WORK = {"no": 3, "bf16": 2, "fp16": 2}
-"""Forward passes in float32, as of a look, that a training sample costs: one forward, a backward of twice the work."""
 DEFAULT_RULE = StopRule("mq", 0.5, 0.0)
 """What is logged where nothing is said about stopping."""
-
-
-def rounds_between(config: Config, images_per_round: float, rounds: int) -> int:
-    """Rounds from one look to the next: ``monitor.every``, or more, to stay within ``monitor.max_overhead``.
-
-    Looks are counted back from the end, which is always looked at. A look costs samples · steps forward passes, a run
-    2 or 3 · ``images_per_round`` · ``rounds``, by its precision; the looks' share is the overhead.
-    """
-    monitor = config.monitor
-    work = TRAINING_WORK[config.training.mixed_precision] * images_per_round * rounds
-    most = max(1, math.floor(monitor.max_overhead * work / (monitor.samples * monitor.steps) + 1e-9))
-    return max(monitor.every, math.ceil(rounds / most))
 
 
 class Monitor:
@@ -54,7 +46,7 @@ class Monitor:
         run: where the best weights are kept.
         task: the model.
         ema: its averaged weights, which are looked at if there are any.
-        every: rounds between two looks.
+        plan: when looks are made.
         last: the number of rounds, from which looks are counted back.
 
     Attributes:
@@ -62,26 +54,24 @@ class Monitor:
     """
 
     def __init__(
-        self, config: Config, images: ImageStore, run: Run, task: Task, ema: EMA | None, every: int, last: int
+        self, config: Config, images: ImageStore, run: Run, task: Task, ema: EMA | None, plan: Looks, last: int
     ) -> None:
-        # They import diffusers' samplers and the searches, which training alone does not need.
-        from unrote.guards.quick import QuickAudit
-        from unrote.sampling import Denoiser
+        from unrote.guards.quick import QuickAudit  # the searches of an audit, which training alone does not need
 
+        self._config, self._size = config, images.images.shape[1:3]
         self._settings, self._run, self._task, self._ema = config.monitor, run, task, ema
-        self._every, self._last = every, last
+        self._plan, self._last = plan, last
         rule = config.monitor.stop_when
         self._rule = DEFAULT_RULE if rule is None else parse_stop_rule(rule)
         self._audit = QuickAudit(images, _holdout(config, images))
-        schedule = build_schedule(config.model)
-        self._denoise = Denoiser(task.denoiser, schedule, "ddim", config.monitor.steps, 0.0, config.seed)
+        self._prompts = None if config.model.pretrained is None else prompts_of(images, config)
         self.stopped = False
         self._looks: list[dict[str, Any]] = []
         self._best: dict[str, Any] | None = None
 
     def look(self, rounds: int, samples: int, step: int, journal: Journal) -> None:
         """Look at the model after ``rounds`` rounds if it is due, log what is seen, and decide."""
-        if (self._last - rounds) % self._every:
+        if (self._last - rounds) % self._plan.every:
             return
         began = time.monotonic()
         counts, distance = self._audit(self._sampled(), self._rule.measure, self._rule.threshold)
@@ -95,14 +85,16 @@ class Monitor:
         record = {"step": step, "samples": samples, "round": rounds, "monitor": found}
         self._looks.append(record)
         scalars = {f"monitor/{name}": value for name, value in seen.items()}
-        journal.note(record | {"time": round(time.time(), 3)}, scalars)
+        self._draw(None)
+        spent = time.monotonic() - began
+        journal.note(record | {"time": round(time.time(), 3), "seconds": round(spent, 3)}, scalars)
         words = ", ".join(f"{name} {value:.4g}" for name, value in seen.items())
-        logger.info("look after %s samples: %s (%.1f s)", f"{samples:,}", words, time.monotonic() - began)
+        logger.info("look after %s samples: %s (%.1f s)", f"{samples:,}", words, spent)
         if self.stopped:
             logger.info("stopping: monitor.stop_when is %s", self._settings.stop_when)
 
     def put_back_best(self) -> None:
-        """Give the model the weights to finish with, and write ``monitor.json``: the looks, and what came of them."""
+        """Give the model the weights to finish with, and write ``monitor.json`` and ``monitor.svg``: what was seen."""
         used = self._looks[-1]["samples"] if self._looks else None
         if self._best is not None and self._best["samples"] != used:
             used = self._best["samples"]
@@ -110,20 +102,43 @@ class Monitor:
                 self._parts()[name].load_state_dict(state)
             logger.info("finishing with the weights after %s samples", f"{used:,}")
         summary = {"stop_when": self._settings.stop_when, "stopped": self.stopped, "model_samples": used}
+        summary |= {"every": self._plan.every, "planned_overhead": self._plan.overhead, "prompts": self._prompts}
         write_json(self._run.path / "monitor.json", summary | {"looks": self._looks})
+        self._draw(used)
+
+    def _draw(self, used: int | None) -> None:
+        """The looks so far as a picture."""
+        if self._looks:
+            limit = None if self._settings.stop_when is None else self._rule.greatest
+            write_text(self._run.path / "monitor.svg", looks_chart(self._looks, self._rule.label, limit, used))
+
+    @cached_property
+    def _denoise(self) -> Any:
+        """What makes images as ``unrote sample`` does; of text-to-image models it holds a second autoencoder."""
+        from unrote.sampling import Denoiser, text_sampler
+
+        steps, seed = self._settings.steps, self._config.seed
+        if self._prompts is None:
+            return Denoiser(self._task.denoiser, build_schedule(self._config.model), "ddim", steps, 0.0, seed)
+        from unrote.text.generation import PromptDenoiser
+        from unrote.text.prompts import Prompt
+
+        pipeline = self._task.pipeline()  # type: ignore[attr-defined]
+        pipeline.scheduler = text_sampler(pipeline.scheduler, None, steps)[1]
+        options: dict[str, Any] = {"guidance_scale": self._settings.guidance_scale, "size": self._size}
+        return PromptDenoiser(pipeline, [Prompt(text) for text in self._prompts], seed=seed, steps=steps, **options)
 
     def _sampled(self) -> Any:
         """The images of a look."""
         import numpy as np
 
-        size = min(BATCH, self._settings.samples)
+        size = min(BATCH if self._prompts is None else PROMPTED_BATCH, self._settings.samples)
         starts = range(0, self._settings.samples, size)
         self._task.denoiser.eval()
-        if self._ema is None:
+        averaged = nullcontext() if self._ema is None else self._ema.applied()
+        own = nullcontext() if self._prompts is None else self._task.sampled_as()  # type: ignore[attr-defined]
+        with averaged, own:
             parts = [self._denoise(range(start, start + size)) for start in starts]
-        else:
-            with self._ema.applied():
-                parts = [self._denoise(range(start, start + size)) for start in starts]
         return np.concatenate(parts)[: self._settings.samples]
 
     def _keep(self, look: dict[str, Any]) -> bool:
@@ -163,18 +178,30 @@ def make_monitor(
     """The monitor that ``config`` asks for; None where it asks for none.
 
     Raises:
-        InputError: the held-out images can't be read or are of another size.
+        InputError: the held-out images can't be read or are of another size, a look costs too much, or its steps can't
+            be spread evenly.
     """
-    if not config.monitor.every:
+    plan = plan_looks(config, budget.local, budget.num_rounds)
+    if plan is None:
         return None
-    every = rounds_between(config, budget.local, budget.num_rounds)
-    if every >= budget.num_rounds > 1:
-        logger.warning(
-            "only the end is looked at: raise monitor.max_overhead, or lower monitor.samples or monitor.steps"
-        )
-    elif every > config.monitor.every:
-        logger.info("looks are made every %d rounds, not %d: monitor.max_overhead", every, config.monitor.every)
-    return Monitor(config, images, run, task, ema, every, budget.num_rounds)
+    if isinstance(task.loss, DenoisingLoss) and task.loss.num_timesteps % config.monitor.steps:
+        raise InputError(f"monitor.steps: must divide the model's {task.loss.num_timesteps} timesteps")
+    logger.log(logging.WARNING if plan.count == 1 < budget.num_rounds else logging.INFO, "monitor: %s", plan)
+    return Monitor(config, images, run, task, ema, plan, budget.num_rounds)
+
+
+def prompts_of(images: ImageStore, config: Config) -> list[str]:
+    """The captions of ``monitor.samples`` images that the seed chooses, or of all that have one; they are used in turn.
+
+    Raises:
+        InputError: no image has a caption.
+    """
+    captions: Sequence[str] = [text for text in images.captions or () if text]
+    if not captions:
+        raise InputError(f"monitor.every: no image of {images.source} has a caption to ask the model for")
+    draw = generator(config.seed, "monitor-prompts")
+    order = torch.randperm(len(captions), generator=draw)[: config.monitor.samples]
+    return [captions[place] for place in order.tolist()]
 
 
 def _holdout(config: Config, images: ImageStore) -> ImageStore | None:

@@ -15,6 +15,7 @@ from unrote.errors import InputError
 from unrote.method.shards import split_shards
 from unrote.models.sizing import size_of
 from unrote.training.budget import make_budget
+from unrote.training.looks import Looks, plan_looks
 from unrote.training.pitfalls import memory_pitfall, pitfalls
 from unrote.training.placement import Placement, StateSize, place
 from unrote.training.probe import Probe
@@ -54,6 +55,8 @@ class Plan:
     """Which process trains which proxies, its memory, and what they exchange."""
     warnings: tuple[str, ...]
     """What would go wrong, or worse than it need."""
+    looks: Looks | None = None
+    """When the monitor looks at samples; None where it does not."""
     probe: Probe | None = None
     """What was measured in some steps, if asked for."""
 
@@ -92,6 +95,7 @@ class Plan:
                 f"(estimate); host {_size(max(rank.host_bytes for rank in self.placement.ranks))} at most",
                 f"disk         {_size(self.disk_bytes)} needed at most, {_size(self.free_disk_bytes)} free{cached}",
                 f"checkpoint   {_size(self.checkpoint_bytes)}",
+                *([] if self.looks is None else [f"monitor      {self.looks}"]),
                 *self._processes(),
                 *self._time(),
                 *(f"warning      {warning}" for warning in self.warnings),
@@ -184,6 +188,7 @@ def make_plan(
         checkpoint_bytes=checkpoint,
         placement=placement,
         warnings=tuple(problems),
+        looks=plan_looks(config, budget.local, budget.num_rounds),
     )
     if plan.disk_bytes > plan.free_disk_bytes:
         problem = (
