@@ -22,10 +22,12 @@ def study(module_cache, tmp_path_factory):
         names = ("art", "base_model", "cells", "measures", "table", "run")
         modules = {name: importlib.import_module(name) for name in names}
     out = tmp_path_factory.mktemp("study")
-    arguments = ["--out", str(out), "--toy", "--threads", str(torch.get_num_threads())]
+    arguments = ["--out", str(out), "--toy", "--workers", "1"]
     arguments += [word for name in CHOSEN for word in ("--only", name)]
+    threads = torch.get_num_threads()
     modules["run"].main(arguments)
-    return modules, out, arguments
+    yield modules, out, arguments
+    torch.set_num_threads(threads)
 
 
 def test_every_method_has_its_points(study):
@@ -69,7 +71,7 @@ def test_again_does_nothing(study):
 
 def test_repeats_have_the_pixels_and_texts_of_their_original(study):
     modules, out, _ = study
-    train = modules["run"].Study(out, out, "toy").train
+    train = modules["run"].Study(out, out, "toy", with_sscd=False).train
     rows = {name: row for row, name in enumerate(train.names)}
     again = [name for name in train.names if "-again" in name]
     assert len(again) == 4 * 4
@@ -82,7 +84,7 @@ def test_repeats_have_the_pixels_and_texts_of_their_original(study):
 
 def test_captions_asked_for_are_of_the_right_side(study):
     modules, out, _ = study
-    toy = modules["run"].Study(out, out, "toy")
+    toy = modules["run"].Study(out, out, "toy", with_sscd=False)
     assert len(toy.asked) == len(toy.unseen) == 12
     assert not any("-again" in name for name in toy.asked.names)
     repeated = {name.split("-again")[0] + ".png" for name in toy.train.names if "-again" in name}
@@ -93,9 +95,9 @@ def test_captions_asked_for_are_of_the_right_side(study):
 def test_copies_are_measured_as_copies(study):
     """Given back training images are all copies, of their own captions; real held-out art is none."""
     modules, out, _ = study
-    toy = modules["run"].Study(out, out, "toy")
+    toy = modules["run"].Study(out, out, "toy", with_sscd=False)
     given = np.asarray(toy.asked.images), np.asarray(toy.unseen.images)
-    found = modules["measures"].measure(*given, toy.asked, toy.unseen, toy.train, toy.holdout)
+    found = modules["measures"].measure(*given, toy.asked, toy.unseen, toy.train, toy.holdout, None, out / "features")
     copies = found["memorization"]["orbit"]
     assert copies["fraction"] == copies["repeated"]["fraction"] == copies["single"]["fraction"] == 1
     assert copies["repeated"]["total"] == 4 and copies["single"]["total"] == 8 and copies["distinct"] >= 1

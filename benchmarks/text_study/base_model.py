@@ -45,7 +45,7 @@ class Sizes:
     learning_rate: float = 1.5e-3
 
 
-FULL = Sizes(Counts(train=200, repeated=20, holdout=400))
+FULL = Sizes(Counts(train=256, repeated=20, holdout=512))
 SHORT = Sizes(Counts(100, 10, 400), side=16, vae_channels=(32, 32), vae_images=25_000, unet_images=45_000)
 TOY = Sizes(
     Counts(24, 4, 24),

@@ -24,10 +24,10 @@ class Scale:
     batch_size: int = 16
     learning_rate: float = 5e-4
     lora_learning_rate: float = 2e-3
-    snapshots: int = 3
+    snapshots: int = 4
     num_shards: int = 4
     local_epochs: float = 5
-    prompts: int = 120
+    prompts: int = 256
     """Images made from training captions, and as many from held-out ones, per snapshot."""
     sampler: str = "dpm-solver++"
     steps: int = 12
@@ -40,7 +40,7 @@ SCALES = {
     "short": Scale(epochs=72, learning_rate=1e-3, prompts=64, snapshots=3, steps=8),
     "toy": Scale(epochs=1, batch_size=8, snapshots=1, num_shards=2, local_epochs=0.5, prompts=12, steps=2, seeds=1),
 }
-"""``full`` is meant for two quiet cores and three hours, ``short`` for one busy core and an hour."""
+"""``full`` is meant for two cores and three hours (budget: see ``run.py``), ``short`` for one busy core and an hour."""
 
 _NOISE = {"text.embedding_noise": 0.1}
 _CAPTIONS = {"text.caption": "random"}

@@ -12,6 +12,7 @@ from unrote.auditing import audit
 from unrote.auditing.intervals import fraction
 from unrote.auditing.memorization import HEADLINE
 from unrote.data import ImageStore, in_memory_store
+from unrote.encoders.base import Encoder
 from unrote.sampling import make_scheduler
 from unrote.text.generation import LORA_WEIGHTS, PromptDenoiser
 from unrote.text.prompts import Prompt
@@ -55,6 +56,8 @@ def measure(
     unseen: ImageStore,
     train: ImageStore,
     holdout: ImageStore,
+    sscd: Encoder | None,
+    cache: Path,
 ) -> dict[str, dict[str, Any]]:
     """``memorization`` of ``copies``, ``quality`` of ``fresh`` in the form of a study's points, and ``prompts``.
 
@@ -65,9 +68,12 @@ def measure(
         unseen: held-out images whose captions were used.
         train: the training set.
         holdout: the held-out set.
+        sscd: the copy detector; None leaves it out.
+        cache: folder for its features of the real images.
     """
     made = in_memory_store(copies, source="made from training captions")
-    seen = audit(made, train, holdout, origins=list(asked.names))
+    encoders = [] if sscd is None else [sscd]
+    seen = audit(made, train, holdout, origins=list(asked.names), encoders=encoders, cache=cache)
     other = audit(in_memory_store(fresh, source="made from held-out captions"), train, holdout)
     near = seen.pairs["orbit_ratio_distinct"] < HEADLINE["squared-l2"]
     repeated = np.array([f"{name.removesuffix('.png')}-again1.png" in set(train.names) for name in asked.names])
@@ -80,6 +86,7 @@ def measure(
             "orbit": orbit | groups,
             "calibrated": None if known is None else {"threshold": known["threshold"], **known["below"]},
             "train_share": seen.summary["train_share"]["orbit"],
+            **({} if sscd is None else {"sscd": copy_detection(seen.summary, sscd.key)}),
         },
         "quality": {"primary": SPACE, SPACE: {"frechet_distance": frechet(other.summary)}},
         "prompts": {
@@ -100,13 +107,9 @@ def frechet(summary: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def copy_detection(
-    copies: np.ndarray, train: ImageStore, holdout: ImageStore, encoder: Any, cache: Path
-) -> dict[str, Any]:
+def copy_detection(summary: dict[str, Any], space: str) -> dict[str, Any]:
     """95th percentile of the similarity, and the share above the threshold that 1 % of the held-out art exceeds."""
-    made = in_memory_store(copies, source="made from training captions")
-    summary = audit(made, train, holdout, encoders=[encoder], cache=cache).summary
-    similarity = summary["spaces"][encoder.key]["similarity"]
+    similarity = summary["spaces"][space]["similarity"]
     known = similarity["calibrated"]
     return {
         "p95": similarity["generated"]["quantiles"]["0.95"],

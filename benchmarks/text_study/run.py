@@ -5,6 +5,20 @@
     python benchmarks/text_study/run.py --out DIR --only AGC --seeds 1
 
 Needs npm for the emoji, pip for the text encoder (or their archives in --packages), and for SSCD the `sscd` extra.
+
+A cell is one method with one seed; cells are kept, all methods of a seed come before the next seed, and the outcome is
+written after each, so that a study that was stopped can be read and gone on with. The budget of the full scale in
+seconds of one thread of an AMD EPYC, each part measured by itself on a quiet machine on 24 November 2026:
+
+    reading the packages' pictures once                      28
+    autoencoder: 3,125 steps of 32 at 0.109                 340
+    denoiser: 2,813 steps of 64 at 0.130                    366
+    a cell's training: 1,260 steps of 16 at 0.048            60    (several times that where texts vary or are judged)
+    a cell's 4 points, 2 x 256 images each                   88
+        sampling, 12 steps with guidance, decoding: 8.6; SSCD of 256: 9.8; two audits: 3.1
+
+48 cells of 148 s and the rest are 7,800 s, so 65 minutes for two workers if nothing else costs anything. Every cell
+keeps the processor time that it took; what whole cells take stands in docs/text-study.md.
 """
 
 import argparse
@@ -14,8 +28,11 @@ import platform
 import shutil
 import time
 import zipfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +43,13 @@ import torch
 from art import fetch_wheel, prepare
 from base_model import FULL, SHORT, TEXT_PACKAGE, TOY, Sizes, minilm, pretrain, toy_text
 from cells import METHODS, SCALES, Scale, settings_of, slug, usual_norm
-from measures import SPACE, copy_detection, make_images, measure, with_weights
+from measures import SPACE, make_images, measure, with_weights
 from table import REFERENCE, write_outcome
 
 import unrote
 from unrote.data import ImageStore, open_images
+from unrote.encoders import load_encoder
+from unrote.encoders.base import Encoder
 from unrote.files import write_json
 from unrote.models.pretrained import load_pretrained
 
@@ -45,6 +64,7 @@ class Study:
     out: Path
     packages: Path
     scale_name: str
+    with_sscd: bool
 
     @property
     def toy(self) -> bool:
@@ -96,6 +116,11 @@ class Study:
         """The pretrained pipeline, loaded."""
         return load_pretrained(str(self.base))
 
+    @cached_property
+    def sscd(self) -> Encoder | None:
+        """The copy detector, if it is to look."""
+        return load_encoder("sscd") if self.with_sscd else None
+
     def prepare(self) -> None:
         """The sets, the pretrained model, and what is calibrated on it."""
         prepare(self.out / "art", self.packages, self.sizes.pictures, side=self.sizes.side, toy=self.toy)
@@ -137,9 +162,11 @@ class Study:
             settings = settings_of(name, self.scale, str(self.base), self.sizes.side, seed, self.norm)
             run = unrote.train(self.out / "art/train", out=folder / "run", method=METHODS[name][0], settings=settings)
             facts = {"cpu_seconds": round(time.process_time() - used, 1)}
+            used = time.process_time()
             facts |= json.loads((run.path / "run.json").read_text())
             shown = sorted((path for path in (run.path / "snapshots").iterdir()), key=lambda path: int(path.name))
             points = [self.point(folder, int(path.name), path, seed) for path in shown]
+        facts["cpu_seconds_of_points"] = round(time.process_time() - used, 1)
         settings.pop("model.pretrained", None)
         cell = {"regime": REGIME, "method": name, "seed": seed, "folder": folder.name, **facts}
         write_json(folder / "cell.json", cell | {"settings": settings, "points": points})
@@ -156,22 +183,11 @@ class Study:
             fresh = make_images(tuned, self.unseen, self.scale, seed)
             folder.mkdir(parents=True, exist_ok=True)
             np.savez_compressed(folder / f"{seen}.npz", copies=copies, fresh=fresh)
-            numbers = measure(copies, fresh, self.asked, self.unseen, self.train, self.holdout)
+            sets = (self.asked, self.unseen, self.train, self.holdout)
+            numbers = measure(copies, fresh, *sets, self.sscd, self.out / "features")
             write_json(file, {"samples_seen": seen, **numbers})
         point: dict[str, Any] = json.loads(file.read_text())
         return point
-
-    def add_sscd(self, name: str, seed: int, encoder: Any) -> None:
-        """SSCD's view of a finished cell's last snapshot, which takes longer than everything else there."""
-        folder = self.cell_folder(name, seed)
-        cell = json.loads((folder / "cell.json").read_text())
-        last = cell["points"][-1]
-        if "sscd" in last["memorization"]:
-            return
-        with np.load(folder / f"{last['samples_seen']}.npz") as images:
-            copies = images["copies"]
-        last["memorization"]["sscd"] = copy_detection(copies, self.train, self.holdout, encoder, self.out / "features")
-        write_json(folder / "cell.json", cell)
 
     def cells(self) -> list[dict[str, Any]]:
         """What is finished, without the pretrained model."""
@@ -230,23 +246,31 @@ def main(arguments: list[str] | None = None) -> None:
     size.add_argument("--toy", dest="scale", action="store_const", const="toy", help="shapes and a few steps")
     parser.add_argument("--only", action="append", choices=list(METHODS), help="this method only; may be repeated")
     parser.add_argument("--seeds", type=int, nargs="+", help="which seeds; default: 0 1 2")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each; default: 2")
     parser.add_argument("--no-sscd", action="store_true", help="leave SSCD out")
     options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    study = Study(options.out, options.packages or options.out / "packages", options.scale)
-    scale = study.scale
+    torch.set_num_threads(1)
+    packages, toy = options.packages or options.out / "packages", options.scale == "toy"
+    study = Study(options.out, packages, options.scale, with_sscd=not (options.no_sscd or toy))
     study.prepare()
     names = options.only or list(METHODS)
-    seeds = range(scale.seeds) if options.seeds is None else options.seeds
-    wanted = [(UNTUNED, 0)] + [(name, seed) for seed in seeds for name in names]
-    for name, seed in wanted:
-        study.run_cell(name, seed)
-    if not (options.no_sscd or study.toy):
-        encoder = unrote.load_encoder("sscd")
+    seeds = range(study.scale.seeds) if options.seeds is None else options.seeds
+    study.run_cell(UNTUNED, 0)
+    for _ in done([(name, seed) for seed in seeds for name in names], study, options.workers):
+        study.write(f"{platform.machine()}, {options.workers} processes of one thread, torch {torch.__version__}")
+
+
+def done(wanted: Sequence[tuple[str, int]], study: Study, workers: int) -> Iterator[None]:
+    """Run the cells in this order, ``workers`` at a time, and yield after each."""
+    if workers == 1:
         for name, seed in wanted:
-            study.add_sscd(name, seed, encoder)
-    study.write(f"{platform.machine()}, {options.threads} threads, torch {torch.__version__}")
+            yield study.run_cell(name, seed)
+        return
+    # A fork of a process that has computed with threads may hang.
+    start = partial(torch.set_num_threads, 1)
+    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=start) as pool:
+        bare = Study(study.out, study.packages, study.scale_name, study.with_sscd)
+        yield from pool.map(bare.run_cell, *zip(*wanted, strict=True))
 
 
 if __name__ == "__main__":

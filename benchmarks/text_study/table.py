@@ -126,19 +126,24 @@ def against(points: Sequence[Mapping[str, Any]], curve: Sequence[tuple[float, fl
 
 
 def draw(file: Path, cells: Sequence[Cell]) -> None:
-    """Copied share against Fréchet distance along training, a line per method, means over seeds."""
+    """What is copied against the Fréchet distance along training, a line per method, means over seeds.
+
+    Twice: the share of copies by the neighbour ratio, and that by SSCD where it has looked.
+    """
     import matplotlib
 
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(9, 6), layout="constrained")
+    figure, both = pyplot.subplots(1, 2, figsize=(15, 6), layout="constrained")
     styles = [(colour, line) for line in ("-", "--") for colour in pyplot.colormaps["tab10"].colors]
-    for (name, same), (colour, line) in zip(by_method(cells).items(), styles, strict=False):
-        mean = np.mean([[both_of(point) for point in cell["points"]] for cell in same], 0)
-        axes.plot(mean[:, 0], mean[:, 1], line, color=colour, marker="o", markersize=4, label=name)
-    axes.set_xlabel("Fréchet distance of images from held-out captions to held-out art (lower is better)")
-    axes.set_ylabel("share of images from training captions that are copies")
-    axes.legend(fontsize=8)
+    for axes, keys, by in zip(both, (COPIED, COLUMNS["SSCD calibrated"]), ("neighbour ratio", "SSCD"), strict=True):
+        for (name, same), (colour, line) in zip(by_method(cells).items(), styles, strict=False):
+            found = [[(read(point, DISTANCE), read(point, keys)) for point in cell["points"]] for cell in same]
+            mean = np.mean(np.array(found, dtype=float), 0)
+            axes.plot(mean[:, 0], mean[:, 1], line, color=colour, marker="o", markersize=4, label=name)
+        axes.set_xlabel("Fréchet distance of images from held-out captions to held-out art (lower is better)")
+        axes.set_ylabel(f"share of images from training captions that are copies, by {by}")
+    both[0].legend(fontsize=8)
     figure.savefig(file, metadata={"Date": None})
     pyplot.close(figure)
