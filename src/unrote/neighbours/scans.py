@@ -86,9 +86,7 @@ class IntegerScan:
         # Reflection repeats some pixels and drops others, so each view has its own norm: a count of uses.
         self.uses = torch.stack([torch.bincount(s, minlength=values).to(torch.int8) for s in self.sources])
 
-    def add(
-        self, first: int, references: np.ndarray, allowed: Callable[[Tensor], Tensor] | None = None
-    ) -> None:
+    def add(self, first: int, references: np.ndarray, allowed: Callable[[Tensor], Tensor] | None = None) -> None:
         """Take in uint8 rows [b, H, W, C].
 
         With ``allowed``, rows are not kept whose squared distance exceeds what it gives, float64, for the distances
