@@ -21,12 +21,12 @@ from unrote.errors import InputError
 from unrote.files import write_json, write_text
 from unrote.models.denoiser import DenoisingLoss, build_schedule
 from unrote.models.task import Task
-from unrote.report.looks import looks_chart
 from unrote.seeding import generator
 from unrote.tensorfiles import load_state, save_state
 from unrote.training.ema import EMA
 from unrote.training.journal import Journal
 from unrote.training.looks import Looks, plan_looks
+from unrote.training.looks_chart import looks_chart
 from unrote.training.run import Run
 
 logger = logging.getLogger("unrote")
