@@ -24,7 +24,7 @@ def add_to_cards(folder: Path, report: AuditReport, baseline: Summary | None = N
     Args:
         folder: of the run.
         report: of images of the run's model.
-        baseline: summary of another model's audit, to stand beside it; what :func:`unrote.auditing.reading.read_report` gave.
+        baseline: summary of another model's audit, to stand beside it.
 
     Returns:
         The cards that were changed; those that there are not are not made.

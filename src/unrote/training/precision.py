@@ -32,7 +32,7 @@ def settled(config: Config, run: Run, device: torch.device) -> Config:
 
 
 def multiplies_bf16(device: torch.device) -> bool:
-    """Whether the device has instructions for bf16. Without them it takes a CPU 9 times as long as float32 or more."""
+    """Whether the device has instructions for bf16. Without them it takes a CPU many times as long as float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():
