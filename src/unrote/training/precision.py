@@ -34,8 +34,8 @@ def settled(config: Config, run: Run, device: torch.device) -> Config:
 def multiplies_bf16(device: torch.device) -> bool:
     """Whether the device has instructions for bf16. Without them it takes a CPU many times as long as float32."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     if platform.machine().lower() in ("x86_64", "amd64"):
         return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
