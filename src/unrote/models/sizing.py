@@ -14,6 +14,7 @@ from unrote.config import Config
 from unrote.data.store import ImageStore
 from unrote.errors import InputError
 from unrote.models.denoiser import Network, autocast_dtype, build_unet, unet_prediction
+from unrote.models.views import ViewCache, view_cache
 
 RECOMPUTED = (
     "ResnetBlock2D",
@@ -39,6 +40,8 @@ class Size:
     """Latents and text embeddings in the cache folder."""
     model_bytes: int
     """The finished model on disk."""
+    views: ViewCache | None = None
+    """How a pretrained model gets augmented views; None without."""
 
 
 def size_of(config: Config, images: ImageStore) -> Size:
@@ -91,16 +94,18 @@ def _pretrained_size(config: Config, images: ImageStore) -> Size:
         activations = _activation_bytes(denoiser, config, latents, condition, family.network)
         vae = _count(AutoencoderKL.from_config(pipeline.autoencoder))
     half = lora and autocast_dtype(config.training) is not None
-    needs_vae = config.augmentation.enabled or not config.data.cache_latents
+    views = view_cache(config, len(images), channels * height * width)
+    needs_vae = not config.data.cache_latents or (views is not None and not views.kept)
     frozen = (2 if half else 4) * whole * lora + 4 * vae * needs_vae
     cache = 0
     if config.data.cache_latents:
         cache = 8 * channels * height * width * len(images) * (1 + config.data.random_flip)
+        cache += views.bytes if views is not None and views.kept else 0
         texts = len({"", *(text for texts in images.every_caption() for text in texts)})
         cache += 0 if config.text.varies else 4 * texts * sum(values[0].numel() for values in text.values())
     copies = 1 + config.training.use_ema
     model = 4 * trained * copies if lora else 4 * whole * copies + 2 * _folder_bytes(source)
-    return Size(trained, frozen, activations, cache, model)
+    return Size(trained, frozen, activations, cache, model, views)
 
 
 def _folder_bytes(source: str) -> int:

@@ -14,6 +14,7 @@ from unrote.data.store import ImageStore
 from unrote.errors import InputError
 from unrote.method.shards import split_shards
 from unrote.models.sizing import size_of
+from unrote.models.views import ViewCache
 from unrote.training.budget import make_budget
 from unrote.training.looks import Looks, plan_looks
 from unrote.training.pitfalls import memory_pitfall, pitfalls
@@ -55,6 +56,8 @@ class Plan:
     """Which process trains which proxies, its memory, and what they exchange."""
     warnings: tuple[str, ...]
     """What would go wrong, or worse than it need."""
+    views: ViewCache | None = None
+    """Whether augmented views of a pretrained model's images are encoded once, and why; None where there are none."""
     looks: Looks | None = None
     """When the monitor looks at samples; None where it does not."""
     probe: Probe | None = None
@@ -95,6 +98,7 @@ class Plan:
                 f"(estimate); host {_size(max(rank.host_bytes for rank in self.placement.ranks))} at most",
                 f"disk         {_size(self.disk_bytes)} needed at most, {_size(self.free_disk_bytes)} free{cached}",
                 f"checkpoint   {_size(self.checkpoint_bytes)}",
+                *([] if self.views is None else [f"views        {self.views}"]),
                 *([] if self.looks is None else [f"monitor      {self.looks}"]),
                 *self._processes(),
                 *self._time(),
@@ -188,6 +192,7 @@ def make_plan(
         checkpoint_bytes=checkpoint,
         placement=placement,
         warnings=tuple(problems),
+        views=size.views,
         looks=plan_looks(config, budget.local, budget.num_rounds),
     )
     if plan.disk_bytes > plan.free_disk_bytes:
