@@ -84,9 +84,9 @@ def test_a_visit_trains_on_the_latents_of_its_view(base):
 
 
 def test_without_augmentation_the_budget_changes_no_bit(tmp_path, base):
-    plain = tuned(tmp_path / "plain", base, "iet-agc")
+    plain = tuned(tmp_path / "plain", base, "agc", training__epochs=1)
     budget = {key.replace(".", "__"): value for key, value in BUDGET.items()}
-    again = tuned(tmp_path / "again", base, "iet-agc", **budget)
+    again = tuned(tmp_path / "again", base, "agc", training__epochs=1, **budget)
     assert largest_difference(saved(again), saved(plain)) == 0 and log_of(again) == log_of(plain)
 
 
@@ -96,8 +96,6 @@ def test_kept_views_train_and_a_stopped_run_goes_on_bit_for_bit(tmp_path, base, 
     settings |= {"augmentation__ratio_source": source, "data__random_flip": True}
     expected = tuned(tmp_path / "whole", base, "iet-agc+", "lora", **settings)
     assert summary_of(expected)["augmented"] > 0
-    fresh = tuned(tmp_path / "fresh", base, "iet-agc+", "lora", **settings | {"augmentation__cache_budget": 0})
-    assert largest_difference(saved(fresh, "lora"), saved(expected, "lora")) > 0, "other views are other training"
     calls, original = 0, TrainingStep.__call__
 
     def killed(self, *arguments, **options):
