@@ -15,7 +15,6 @@ from datetime import timedelta
 from itertools import chain
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
@@ -28,15 +27,12 @@ from unrote.errors import InputError, first_line
 from unrote.files import temporary_path
 from unrote.method.assignment import assign
 from unrote.method.peers import Alone, Average
-from unrote.tensorfiles import state_from_bytes, state_to_bytes
+from unrote.tensorfiles import messages_of, state_of_messages
 from unrote.training.reachable import Reachable, lives, machine
 from unrote.training.run import Run
 
 TIMEOUT = "UNROTE_PEER_TIMEOUT"
 """Environment variable: after so many seconds without a sign of life a process is given up. Default 1800."""
-
-CHUNK = 1 << 28
-"""Bytes sent at once."""
 
 
 class Single(Alone):
@@ -185,37 +181,23 @@ class Group(Single):
         """Gathered and averaged by the first process in the order of the proxies, so that rounding is one process's."""
         with self._named("averaging the proxies"):
             if self.rank > 0:
-                for state in states:
-                    self._send(state)
+                for message in chain.from_iterable(map(messages_of, states)):
+                    dist.send(message, 0)
             else:
                 senders = [rank for rank, block in enumerate(self._blocks) for _ in block if rank > 0]
                 averaged = average(chain(states, map(self._receive, senders)), weights)
             return self._broadcast(averaged if self.rank == 0 else None)  # type: ignore[no-any-return]
 
-    def _send(self, state: Any) -> None:
-        content = _as_tensor(state_to_bytes(state))
-        dist.send(torch.tensor([len(content)]), 0)
-        for part in _chunks(content):
-            dist.send(part, 0)
-
     def _receive(self, sender: int) -> Any:
-        length = torch.zeros(1, dtype=torch.int64)
         with self._named(f"receiving a proxy from process {sender} of {self.size}"):
-            dist.recv(length, sender)
-            content = torch.empty(int(length), dtype=torch.uint8)
-            for part in _chunks(content):
-                dist.recv(part, sender)
-        return state_from_bytes(content.numpy().tobytes())
+            return state_of_messages(lambda message: dist.recv(message, sender))
 
     def _broadcast(self, state: Any) -> Any:
-        content = _as_tensor(state_to_bytes(state)) if self.rank == 0 else torch.empty(0, dtype=torch.uint8)
-        length = torch.tensor([len(content)])
-        dist.broadcast(length, 0)
         if self.rank > 0:
-            content = torch.empty(int(length), dtype=torch.uint8)
-        for part in _chunks(content):
-            dist.broadcast(part, 0)
-        return state if self.rank == 0 else state_from_bytes(content.numpy().tobytes())
+            return state_of_messages(lambda message: dist.broadcast(message, 0))
+        for message in messages_of(state):
+            dist.broadcast(message, 0)
+        return state
 
     def fail(self, reason: str) -> None:
         """Tell the others to stop because of ``reason``."""
@@ -387,11 +369,3 @@ def _timeout() -> float:
     if not 1 <= seconds < 1e9:
         raise InputError(f"{TIMEOUT}: must be a number of seconds, at least 1, not {text!r}")
     return seconds
-
-
-def _as_tensor(content: bytes) -> Tensor:
-    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
-
-
-def _chunks(content: Tensor) -> list[Tensor]:
-    return [content[start : start + CHUNK] for start in range(0, len(content), CHUNK)]
