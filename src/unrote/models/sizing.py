@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from unrote.config import Config, TrainingConfig
@@ -143,6 +145,18 @@ def _count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+class _FusedAttention(TorchFunctionMode):
+    """Attention as devices compute it. On the meta device it would keep the weights of every token for every other."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        named = kwargs or {}
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **named)
+        query, key, value, mask, *_ = [*args, *(named[n] for n in ("query", "key", "value") if n in named), None]
+        mask = named.get("attn_mask", mask)
+        return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, mask, True)[0]
+
+
 def _forward(
     denoiser: Any, images: Tensor, condition: Mapping[str, Any], network: Network = unet_prediction
 ) -> Forward:
@@ -171,7 +185,7 @@ def _forward(
         if type(module).__name__ in RECOMPUTED:
             module.register_forward_pre_hook(enter, with_kwargs=True)
     operations = FlopCounterMode(display=False)
-    with operations, torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+    with operations, _FusedAttention(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         network(denoiser, images, torch.zeros(len(images), dtype=torch.int64), condition)
     sizes: dict[int, int] = {}
     for _, size, owner in saved.values():
