@@ -36,14 +36,14 @@ class StateSize:
         """While a proxy is live: what it takes along, and gradients."""
         return self.kept + self.weights
 
-    def averaging(self, rank: int, world: int) -> int:
+    def averaging(self, held: int = 0) -> int:
         """While proxies are averaged, in the memory of the host, beside the live model; counted in ``averaged``.
 
-        One process: 2 for sums in float64, 1 for the result, 1 for the proxy that is added and 1 for the next one,
-        which is read meanwhile. Of several processes the first has the next one 4 times, as it comes in, as bytes, in
-        pieces and as tensors; so have the others the average, beside the one before, the one in use, and a proxy.
+        2 for sums in float64 and 1 for the proxy that is added, then for the result. Of several processes the first has
+        the same; the others have the average before, the one that comes and its copy. ``held``: proxies that are kept
+        until all are there, as averaging products of adapters does.
         """
-        return self.averaged * (5 if world == 1 else 8 if rank == 0 else 7)
+        return self.averaged * (3 + held)
 
 
 @dataclass(frozen=True)
@@ -127,16 +127,17 @@ def place(
             f"trains in one process. Use 1 to {count}, or raise ensemble.num_shards"
         )
     device = size.training() + frozen + activations
+    products = config.model.train == "lora" and config.model.lora.average == "product"
 
     def rank_of(rank: int, block: range) -> Rank:
         seen = sum(budget.target(k, 0, 1.0) for k in block)
         steps = sum(math.ceil(budget.target(k, budget.num_rounds, 1.0) / config.training.batch_size) for k in block)
-        averaging = size.averaging(rank, world) if count > 1 else 0
-        if cpu:
-            # Freed gradients stay with the process, see training/heap.py.
-            host = size.training() + frozen + max(averaging, activations + (size.kept if count > 1 else 0))
-        else:
-            host = max(averaging, size.kept if count > 1 else 0) + (size.averaged if rank else 0)
+        averaging = size.averaging(count * products * (rank == 0)) if count > 1 else 0
+        # Of the next proxy when it comes, and of the first process's average in the others.
+        waiting = (size.kept if count > 1 else 0) + (size.averaged if rank else 0)
+        # On the CPU everything is the host's, freed gradients too: they stay with the process, see training/heap.py.
+        here, forward = (size.training() + frozen, activations) if cpu else (0, 0)
+        host = here + max(averaging, forward + waiting)
         return Rank(block.start, len(block), seen, steps, device, host)
 
     ranks = tuple(rank_of(rank, block) for rank, block in enumerate(assign(sizes, world)))
