@@ -86,7 +86,12 @@ def build_models(folder: Path) -> None:
     size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     tokenizer = tiny_tokenizer(folder / "tokenizer")
     end = len(tokenizer) - 1
-    text = size | {"vocab_size": end + 1, "max_position_embeddings": LENGTH, "eos_token_id": end, "bos_token_id": end - 1}
+    text = size | {
+        "vocab_size": end + 1,
+        "max_position_embeddings": LENGTH,
+        "eos_token_id": end,
+        "bos_token_id": end - 1,
+    }
     config = transformers.CLIPConfig(text_config=text, vision_config=size | {"image_size": SIDE, "patch_size": 8})
     clip = folder / "openai/clip-vit-base-patch32"
     transformers.CLIPModel(config).save_pretrained(clip)

@@ -7,11 +7,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from doc_commands import NOT_RUN, PAGES, PROCESSES, commands_of, parsed, written_by
+from doc_commands import NOT_RUN, PAGES, PROCESSES, blocks, commands_of, parsed, written_by
 from unrote.cli import main
 
 COMMANDS = {page.name: commands_of(page) for page in PAGES if commands_of(page)}
+PYTHON = [(page.name, number, code) for page in PAGES for number, code in enumerate(blocks(page, "python"))]
 
 
 @pytest.fixture(scope="module")
@@ -89,3 +91,15 @@ def test_every_reason_is_needed():
     lines = [command.line for commands in COMMANDS.values() for command in commands]
     for start, _ in NOT_RUN:
         assert any(line.startswith(start) for line in lines), start
+
+
+@pytest.mark.parametrize(("page", "number", "code"), PYTHON, ids=[f"{page}-{number}" for page, number, _ in PYTHON])
+def test_a_python_block_runs(page, number, code, place, monkeypatch):
+    from doc_python import ENVIRONMENT, made_small, names_for
+
+    for name, value in ENVIRONMENT.get((page, number), {}).items():
+        monkeypatch.setenv(name, value)
+    names = names_for(page, number)
+    exec(compile(made_small(page, number, code), f"{page}, block {number}", "exec"), names)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
