@@ -20,20 +20,20 @@ SIDE = 16
 CAPTIONS = ["red cat", "a dog", "a cat", "red dog"]
 IMAGES = {
     # Folder: images, classes, seed. Equal seeds are equal images.
-    "photos": (64, 0, 1),
-    "training-images": (64, 0, 1),
-    "pictures": (24, 0, 2),
+    "photos": (32, 0, 1),
+    "training-images": (32, 0, 1),
+    "pictures": (32, 0, 1),
     "scans": (24, 0, 3),
     "flowers": (24, 2, 4),
-    "held-out": (48, 0, 5),
-    "other-images": (48, 0, 5),
+    "held-out": (24, 0, 5),
+    "other-images": (24, 0, 5),
     "other-patients": (24, 0, 6),
     "data/cifar10/train": (80, 10, 7),
     "data/cifar100/train": (200, 100, 8),
     "data/afhq-dog/train": (24, 0, 9),
     "data/laion-10k/train": (24, 0, 10),
 }
-FILES = {"photos.npz": (64, 1), "held-out.npz": (48, 5), "many.npz": (256, 1)}
+FILES = {"photos.npz": (32, 1), "held-out.npz": (128, 5), "many.npz": (256, 1)}
 """File: images, seed."""
 HUB = ("models/sd15", "stable-diffusion-v1-5/stable-diffusion-v1-5")
 """Folders and Hub ids where a pipeline is; a folder of that name is taken before the Hub is asked."""
@@ -86,13 +86,9 @@ def build_models(folder: Path) -> None:
     size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     tokenizer = tiny_tokenizer(folder / "tokenizer")
     end = len(tokenizer) - 1
-    text = size | {
-        "vocab_size": end + 1,
-        "max_position_embeddings": LENGTH,
-        "eos_token_id": end,
-        "bos_token_id": end - 1,
-    }
-    config = transformers.CLIPConfig(text_config=text, vision_config=size | {"image_size": SIDE, "patch_size": 8})
+    words = {"vocab_size": end + 1, "eos_token_id": end, "bos_token_id": end - 1, "max_position_embeddings": LENGTH}
+    vision = size | {"image_size": SIDE, "patch_size": 8}
+    config = transformers.CLIPConfig(text_config=size | words, vision_config=vision)
     clip = folder / "openai/clip-vit-base-patch32"
     transformers.CLIPModel(config).save_pretrained(clip)
     transformers.CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size=SIDE).save_pretrained(clip)
