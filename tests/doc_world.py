@@ -44,7 +44,7 @@ RUNS = {
     "runs/standard": ("standard", "photos.npz"),
     "runs/agc": ("agc", "photos.npz"),
 }
-INSTEAD = {"text.md": {"runs/a": "runs/text"}}
+INSTEAD = {"text.md": {"runs/a": "runs/text"}, "fine-tuning.md": {"runs/baseline": "runs/text"}}
 """By page: what a name stands for there, if not for what it does elsewhere."""
 
 
