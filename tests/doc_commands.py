@@ -24,13 +24,13 @@ TOY = (
     (r"^train ", f"--epochs 2 --batch-size 8 {SMALL}"),
     (r"^train (?!.*(--pretrained|lora|laion))", f"--resolution 8 {PIXELS}"),
     (r"^train .*(--pretrained|lora)", "--resolution 16 --set training.mixed_precision=no"),
+    (r"^train .*monitor", "--set monitor.samples=4 --set monitor.steps=2"),
     (r"^sample ", "-n 4 --steps 2"),
     (r"^audit samples/", "--resolution 16"),
     (r"^retest ", "--tries 4 --steps 2"),
     (r"^compare .*yaml", "--only */standard/0"),
     (r"^compare runs", "--num 4 --steps 2"),
     (r"^prompts ", "--seeds 1"),
-    (r"^demo", "--toy"),
 )
 
 PROCESSES = 2
@@ -39,7 +39,8 @@ PROCESSES = 2
 NOT_RUN = (
     # What a line begins with, and why it is not run; what unrote is told in it is parsed all the same.
     ("pip install", "installs packages"),
-    ("make ", "CI runs both: the demo at toy size, and the tests are this"),
+    ("make ", "CI runs the demo with --toy, and the tests are these"),
+    ("unrote demo", "CI runs it with --toy, in a step of its own"),
     ("unrote data get", "downloads 170 MB; test_data_named.py runs it against a server of its own"),
     ("head=$(scontrol", "needs Slurm"),
     ("srun torchrun", "needs Slurm; test_distributed.py starts several processes"),
