@@ -1,4 +1,4 @@
-"""Measurements of cells as small files that a repository can hold: a study goes on from what other machines computed."""
+"""Measurements of cells as small files for a repository: a study goes on from what other machines computed."""
 
 import json
 from collections.abc import Mapping, Sequence
