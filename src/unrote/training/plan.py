@@ -67,7 +67,7 @@ class Plan:
             return None
         parts = self.rounds * self.placement.phases
         longest = max(
-            rank.steps * self.probe.step_seconds + rank.proxies * parts * self.probe.switch_seconds
+            rank.steps * self.probe.step_seconds / rank.members + rank.proxies * parts * self.probe.switch_seconds
             for rank in self.placement.ranks
         )
         averaging = self.rounds * len(self.shard_sizes) * self.probe.average_seconds
@@ -106,10 +106,12 @@ class Plan:
         placement, count = self.placement, len(self.placement.ranks)
         if count == 1:
             return []
+        steps = f"; in each step {_size(placement.step_bytes)} of gradients from each rank that shares a proxy"
         return [
             f"processes    {count}; {placement.to_text()}",
             f"exchange     in each of {self.rounds} rounds {_size(placement.gathered_bytes)} go to rank 0, "
-            f"{_size(placement.broadcast_bytes)} to each other; {_size(placement.ledger_bytes)} of ledger",
+            f"{_size(placement.broadcast_bytes)} to each other; {_size(placement.ledger_bytes)} of ledger"
+            f"{steps if placement.step_bytes else ''}",
         ]
 
     def _time(self) -> list[str]:
@@ -138,13 +140,12 @@ def make_plan(
         images: the training set.
         out: the run folder.
         only_plan: the run may take place on another machine: too small a disk here is a warning.
-        processes: W, that the proxies are dealt out to.
+        processes: W, that the proxies are dealt out to; if there are more, they share them.
         device_memory: bytes that each process has where it computes; None does not compare.
         device: kind of device that computes: on ``cpu`` all memory is the host's.
 
     Raises:
-        InputError: if data and configuration do not fit together, there are more processes than shards, or the disk is
-            too small.
+        InputError: if data and configuration do not fit together, or the disk is too small.
     """
     labels = _labels(config, images)
     try:
@@ -163,11 +164,12 @@ def make_plan(
     size, training = size_of(config, images), config.training
     state, count = StateSize.of(config, size.trained), config.num_shards
     placement = place(config, budget, state, size.frozen_bytes, size.activation_bytes, processes, cpu=device == "cpu")
-    checkpoint = state.kept * (count + 2 + processes if count > 1 else 1)
-    need = state.training() + size.frozen_bytes + size.activation_bytes
+    checkpoint = state.kept * (count + 2 + min(processes, count) if count > 1 else 1)
+    need = max(rank.device_bytes for rank in placement.ranks)
+    activations = need - state.training() - size.frozen_bytes
     problems = list(pitfalls(config, budget, placement))
     if device_memory is not None:
-        problem = memory_pitfall(config, need, state.training(), size.activation_bytes, device_memory)
+        problem = memory_pitfall(config, need, state.training(), activations, device_memory)
         problems += [] if problem is None else [problem]
     plan = Plan(
         images=len(images),
@@ -178,10 +180,10 @@ def make_plan(
         shard_sizes=sizes,
         rounds=budget.num_rounds,
         samples_seen=budget.total,
-        steps=sum(rank.steps for rank in placement.ranks),
+        steps=sum(rank.steps for rank in placement.ranks if rank.leads),
         state_bytes=state.training(),
         frozen_bytes=size.frozen_bytes,
-        activation_bytes=size.activation_bytes,
+        activation_bytes=activations,
         disk_bytes=checkpoint * (training.checkpoints_total_limit + 1) + size.model_bytes,
         cache_bytes=size.cache_bytes,
         free_disk_bytes=shutil.disk_usage(existing_parent(out)).free,
