@@ -42,11 +42,7 @@ CASES = [
     (5, "agc", {"training.batch_size": 3, "training.epochs": 1}),
     (3, "standard", {"training.dp_noise_multiplier": 0.1, "training.batch_size": 2, "training.epochs": 0.5}),
     (3, "iet-agc+", {"ensemble.num_shards": 2, "training.gradient_accumulation_steps": 2}),
-    (
-        2,
-        "iet-agc+",
-        {"ensemble.num_shards": 1, "augmentation.ratio_source": "lookahead", "gate.target_skip_rate": 0.5},
-    ),
+    (2, "agc", {"augmentation.enabled": True, "augmentation.ratio_source": "lookahead", "gate.target_skip_rate": 0.5}),
     (2, "gap", {"training.epochs": 1, "training.mixed_precision": "bf16"}),
 ]
 
