@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from forking import CONTEXT, INTERRUPTED, UNUSABLE, Job, free_port
-from toy import largest_difference, log_of, summary_of, weights_of
+from toy import final_state, largest_difference, log_of, summary_of, weights_of
 from unrote.training.run import Run
 from unrote.training.team import form
 
@@ -43,7 +43,7 @@ CASES = [
     (3, "standard", {"training.dp_noise_multiplier": 0.1, "training.batch_size": 2, "training.epochs": 0.5}),
     (3, "iet-agc+", {"ensemble.num_shards": 2, "training.gradient_accumulation_steps": 2}),
     (2, "agc", {"augmentation.enabled": True, "augmentation.ratio_source": "lookahead", "gate.target_skip_rate": 0.5}),
-    (2, "gap", {"training.epochs": 1, "training.mixed_precision": "bf16"}),
+    (2, "gap", {"training.epochs": 2}),
 ]
 
 
@@ -52,6 +52,15 @@ def test_a_team_gives_what_one_process_gives(tmp_path, world, method, settings):
     alone, team = (finished(tmp_path / str(count), count, method, settings) for count in (1, world))
     assert_alike(team, alone)
     assert method == "standard" or summary_of(alone)["skipped"] > 0
+
+
+def test_half_precision_is_scaled_alike(tmp_path):
+    """The first scales are too large: that a step is left out because of it, all members find."""
+    settings = {"training.mixed_precision": "fp16", "training.epochs": 1}
+    alone, team = (finished(tmp_path / str(world), world, "standard", settings) for world in (1, 2))
+    assert final_state(team)["scaler"] == final_state(alone)["scaler"]
+    # Gradients are rounded to 11 bits before they are added up, and Adam makes steps of 2e-4 of the smallest ones.
+    assert largest_difference(weights_of(team, "raw"), weights_of(alone, "raw")) < 4 * 2 * 2e-4
 
 
 MANY = {"training.epochs": 8, "training.checkpointing_steps": 2, "ensemble.num_shards": 2}
@@ -76,14 +85,14 @@ def checkpoints_in(out):
 
 def test_stopped_and_killed_and_gone_on_with_in_more_and_fewer_processes(tmp_path, calm):
     """A member that does not lead is asked to stop; then it is killed; then one process alone finishes."""
-    out, slow = tmp_path / "run", MANY | {"training.checkpointing_steps": 10_000}
-    job = Job(out, 3, settings=slow)
-    until(lambda: (out / "log.jsonl").exists() and (out / "log.jsonl").stat().st_size, job)
+    out = tmp_path / "run"
+    job = Job(out, 3, settings=MANY)
+    until(lambda: checkpoints_in(out), job)
     job.kill([1], signal.SIGTERM)
     assert job.wait(100) == [INTERRUPTED] * 3, job.messages()
-    (stopped,) = checkpoints_in(out)
+    stopped = checkpoints_in(out)[-1]
     job = Job(out, 5, settings=MANY)
-    until(lambda: max(checkpoints_in(out)) > stopped, job)
+    until(lambda: checkpoints_in(out)[-1] > stopped, job)
     job.kill([1])
     codes = job.wait(100)
     assert codes == [UNUSABLE, -signal.SIGKILL, UNUSABLE, UNUSABLE, UNUSABLE], job.messages()
