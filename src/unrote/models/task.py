@@ -51,12 +51,14 @@ class Task(Protocol):
         condition: Condition,
         indices: Tensor,
         mirrored: Tensor | None,
+        visits: Tensor,
         strength: Tensor,
         draw: torch.Generator,
     ) -> tuple[Tensor, Condition]:
         """``clean`` with the images of ``strength`` > 0 (float32 [B]) in an augmented view; see :meth:`clean`.
 
-        And ``condition``, to which a model that is told of augmentation gets that added.
+        ``visits`` (int64 [B]) says how often each image was visited before, and so which of the views it is that are
+        kept. And ``condition``, to which a model that is told of augmentation gets that added.
         """
 
     def condition(self, indices: Tensor, proxy: int, step: int) -> Condition:

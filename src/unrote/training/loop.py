@@ -233,8 +233,8 @@ def _train(config: Config, images: ImageStore, run: Run, device: torch.device, p
         if monitor is not None:
             monitor.put_back_best()
         write_outputs(run, config, images, task, step.ema, ledger, progress.whole.steps)
-    # The first process says that all is written.
-    peers.gather(None, patient=True)
+    # The first process says that all is written; it waits for nobody who hangs.
+    peers.gather(None, patient=peers.rank > 0)
 
 
 def _all_finite(model: torch.nn.Module) -> bool:

@@ -14,8 +14,10 @@ from unrote.data.store import ImageStore
 from unrote.errors import InputError
 from unrote.method.shards import split_shards
 from unrote.models.sizing import size_of
+from unrote.models.views import ViewCache
 from unrote.training.budget import make_budget
 from unrote.training.looks import Looks, plan_looks
+from unrote.training.modes import Mode, modes_of, operations_of
 from unrote.training.pitfalls import memory_pitfall, pitfalls
 from unrote.training.placement import Placement, StateSize, place
 from unrote.training.probe import Probe
@@ -55,6 +57,12 @@ class Plan:
     """Which process trains which proxies, its memory, and what they exchange."""
     warnings: tuple[str, ...]
     """What would go wrong, or worse than it need."""
+    flops: int = 0
+    """Floating point operations of the denoiser in the whole run, at most."""
+    modes: tuple[Mode, ...] = ()
+    """What fine-tuning takes in other modes; empty where only one was looked at."""
+    views: ViewCache | None = None
+    """Whether augmented views of a pretrained model's images are encoded once, and why; None where there are none."""
     looks: Looks | None = None
     """When the monitor looks at samples; None where it does not."""
     probe: Probe | None = None
@@ -95,12 +103,36 @@ class Plan:
                 f"(estimate); host {_size(max(rank.host_bytes for rank in self.placement.ranks))} at most",
                 f"disk         {_size(self.disk_bytes)} needed at most, {_size(self.free_disk_bytes)} free{cached}",
                 f"checkpoint   {_size(self.checkpoint_bytes)}",
+                *self._modes(),
+                *self._computing(),
+                *([] if self.views is None else [f"views        {self.views}"]),
                 *([] if self.looks is None else [f"monitor      {self.looks}"]),
                 *self._processes(),
                 *self._time(),
                 *(f"warning      {warning}" for warning in self.warnings),
             ]
         )
+
+    def _modes(self) -> list[str]:
+        found = {(mode.train, mode.mixed_precision, mode.gradient_checkpointing): mode.bytes for mode in self.modes}
+        return [
+            f"{'modes' if train == 'full' else '':<13}{train:<5}"
+            + "; ".join(
+                f"{'float32' if precision == 'no' else precision} {_size(found[train, precision, False])}, "
+                f"{_size(found[train, precision, True])} with gradient checkpointing"
+                for precision in ("no", "bf16")
+            )
+            for train in dict.fromkeys(mode.train for mode in self.modes)
+        ]
+
+    def _computing(self) -> list[str]:
+        if self.flops < 1e16:
+            return []
+        slow, fast = (_duration(self.flops / rate) for rate in (1e13, 1e14))
+        return [
+            f"computing    {self.flops:.2g} operations of the denoiser at most: {slow} at 10 TFLOP/s sustained, "
+            f"{fast} at 100"
+        ]
 
     def _processes(self) -> list[str]:
         placement, count = self.placement, len(self.placement.ranks)
@@ -162,8 +194,8 @@ def make_plan(
     sizes = tuple(len(shard) for shard in shards)
     budget = make_budget(config, len(images), sizes)
     size, training = size_of(config, images), config.training
-    state, count = StateSize.of(config, size.trained), config.num_shards
-    placement = place(config, budget, state, size.frozen_bytes, size.activation_bytes, processes, cpu=device == "cpu")
+    state, count, alone = StateSize.of(config, size.trained), config.num_shards, size.forward.kept(training)
+    placement = place(config, budget, state, size.frozen_bytes, alone, processes, cpu=device == "cpu")
     checkpoint = state.kept * (count + 2 + min(processes, count) if count > 1 else 1)
     need = max(rank.device_bytes for rank in placement.ranks)
     activations = need - state.training() - size.frozen_bytes
@@ -190,6 +222,9 @@ def make_plan(
         checkpoint_bytes=checkpoint,
         placement=placement,
         warnings=tuple(problems),
+        flops=operations_of(config, size) * budget.total,
+        views=size.views,
+        modes=modes_of(config, images) if only_plan and config.model.pretrained is not None else (),
         looks=plan_looks(config, budget.local, budget.num_rounds),
     )
     if plan.disk_bytes > plan.free_disk_bytes:

@@ -198,9 +198,10 @@ class TrainingStep:
         moved = indices.to(self.device, non_blocking=True)
         augmented = torch.zeros(len(moved), dtype=torch.bool, device=self.device)
         if taa.enabled and taa.ratio_source == "ledger":
-            assert self.gate.ledger is not None
-            strength = self._strength(self.gate.ledger.running_ratio_of(moved))
-            clean, condition = self.task.augmented(clean, condition, indices, mirrored, strength, draw)
+            ledger = self.gate.ledger
+            assert ledger is not None
+            strength, visits = self._strength(ledger.running_ratio_of(moved)), ledger.visits[moved]
+            clean, condition = self.task.augmented(clean, condition, indices, mirrored, visits, strength, draw)
             augmented = strength > 0
         return Batch(moved, clean, condition, augmented, *self._noise_for(clean, indices, mirrored, draw))
 
@@ -327,7 +328,9 @@ class TrainingStep:
             judged = [self._judge(part) for part in self._parts(batch, accumulation)]
         loss, decision = self._whole(len(indices), judged)
         strength = self._strength(decision.ratio)
-        clean, condition = self.task.augmented(batch.clean, batch.condition, indices, mirrored, strength, draw)
+        assert self.gate.ledger is not None
+        seen = (batch.clean, batch.condition, indices, mirrored, self.gate.ledger.visits[batch.indices])
+        clean, condition = self.task.augmented(*seen, strength, draw)
         augmented = (strength > 0) & decision.keep
         noise, timesteps, shown, fixed = self._noise_for(clean, indices, mirrored, draw)
         fresh = augmented.view(-1, 1, 1, 1)
