@@ -16,7 +16,7 @@ Condition = Mapping[str, Any]
 """What a denoiser is told of each sample besides the noisy image, as its arguments: (mappings of) tensors [B, …]."""
 
 
-def rows_of(condition: Condition, rows: Tensor) -> Condition:
+def rows_of(condition: Condition, rows: Tensor | slice) -> Condition:
     """The condition of the samples at ``rows`` of a batch."""
     return {name: v[rows] if isinstance(v, Tensor) else rows_of(v, rows) for name, v in condition.items()}
 

@@ -75,7 +75,7 @@ class Plan:
             return None
         parts = self.rounds * self.placement.phases
         longest = max(
-            rank.steps * self.probe.step_seconds + rank.proxies * parts * self.probe.switch_seconds
+            rank.steps * self.probe.step_seconds / rank.members + rank.proxies * parts * self.probe.switch_seconds
             for rank in self.placement.ranks
         )
         averaging = self.rounds * len(self.shard_sizes) * self.probe.average_seconds
@@ -138,10 +138,12 @@ class Plan:
         placement, count = self.placement, len(self.placement.ranks)
         if count == 1:
             return []
+        steps = f"; in each step {_size(placement.step_bytes)} of gradients from each rank that shares a proxy"
         return [
             f"processes    {count}; {placement.to_text()}",
             f"exchange     in each of {self.rounds} rounds {_size(placement.gathered_bytes)} go to rank 0, "
-            f"{_size(placement.broadcast_bytes)} to each other; {_size(placement.ledger_bytes)} of ledger",
+            f"{_size(placement.broadcast_bytes)} to each other; {_size(placement.ledger_bytes)} of ledger"
+            f"{steps if placement.step_bytes else ''}",
         ]
 
     def _time(self) -> list[str]:
@@ -170,13 +172,12 @@ def make_plan(
         images: the training set.
         out: the run folder.
         only_plan: the run may take place on another machine: too small a disk here is a warning.
-        processes: W, that the proxies are dealt out to.
+        processes: W, that the proxies are dealt out to; if there are more, they share them.
         device_memory: bytes that each process has where it computes; None does not compare.
         device: kind of device that computes: on ``cpu`` all memory is the host's.
 
     Raises:
-        InputError: if data and configuration do not fit together, there are more processes than shards, or the disk is
-            too small.
+        InputError: if data and configuration do not fit together, or the disk is too small.
     """
     labels = _labels(config, images)
     try:
@@ -193,10 +194,11 @@ def make_plan(
     sizes = tuple(len(shard) for shard in shards)
     budget = make_budget(config, len(images), sizes)
     size, training = size_of(config, images), config.training
-    state, count, activations = StateSize.of(config, size.trained), config.num_shards, size.forward.kept(training)
-    placement = place(config, budget, state, size.frozen_bytes, activations, processes, cpu=device == "cpu")
-    checkpoint = state.kept * (count + 2 + processes if count > 1 else 1)
-    need = state.training() + size.frozen_bytes + activations
+    state, count, alone = StateSize.of(config, size.trained), config.num_shards, size.forward.kept(training)
+    placement = place(config, budget, state, size.frozen_bytes, alone, processes, cpu=device == "cpu")
+    checkpoint = state.kept * (count + 2 + min(processes, count) if count > 1 else 1)
+    need = max(rank.device_bytes for rank in placement.ranks)
+    activations = need - state.training() - size.frozen_bytes
     problems = list(pitfalls(config, budget, placement))
     if device_memory is not None:
         problem = memory_pitfall(config, need, state.training(), activations, device_memory)
@@ -210,7 +212,7 @@ def make_plan(
         shard_sizes=sizes,
         rounds=budget.num_rounds,
         samples_seen=budget.total,
-        steps=sum(rank.steps for rank in placement.ranks),
+        steps=sum(rank.steps for rank in placement.ranks if rank.leads),
         state_bytes=state.training(),
         frozen_bytes=size.frozen_bytes,
         activation_bytes=activations,
