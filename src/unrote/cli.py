@@ -321,6 +321,11 @@ def scan(data: str, out: Path, as_json: bool, **options: Any) -> None:
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the results; again goes on.")
 @click.option("--only", multiple=True, metavar="REGIME/METHOD/SEED", help="Only such cells; * is any; may be repeated.")
 @click.option("--keep", is_flag=True, help="Of a study: keep the run folders.")
+@click.option(
+    "--records",
+    type=click.Path(path_type=Path),
+    help="Of a study: folder of cells' measurements that are not made again; new ones are added.",
+)
 @click.option("--train", metavar="DATA", help="Of runs: the training images [those of the first run].")
 @click.option("--holdout", metavar="DATA", help="Of runs: images of the same kind that none was trained on.")
 @click.option("--num", default=512, show_default=True, help="Of runs: samples per snapshot.")
