@@ -38,7 +38,8 @@ from unrote.measures import audit
 from unrote.models.pretrained import load_pretrained
 from unrote.sampling import sample
 
-SIZES = Sizes(FULL.pictures, side=16, vae_channels=(16, 32), vae_images=12_000, unet_images=4_000)
+SMALL = {"vae_images": 12_000, "unet_images": 4_000, "unet_pictures": 64}
+SIZES = Sizes(FULL.pictures, side=16, vae_channels=(16, 32), **SMALL)
 ROWS, EPOCHS = 96, 120
 """What is fine-tuned on, and how often each of it is seen."""
 SEEDS, FRESH = 1, 96
