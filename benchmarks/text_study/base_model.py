@@ -188,7 +188,7 @@ def train_unet(pipeline: Any, images: ImageStore, sizes: Sizes, seed: int) -> No
     known = torch.cat([_embedded(pipeline, distinct[i : i + 256]) for i in range(0, len(distinct), 256)])
     row_of = {text: row for row, text in enumerate(distinct)}
     with torch.no_grad():
-        pixels = as_floats(images.images, DEVICE).split(256)
+        pixels = as_floats(np.asarray(images.images), DEVICE).split(256)
         latents = torch.cat([pipeline.vae.encode(part).latent_dist.mean for part in pixels])
         latents = latents * pipeline.vae.config.scaling_factor
     unet, steps = pipeline.unet.train(), math.ceil(sizes.unet_images / sizes.batch)
