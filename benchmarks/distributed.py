@@ -1,11 +1,12 @@
 """What several processes gain and cost: throughput, averaging as a share of a round, checkpoints.
 
-Throughput and checkpoints are differences of wall time between runs that differ in one thing (length, number of
-checkpoints), so that imports and reading cancel. Averaging is measured on the papers' CIFAR-10 network; its share of a
-round is extrapolated to their 100 local epochs, since a round takes days on a CPU. Timings belong on a quiet machine
-with at least two cores.
+Throughput is a difference of wall time between runs that differ in length, so that imports and reading cancel. What a
+checkpoint takes is timed inside a run, as processor time too; so is averaging the papers' CIFAR-10 network, of ten
+proxies that lie in the system's cache of files. Their shares of a round are extrapolated to the papers' 100 local
+epochs at an assumed 0.1 s a step, since a round takes days on a CPU. Wall times belong on a quiet machine with at least
+two cores.
 
-    python benchmarks/distributed.py [throughput] [averaging] [checkpoints]
+    python benchmarks/distributed.py [throughput] [averaging] [checkpoints] [sharing]
 """
 
 import argparse
@@ -16,7 +17,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,16 +27,23 @@ import numpy as np
 import torch
 
 import unrote
+from unrote.api import train_config
 from unrote.config import load_config
 from unrote.data.store import in_memory_store
 from unrote.files import write_json
+from unrote.method.ensemble import ShardEnsemble
+from unrote.method.shards import redistribute, split_shards
+from unrote.models.denoiser import build_unet
 from unrote.tensorfiles import load_state, save_state, weighted_average
-from unrote.training.plan import make_plan
+from unrote.training.checkpoints import Checkpoints
+from unrote.training.distributed import launched
 from unrote.training.probe import measure
 
 RESULTS = Path(__file__).parent / "results"
-IMAGES, SIDE, BATCH = 1024, 32, 64
+IMAGES, SIDE, BATCH = 512, 32, 64
 PAPER = {"shards": 10, "local_epochs": 100, "images": 50_000, "batch": 128}
+ASSUMED_STEP = 0.1
+"""Seconds of a step at the papers' proportions, on a GPU."""
 PAPER_MODEL = {
     "model.block_out_channels": [128, 256, 256, 256],
     "model.layers_per_block": 2,
@@ -100,100 +109,231 @@ def throughput(folder: Path, epochs: Sequence[int], repeats: int) -> dict[str, A
     }
 
 
+class Clock:
+    """Wall and processor seconds of this process since it was made."""
+
+    def __init__(self) -> None:
+        self._wall, self._processor = time.perf_counter(), time.process_time()
+
+    def read(self) -> dict[str, float]:
+        """So far."""
+        return {"wall": time.perf_counter() - self._wall, "processor": time.process_time() - self._processor}
+
+
+def over(seconds: dict[str, float], count: float) -> dict[str, float]:
+    """Of one of so many."""
+    return {name: value / count for name, value in seconds.items()}
+
+
+def paper_state() -> dict[str, dict[str, torch.Tensor]]:
+    """Weights, moving average and two moments of the papers' CIFAR-10 network: random numbers."""
+    with torch.device("meta"):
+        config = load_config(method="iet", overrides=PAPER_MODEL).model
+        shapes = {
+            name: p.shape
+            for name, p in build_unet(config, resolution=32, channels=3, num_classes=None).named_parameters()
+        }
+    return {part: {name: torch.randn(shape) for name, shape in shapes.items()} for part in ("model", "ema", "m", "v")}
+
+
 def averaging(folder: Path) -> dict[str, Any]:
-    """Averaging at the papers' CIFAR-10 proportions: one proxy's part measured, a round extrapolated."""
-    pixels = np.random.default_rng(0).integers(0, 256, (64, 32, 32, 3), dtype=np.uint8)
-    images = in_memory_store(pixels, source="random")
-    batch = 2
-    config = load_config(method="iet", overrides=PAPER_MODEL | {"training.batch_size": batch, "ensemble.num_shards": 2})
-    parameters = make_plan(config, images, folder, only_plan=True).parameters
-    found = measure(config, images, folder, torch.device("cpu"), steps=5)
-    step = found.step_seconds * PAPER["batch"] / batch
-    count = PAPER["shards"]
+    """Averaging and redistribution at the papers' CIFAR-10 proportions."""
+    count, state, path = PAPER["shards"], paper_state(), folder / "proxy.safetensors"
+    parameters = sum(tensor.numel() for tensor in state["model"].values())
+    clock = Clock()
+    save_state(path, state, durable=False)
+    written = clock.read()
+    del state
+    clock = Clock()
+    weighted_average((load_state(path, ["model", "ema"]) for _ in range(count)), [1 / count] * count)
+    added = over(clock.read(), count)
+    shards = split_shards(PAPER["images"], count, "iid")
+    clock = Clock()
+    redistribute(shards, torch.randint(0, 100, (PAPER["images"],)), fraction=0.25)
+    moved = clock.read()
     steps = PAPER["images"] * PAPER["local_epochs"] / PAPER["batch"]
-    work = count * (found.average_seconds + found.switch_seconds)
+    work = {kind: count * added[kind] + moved[kind] for kind in added}
     return {
         "parameters": parameters,
+        "shards": count,
         "measured": {
-            "step_seconds": {"batch": batch, "seconds": found.step_seconds},
-            "average_seconds_per_proxy": found.average_seconds,
-            "switch_seconds": found.switch_seconds,
-            "transport_seconds_per_proxy": transport_seconds(folder, parameters),
+            "average_seconds_per_proxy": added,
+            "writing_seconds_per_proxy": written,
+            "redistribution_seconds": moved,
+            "transport_seconds_per_proxy": transport(folder),
         },
         "extrapolated": {
-            "step_seconds_batch_128": step,
             "steps_per_round": steps,
-            "share_of_round": work / (work + steps * step),
-            "share_if_a_step_took_0.1_s": work / (work + steps * 0.1),
+            "assumed_step_seconds": ASSUMED_STEP,
+            "share_of_round": {kind: value / (value + steps * ASSUMED_STEP) for kind, value in work.items()},
         },
         "goal": GOALS["averaging_share"],
     }
 
 
-def transport_seconds(folder: Path, parameters: int) -> float:
-    """One proxy's weights and moving average from one process to the other, averaged, and back, over loopback."""
+def transport(folder: Path) -> dict[str, float]:
+    """One proxy's weights and moving average from one process to the other, and the average back, over loopback."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__]
-    command += ["--exchange", str(parameters), "--folder", str(folder)]
+    command += ["--exchange", "--folder", str(folder)]
     subprocess.run(command, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    seconds: float = json.loads((folder / "exchange.json").read_text())
+    seconds: dict[str, float] = json.loads((folder / "exchange.json").read_text())
     return seconds
 
 
-def exchange(parameters: int, folder: Path) -> None:
-    """What each of the two processes does."""
-    from unrote.training.distributed import launched
-
-    state = {"model": {"weight": torch.randn(parameters)}, "ema": {"weight": torch.randn(parameters)}}
+def exchange(folder: Path) -> None:
+    """What each of the two processes does; the first says what it took it."""
+    torch.set_num_threads(1)
+    state = {part: tensors for part, tensors in paper_state().items() if part in ("model", "ema")}
     with launched([]) as peers:
         peers.mine([1, 1])
         peers.average([state], [0.5, 0.5], weighted_average)
         peers.gather(None)
-        began = time.perf_counter()
+        clock = Clock()
         peers.average([state], [0.5, 0.5], weighted_average)
-        seconds = time.perf_counter() - began
+        together = clock.read()
         if peers.rank == 0:
-            path = folder / "alone.safetensors"
-            save_state(path, state, durable=False)
-            began = time.perf_counter()
-            weighted_average((load_state(path) for _ in range(2)), [0.5, 0.5])
+            clock = Clock()
+            weighted_average([state] * 2, [0.5, 0.5])
             # What two proxies take without a network is no transport.
-            write_json(folder / "exchange.json", max(0.0, seconds - (time.perf_counter() - began)))
+            alone = clock.read()
+            write_json(folder / "exchange.json", {kind: max(0.0, together[kind] - alone[kind]) for kind in alone})
 
 
-def checkpoints(folder: Path, epochs: int, repeats: int) -> dict[str, Any]:
-    """Seconds of one checkpoint, with fsync and checksums, and its share at the default interval."""
-    steps = epochs * IMAGES // BATCH
-    every = 8
-    extra = steps // every - 1
-    found: list[tuple[float, float]] = []
-    for _ in range(repeats):
-        without = run_seconds(folder, 1, **{"training.epochs": epochs})
-        with_them = run_seconds(folder, 1, **{"training.epochs": epochs, "training.checkpointing_steps": every})
-        shorter = run_seconds(folder, 1, **{"training.epochs": epochs // 2})
-        found.append(((with_them - without) / extra, (without - shorter) / (steps - steps // 2)))
-    one, step = (statistics.median(column) for column in zip(*found, strict=True))
+@contextmanager
+def clocked_checkpoints(found: list[dict[str, Any]]) -> Iterator[None]:
+    """What each checkpoint takes inside the block: writing the live proxy, checksums, fsync, and the state."""
+    put, save = ShardEnsemble.save, Checkpoints.save
+
+    def clocked_put(self: ShardEnsemble) -> dict[str, Any]:
+        clock = Clock()
+        state = put(self)
+        found.append(clock.read())
+        return state
+
+    def clocked_save(self: Checkpoints, step: int, state: dict[str, Any]) -> None:
+        slots = self._slots
+        new = [slots.folder / name for name in slots.files() if name not in self._checksums]
+        size, clock = sum(path.stat().st_size for path in new), Clock()
+        save(self, step, state)
+        found[-1] = {kind: value + found[-1][kind] for kind, value in clock.read().items()} | {"new_bytes": size}
+
+    ShardEnsemble.save, Checkpoints.save = clocked_put, clocked_save  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        ShardEnsemble.save, Checkpoints.save = put, save  # type: ignore[method-assign]
+
+
+def checkpointed(folder: Path, images: int, settings: dict[str, Any]) -> dict[str, Any]:
+    """A run in this process, whose checkpoints are timed; the first one is left out."""
+    pixels = np.random.default_rng(0).integers(0, 256, (images, SIDE, SIDE, 3), dtype=np.uint8)
+    fixed = {"training.mixed_precision": "no", "ensemble.local_epochs": 2, "training.lr_warmup_steps": 0}
+    config = load_config(method="iet-agc+", overrides=fixed | settings)
+    found: list[dict[str, Any]] = []
+    with clocked_checkpoints(found), tempfile.TemporaryDirectory(dir=folder) as out:
+        run = train_config(config, in_memory_store(pixels, source="random"), Path(out) / "run", "cpu")
+        steps = json.loads((run.path / "run.json").read_text())["steps"]
+    medians = {name: statistics.median(one[name] for one in found[1:]) for name in found[0]}
+    return {"checkpoints": len(found), "steps": steps, "one": medians}
+
+
+def sharing(folder: Path, repeats: int) -> dict[str, Any]:
+    """Seconds in which 2 and 3 ranks add up the gradients of the papers' CIFAR-10 network over loopback, in each step.
+
+    As it is done, by a ring; and as it would be in the order of ranks, everybody getting everybody's.
+    """
+    parameters = json.loads((RESULTS / "distributed.json").read_text())["averaging"]["parameters"]
+    found = {}
+    for world in (2, 3):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}", __file__]
+        command += ["--add", str(parameters), "--repeats", str(repeats), "--folder", str(folder)]
+        subprocess.run(command, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        found[f"{world} ranks"] = json.loads((folder / "sums.json").read_text())
+    return {"parameters": parameters, "seconds": found}
+
+
+def add(parameters: int, repeats: int, folder: Path) -> None:
+    """What each of the processes does."""
+    import torch.distributed as dist
+
+    from unrote.training.distributed import launched
+
+    seconds: dict[str, list[float]] = {"ring": [], "gathered": []}
+    with launched([]) as peers:
+        peers.mine([1])
+        weights = [torch.nn.Parameter(torch.zeros(part)) for part in (1 << 20,) * (parameters >> 20)]
+        for weight in weights:
+            weight.grad = torch.randn_like(weight)
+        for _ in range(repeats):
+            began = time.perf_counter()
+            peers.team.add_up(weights)
+            seconds["ring"].append(time.perf_counter() - began)
+            began = time.perf_counter()
+            for weight in weights:
+                everyone = [torch.empty_like(weight) for _ in range(peers.size)]
+                dist.all_gather(everyone, weight.grad)
+                weight.grad = sum(everyone)
+            seconds["gathered"].append(time.perf_counter() - began)
+        if peers.rank == 0:
+            write_json(folder / "sums.json", {how: statistics.median(found) for how, found in seconds.items()})
+
+
+def checkpoints(folder: Path, epochs: int) -> dict[str, Any]:
+    """What a checkpoint takes, of the default model and of the papers', and its share at their intervals."""
     default = load_config().training.checkpointing_steps
+    batch = {"training.batch_size": BATCH, "ensemble.num_shards": 4}
+    small = checkpointed(folder, IMAGES, batch | {"training.epochs": epochs, "training.checkpointing_steps": 8})
+    config = load_config(method="iet-agc+", overrides=batch | {"training.mixed_precision": "no"})
+    pixels = np.random.default_rng(0).integers(0, 256, (IMAGES, SIDE, SIDE, 3), dtype=np.uint8)
+    step = measure(config, in_memory_store(pixels, source="random"), folder, torch.device("cpu"), steps=8).step_seconds
+    few = {"training.batch_size": 1, "training.epochs": 2, "training.checkpointing_steps": 2, "ensemble.num_shards": 2}
+    large = checkpointed(folder, 6, PAPER_MODEL | few)
+    interval = load_config(preset="cifar10").training.checkpointing_steps
+    # A half-round's turn of each proxy leaves one more new file.
+    turn = PAPER["images"] / PAPER["shards"] * PAPER["local_epochs"] / 2 / PAPER["batch"]
+    files = 1 + interval / turn
+    scale = files * paper_bytes() / large["one"]["new_bytes"]
+    seconds = {kind: large["one"][kind] * scale for kind in ("wall", "processor")}
     return {
-        "seconds_per_checkpoint": one,
-        "step_seconds": step,
-        "default_interval_steps": default,
-        "share_at_default_interval": one / (one + default * step),
+        "default": small
+        | {
+            "step_seconds_wall": step,
+            "interval_steps": default,
+            "share_wall": small["one"]["wall"] / (small["one"]["wall"] + default * step),
+        },
+        "papers": large
+        | {
+            "interval_steps": interval,
+            "assumed_step_seconds": ASSUMED_STEP,
+            "new_files_per_checkpoint": files,
+            "extrapolated_seconds": seconds,
+            "share": {kind: value / (value + interval * ASSUMED_STEP) for kind, value in seconds.items()},
+        },
         "goal": GOALS["checkpoint_share"],
     }
+
+
+def paper_bytes() -> int:
+    """Of one proxy's file."""
+    return 16 * sum(tensor.numel() for tensor in paper_state()["model"].values())
 
 
 def main() -> None:
     """Measure the parts asked for; each replaces its entry in the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", default=["throughput", "averaging", "checkpoints"])
-    parser.add_argument("--epochs", type=int, nargs=2, default=(2, 10), help="of the short and the long run")
+    parser.add_argument("--epochs", type=int, nargs=2, default=(2, 6), help="of the short and the long run")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=RESULTS / "distributed.json")
-    parser.add_argument("--exchange", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--exchange", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--add", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.exchange:
-        exchange(arguments.exchange, arguments.folder)
+        exchange(arguments.folder)
+        return
+    if arguments.add:
+        add(arguments.add, arguments.repeats, arguments.folder)
         return
     torch.set_num_threads(1)
     results = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
@@ -207,9 +347,11 @@ def main() -> None:
                 case "averaging":
                     found = averaging(folder)
                 case "checkpoints":
-                    found = checkpoints(folder, arguments.epochs[1], arguments.repeats)
+                    found = checkpoints(folder, arguments.epochs[1])
+                case "sharing":
+                    found = sharing(folder, arguments.repeats)
                 case _:
-                    parser.error(f"{part}: there are throughput, averaging and checkpoints")
+                    parser.error(f"{part}: there are throughput, averaging, checkpoints and sharing")
             results[part] = {"machine": before, "load_average_at_end": list(os.getloadavg()), **found}
             write_json(arguments.out, results)
             print(json.dumps(results[part], indent=2))

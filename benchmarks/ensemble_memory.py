@@ -1,15 +1,16 @@
 """Whether memory stays flat in the number of shards K, and what the ensemble costs of a round.
 
-Memory is the peak resident set (ru_maxrss) of a process that does one real training run, K = 20 against K = 2 in turn,
-all else equal. Cost is the time that switching proxies, redistribution and averaging take of the rounds, from the first
-proxy's start to the last average.
+Memory is the peak resident set (VmHWM) of a process that does one real training run, all else equal in turn: K = 20
+against K = 2 for new models of pixels, K = 8 against K = 1 for low-rank adapters of the small Stable Diffusion of
+fine_tuning_step.py. Cost is the time that switching proxies, redistribution and averaging take of the rounds, from the
+first proxy's start to the last average.
 
-    python benchmarks/ensemble_memory.py
+    python benchmarks/ensemble_memory.py [pixels] [adapters] [overhead]
 """
 
 import argparse
 import json
-import resource
+import os
 import subprocess
 import sys
 import tempfile
@@ -24,12 +25,18 @@ import numpy as np
 from safetensors import safe_open
 
 import unrote
+from unrote.api import train_config
+from unrote.config import load_config
 from unrote.data.store import in_memory_store
 from unrote.files import write_json
 from unrote.method.ensemble import ShardEnsemble
+from unrote.models.sizing import size_of
 
 RESULTS = Path(__file__).parent / "results"
+GOAL = 1.1
 MODELS = {"tiny": [32, 64, 64], "5M": [64, 128, 160]}
+RANKS = [16, 128]
+"""Of adapters: the default, and one whose adapters are no longer next to nothing."""
 OVERHEAD = {
     "_activate": "switching",
     "_retire": "switching",
@@ -76,8 +83,9 @@ def measured(clock: Clock) -> Iterator[None]:
 
 
 def peak_rss() -> float:
-    """Of this process so far, in MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """Of this process so far, in MiB; ru_maxrss would begin at what the process that started this one had."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
 
 def train(job: dict[str, Any]) -> dict[str, Any]:
@@ -112,36 +120,74 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def fine_tune(job: dict[str, Any]) -> dict[str, Any]:
+    """One run of low-rank adapters in this process: its peak memory and weights."""
+    from fine_tuning_step import pictures
+
+    settings = {
+        "model.pretrained": job["base"], "model.train": "lora", "model.lora.rank": job["rank"],
+        "training.epochs": job["rounds"], "training.batch_size": job["batch"], "training.mixed_precision": "no",
+        "training.gradient_checkpointing": False, "ensemble.num_shards": job["shards"], "ensemble.local_epochs": 1,
+        "redistribution.enabled": job["shards"] > 1,
+    }  # fmt: skip
+    store = pictures(job["side"])
+    config = load_config(method="iet-agc+", preset="fine-tune", overrides=settings)
+    with tempfile.TemporaryDirectory() as folder:
+        train_config(config, store, Path(folder) / "run", device="cpu")
+    peak, size = peak_rss(), size_of(config, store)
+    found = {"adapter_parameters": size.trained, "frozen_mib": size.frozen_bytes / 2**20, "peak_rss_mib": peak}
+    return {key: value for key, value in job.items() if key != "base"} | found
+
+
 def in_subprocess(job: dict[str, Any]) -> dict[str, Any]:
-    """:func:`train` in a process of its own."""
+    """:func:`train` or :func:`fine_tune` in a process of its own."""
     command = [sys.executable, __file__, "--job", json.dumps(job)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
 
 
-def measure_memory(repeats: int) -> list[dict[str, Any]]:
+def compared(job: dict[str, Any], few: int, many: int, repeats: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """``many`` shards against ``few`` in turn: what is compared, and the last run."""
+    peaks: dict[int, list[float]] = {few: [], many: []}
+    for _ in range(repeats):
+        for shards, values in peaks.items():
+            result = in_subprocess({**job, "shards": shards})
+            values.append(result["peak_rss_mib"])
+    ratio = float(np.median(peaks[many]) / np.median(peaks[few]))
+    return {"peak_rss_mib": peaks, "ratio": ratio}, result
+
+
+def measure_pixels(repeats: int) -> list[dict[str, Any]]:
     """K = 20 against K = 2, for each model."""
     rows = []
     for name, channels in MODELS.items():
         job = {"channels": channels, "images": 160, "side": 16, "batch": 8, "rounds": 2, "local_epochs": 1}
         job["precision"] = "no"
-        peaks: dict[int, list[float]] = {2: [], 20: []}
-        for _ in range(repeats):
-            for shards, values in peaks.items():
-                result = in_subprocess({**job, "shards": shards})
-                values.append(result["peak_rss_mib"])
-        rows.append(
-            {
-                "model": name,
-                "parameters": result["parameters"],
-                # Weights, EMA and two moments of each further proxy, had they been kept in memory.
-                "mib_of_18_more_proxies": 18 * 4 * 4 * result["parameters"] / 2**20,
-                "peak_rss_mib": peaks,
-                "ratio": float(np.median(peaks[20]) / np.median(peaks[2])),
-                "run": job,
-            }
-        )
+        found, result = compared(job, 2, 20, repeats)
+        # Weights, EMA and two moments of each further proxy, had they been kept in memory.
+        more = 18 * 4 * 4 * result["parameters"] / 2**20
+        row = {"model": name, "parameters": result["parameters"], "mib_of_18_more_proxies": more}
+        rows.append(row | found | {"run": job})
+    return rows
+
+
+def measure_adapters(repeats: int) -> list[dict[str, Any]]:
+    """K = 8 against K = 1, for each rank; latents and texts are cached before."""
+    from fine_tuning_step import make_base
+
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        make_base(Path(folder))
+        os.environ["UNROTE_CACHE"] = f"{folder}/cache"
+        job = {"side": 64, "batch": 2, "rounds": 2}
+        in_subprocess({**job, "base": f"{folder}/base", "rank": RANKS[0], "shards": 1})
+        for rank in RANKS:
+            found, result = compared({**job, "base": f"{folder}/base", "rank": rank}, 1, 8, repeats)
+            more = 7 * 4 * 4 * result["adapter_parameters"] / 2**20
+            row = {"rank": rank, "adapter_parameters": result["adapter_parameters"]}
+            row |= {"frozen_mib": result["frozen_mib"], "mib_of_7_more_proxies": more}
+            rows.append(row | found | {"run": job})
     return rows
 
 
@@ -153,30 +199,38 @@ def measure_overhead(local_epochs: int, repeats: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure and write the JSON."""
+    """Measure the parts asked for; each replaces its entry in the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", default=["pixels", "adapters", "overhead"])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--local-epochs", type=int, nargs="*", default=[1, 4, 8, 16])
     parser.add_argument("--out", type=Path, default=RESULTS / "ensemble_memory.json")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.job:
-        print(json.dumps(train(json.loads(args.job))))
+        job = json.loads(args.job)
+        print(json.dumps((fine_tune if "rank" in job else train)(job)))
         return
     from training_step import machine
 
-    before = machine()
-    memory = measure_memory(args.repeats)
-    worst = max(row["ratio"] for row in memory)
-    result = {
-        "machine": before,
-        "memory": memory,
-        "overhead": [measure_overhead(local_epochs, args.repeats) for local_epochs in args.local_epochs],
-        "goals": {"peak RSS at K = 20 at most 1.1x that at K = 2": {"worst_ratio": worst, "reached": worst <= 1.1}},
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(args.out, result)
-    print(args.out.read_text())
+    result = json.loads(args.out.read_text()) if args.out.exists() else {}
+    for part in args.parts:
+        before = machine()
+        match part:
+            case "pixels":
+                found = measure_pixels(args.repeats)
+            case "adapters":
+                found = measure_adapters(args.repeats)
+            case "overhead":
+                found = [measure_overhead(local_epochs, args.repeats) for local_epochs in args.local_epochs]
+            case _:
+                parser.error(f"{part}: there are pixels, adapters and overhead")
+        result[part] = {"machine": before, "runs": found}
+        if part != "overhead":
+            worst = max(row["ratio"] for row in found)
+            result[part] |= {"goal": GOAL, "worst_ratio": worst, "reached": worst <= GOAL}
+        write_json(args.out, result)
+        print(json.dumps(result[part], indent=2))
 
 
 if __name__ == "__main__":

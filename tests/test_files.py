@@ -6,11 +6,13 @@ import math
 import signal
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
 from torch import nn
 
+from unrote import tensorfiles
 from unrote.errors import InputError
 from unrote.files import (
     atomic_path,
@@ -22,7 +24,14 @@ from unrote.files import (
     write_json,
     write_text,
 )
-from unrote.tensorfiles import clone_state, load_state, save_state, weighted_average
+from unrote.tensorfiles import (
+    clone_state,
+    load_state,
+    messages_of,
+    save_state,
+    state_of_messages,
+    weighted_average,
+)
 
 
 def names(folder):
@@ -290,7 +299,56 @@ def test_averaging_changes_and_keeps_none_of_the_states():
 
 
 def test_states_or_weights_that_do_not_match_are_refused():
-    with pytest.raises(ValueError, match=r"shorter|longer"):
+    with pytest.raises(ValueError, match="fewer states than"):
         weighted_average([{"w": torch.ones(1)}], [0.5, 0.5])
+    with pytest.raises(ValueError, match="more states than the 1"):
+        weighted_average([{"w": torch.ones(1)}] * 2, [1.0])
     with pytest.raises(ValueError, match=r"shorter|longer"):
         weighted_average([{"w": torch.ones(1)}, {}], [0.5, 0.5])
+
+
+def test_averaging_holds_one_state_at_a_time():
+    alive = weakref.WeakSet()
+
+    def states():
+        for k in range(4):
+            assert not alive
+            tensor = torch.full((3,), float(k))
+            alive.add(tensor)
+            yield {"w": tensor, "n": k}
+            del tensor
+
+    assert weighted_average(states(), [0.25] * 4)["w"].tolist() == [1.5] * 3
+
+
+def test_the_average_lies_in_memory_as_the_states_do():
+    states = [torch.randn(8, 4, 3, 3).to(memory_format=torch.channels_last) for _ in range(3)]
+    assert weighted_average(states, [0.5, 0.25, 0.25]).is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(("message", "small"), [(1 << 28, 1 << 20), (16, 1), (7, 64)])
+def test_messages_bring_a_state_as_it_was(monkeypatch, message, small):
+    monkeypatch.setattr(tensorfiles, "MESSAGE", message)
+    monkeypatch.setattr(tensorfiles, "SMALL", small)
+    model, optimizer = trained()
+    shared = torch.randn(5)
+    state = {
+        "model": dict(model.state_dict()),
+        "optimizer": optimizer.state_dict(),
+        "tied": [shared, shared, torch.randn(6, 4, 2, 2).to(memory_format=torch.channels_last)],
+        "kinds": [
+            torch.randn(3).bfloat16(),
+            torch.tensor(True),
+            torch.arange(9),
+            torch.empty(0, 2),
+            torch.randn(4, 3).T,
+        ],
+        1: (None, "text", 2.5),
+    }
+    sent = [one.clone() for one in messages_of(state)]
+    assert max(map(len, sent[2:])) <= message
+    remaining = iter(sent)
+    found = state_of_messages(lambda one: one.copy_(next(remaining)))
+    assert next(remaining, None) is None
+    assert_same(found, state)
+    assert found["tied"][2].is_contiguous(memory_format=torch.channels_last)

@@ -2,19 +2,23 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load, save, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from unrote.errors import InputError
 from unrote.files import atomic_path
 
 _SKELETON = "unrote.state"
+MESSAGE = 1 << 28
+"""The most bytes that are sent at once."""
+SMALL = 1 << 20
+"""Tensors are sent together up to so many bytes: a message costs a round trip, copying them next to nothing."""
 
 
 def save_state(path: Path, state: Any, *, durable: bool = True) -> None:
@@ -53,20 +57,57 @@ def load_state(path: Path, parts: Sequence[str] | None = None) -> Any:
         raise InputError(f"{path}: is no state that unrote wrote, or is damaged ({reason})") from None
 
 
-def state_to_bytes(state: Any) -> bytes:
-    """What :func:`save_state` would write, to be sent to another process."""
+def messages_of(state: Any) -> Iterator[Tensor]:
+    """``state`` as uint8 tensors to be sent one after another; large ones lie in the state's own memory."""
     tensors: dict[str, Tensor] = {}
     skeleton = _flatten(state, "", tensors)
-    _unshare_(tensors)
-    content: bytes = save(tensors, metadata={_SKELETON: json.dumps(skeleton)})
-    return content
+    forms = {name: [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for name, tensor in tensors.items()}
+    description = torch.frombuffer(bytearray(json.dumps([skeleton, forms]).encode()), dtype=torch.uint8)
+    yield torch.tensor([len(description)]).view(torch.uint8)
+    yield description
+    for group in _grouped(tensors.values()):
+        content = torch.cat(group) if len(group) > 1 else group[0]
+        yield from _parts(content)
 
 
-def state_from_bytes(content: bytes) -> Any:
-    """The state that :func:`state_to_bytes` was given, tensors on the CPU."""
-    # The reader of whole files in memory hands back tensors only; the header is JSON after its length in 8 bytes.
-    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    return _unflatten(json.loads(header["__metadata__"][_SKELETON]), load(content).__getitem__)
+def state_of_messages(receive: Callable[[Tensor], object]) -> Any:
+    """The state that :func:`messages_of` was given, tensors on the CPU.
+
+    Args:
+        receive: fills a uint8 tensor with the next message; they come in order.
+    """
+    length = torch.zeros(8, dtype=torch.uint8)
+    receive(length)
+    description = torch.empty(int(length.view(torch.int64)), dtype=torch.uint8)
+    receive(description)
+    skeleton, forms = json.loads(description.numpy().tobytes())
+    tensors = {name: torch.empty(shape, dtype=getattr(torch, dtype)) for name, (dtype, shape) in forms.items()}
+    for group in _grouped(tensors.values()):
+        sizes = [len(content) for content in group]
+        content = torch.empty(sum(sizes), dtype=torch.uint8) if len(group) > 1 else group[0]
+        for part in _parts(content):
+            receive(part)
+        if len(group) > 1:
+            for own, received in zip(group, torch.split(content, sizes), strict=True):
+                own.copy_(received)
+    return _unflatten(skeleton, tensors.__getitem__)
+
+
+def _parts(content: Tensor) -> list[Tensor]:
+    return [content[start : start + MESSAGE] for start in range(0, len(content), MESSAGE)]
+
+
+def _grouped(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """The bytes of contiguous CPU tensors, smallest first, those together that fit in one small message."""
+    groups: list[list[Tensor]] = []
+    room = 0
+    for content in sorted((tensor.view(-1).view(torch.uint8) for tensor in tensors if tensor.numel()), key=len):
+        room -= len(content)
+        if room < 0:
+            groups.append([])
+            room = SMALL - len(content)
+        groups[-1].append(content)
+    return groups
 
 
 def weights_hash(*models: Any) -> str:
@@ -80,12 +121,17 @@ def weights_hash(*models: Any) -> str:
 
 def clone_state(state: Any) -> Any:
     """A copy of a nested state whose tensors lie on the CPU and are shared with nothing."""
+    return _map_tensors(state, lambda tensor: tensor.detach().to("cpu", copy=True))
+
+
+def _map_tensors(state: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A copy of a nested state with ``change`` applied to its tensors, in the order of :func:`_leaves`."""
     if isinstance(state, Tensor):
-        return state.detach().to("cpu", copy=True)
+        return change(state)
     if isinstance(state, dict):
-        return {key: clone_state(value) for key, value in state.items()}
+        return {key: _map_tensors(value, change) for key, value in state.items()}
     if isinstance(state, list | tuple):
-        return type(state)(clone_state(value) for value in state)
+        return type(state)(_map_tensors(value, change) for value in state)
     return state
 
 
@@ -152,33 +198,55 @@ def _unflatten(skeleton: dict[str, Any], get: Callable[[str], Tensor]) -> Any:
 
 
 def weighted_average(states: Any, weights: list[float]) -> Any:
-    """``Σ_k w_k s_k`` over nested states of equal structure, accumulated in float64.
+    """``Σ_k w_k s_k`` over nested states of equal structure, accumulated in float64 in the order of the states.
 
-    Floating-point tensors are averaged and keep their type; everything else is the first state's.
+    Floating-point tensors are averaged and keep their type; everything else is the first state's. Only one state is
+    held at a time, beside the sums.
 
     Args:
-        states: an iterable of K states; only one is held at a time.
+        states: an iterable of K states on the CPU.
         weights: K weights that sum to 1.
+
+    Raises:
+        ValueError: there are more or fewer states than weights, or other tensors in one than in the first.
     """
-    first: Any = None
-    sums: list[Tensor] = []
-    for state, weight in zip(states, weights, strict=True):
-        leaves = [leaf for leaf in _leaves(state) if leaf.is_floating_point()]
-        if first is None:
-            first = clone_state(state)
-            sums = [_weighted(leaf, weight) for leaf in leaves]
-        else:
-            for total, leaf in zip(sums, leaves, strict=True):
+    remaining, sums = iter(states), _Sums()
+    for weight in weights:
+        # Nothing holds a state while the next one is made, as zip would.
+        sums.add(next(remaining, None), weight)
+    if next(remaining, None) is not None:
+        raise ValueError(f"there are more states than the {len(weights)} weights")
+    return sums.rounded()
+
+
+class _Sums:
+    """A nested state of float64 sums."""
+
+    def __init__(self) -> None:
+        self._state: Any = None
+        self._dtypes: list[torch.dtype] = []
+
+    def add(self, state: Any, weight: float) -> None:
+        """``sums += weight * state``."""
+        if state is None:
+            raise ValueError("there are fewer states than weights")
+        if self._state is None:
+            self._dtypes = [leaf.dtype for leaf in _leaves(state)]
+            self._state = _map_tensors(state, lambda leaf: _weighted(leaf, weight))
+            return
+        for total, leaf in zip(_leaves(self._state), _leaves(state), strict=True):
+            if total.is_floating_point():
                 total += _weighted(leaf, weight)
-    averaged = [leaf for leaf in _leaves(first) if leaf.is_floating_point()]
-    for leaf, total in zip(averaged, sums, strict=True):
-        leaf.copy_(total)
-    return first
+
+    def rounded(self) -> Any:
+        """The sums in the types that the states had."""
+        dtypes = iter(self._dtypes)
+        return _map_tensors(self._state, lambda total: total.to(next(dtypes)))
 
 
 def _weighted(leaf: Tensor, weight: float) -> Tensor:
     # In place: a second tensor of float64 costs more time than the arithmetic.
-    return leaf.to(torch.float64, copy=True).mul_(weight)
+    return leaf.detach().to(torch.float64, copy=True).mul_(weight) if leaf.is_floating_point() else leaf.clone()
 
 
 def _leaves(state: Any) -> list[Tensor]:
