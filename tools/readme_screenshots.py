@@ -1,6 +1,6 @@
 """Take the README's screenshots: ``python tools/readme_screenshots.py runs/watched docs/images``, with Chromium.
 
-Without a run in the folder, one is made: 32 emoji for as long as it takes to learn them by rote, looked at meanwhile.
+Without a run in the folder, one is made: 24 emoji for as long as it takes to learn them by rote, looked at meanwhile.
 """
 
 import argparse
@@ -19,14 +19,20 @@ from browser import Browser
 WIDTH = 1000
 SETTINGS = {
     "data.resolution": 16,
-    "data.limit": 32,
-    "training.epochs": 500,
-    "training.batch_size": 16,
-    "ensemble.local_epochs": 50,
+    "data.limit": 24,
+    "model.block_out_channels": [32, 64],
+    "model.layers_per_block": 1,
+    "model.attention_levels": [],
+    "training.epochs": 400,
+    "training.batch_size": 12,
+    "training.learning_rate": 2e-3,
+    "training.ema_decay": 0.99,
+    "training.mixed_precision": "no",
+    "ensemble.local_epochs": 40,
     "monitor.every": 1,
-    "monitor.samples": 32,
+    "monitor.samples": 48,
     "monitor.steps": 20,
-    "monitor.max_overhead": 0.5,
+    "monitor.max_overhead": 1.0,
     "monitor.holdout": "emoji:holdout",
 }
 SHOTS = {
