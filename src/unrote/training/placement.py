@@ -135,9 +135,11 @@ def place(
         averaging = size.averaging(count * products * (rank == 0)) if count > 1 else 0
         # Of the next proxy when it comes, and of the first process's average in the others.
         waiting = (size.kept if count > 1 else 0) + (size.averaged if rank else 0)
-        # On the CPU everything is the host's, freed gradients too: they stay with the process, see training/heap.py.
-        here, forward = (size.training() + frozen, activations) if cpu else (0, 0)
-        host = here + max(averaging, forward + waiting)
+        host = max(averaging, waiting)
+        if cpu:
+            # All is the host's, and freed memory stays with the process (training/heap.py), in pieces too small for
+            # what comes: activations, gradients, and the moments that gave way to those of the next proxy.
+            host += device + (2 * size.weights if count > 1 else 0)
         return Rank(block.start, len(block), seen, steps, device, host)
 
     ranks = tuple(rank_of(rank, block) for rank, block in enumerate(assign(sizes, world)))
