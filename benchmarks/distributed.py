@@ -6,7 +6,7 @@ proxies that lie in the system's cache of files. Their shares of a round are ext
 epochs at an assumed 0.1 s a step, since a round takes days on a CPU. Wall times belong on a quiet machine with at least
 two cores.
 
-    python benchmarks/distributed.py [throughput] [averaging] [checkpoints]
+    python benchmarks/distributed.py [throughput] [averaging] [checkpoints] [sharing]
 """
 
 import argparse
@@ -237,6 +237,47 @@ def checkpointed(folder: Path, images: int, settings: dict[str, Any]) -> dict[st
     return {"checkpoints": len(found), "steps": steps, "one": medians}
 
 
+def sharing(folder: Path, repeats: int) -> dict[str, Any]:
+    """Seconds in which 2 and 3 ranks add up the gradients of the papers' CIFAR-10 network over loopback, in each step.
+
+    As it is done, by a ring; and as it would be in the order of ranks, everybody getting everybody's.
+    """
+    parameters = json.loads((RESULTS / "distributed.json").read_text())["averaging"]["parameters"]
+    found = {}
+    for world in (2, 3):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}", __file__]
+        command += ["--add", str(parameters), "--repeats", str(repeats), "--folder", str(folder)]
+        subprocess.run(command, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        found[f"{world} ranks"] = json.loads((folder / "sums.json").read_text())
+    return {"parameters": parameters, "seconds": found}
+
+
+def add(parameters: int, repeats: int, folder: Path) -> None:
+    """What each of the processes does."""
+    import torch.distributed as dist
+
+    from unrote.training.distributed import launched
+
+    seconds: dict[str, list[float]] = {"ring": [], "gathered": []}
+    with launched([]) as peers:
+        peers.mine([1])
+        weights = [torch.nn.Parameter(torch.zeros(part)) for part in (1 << 20,) * (parameters >> 20)]
+        for weight in weights:
+            weight.grad = torch.randn_like(weight)
+        for _ in range(repeats):
+            began = time.perf_counter()
+            peers.team.add_up(weights)
+            seconds["ring"].append(time.perf_counter() - began)
+            began = time.perf_counter()
+            for weight in weights:
+                everyone = [torch.empty_like(weight) for _ in range(peers.size)]
+                dist.all_gather(everyone, weight.grad)
+                weight.grad = sum(everyone)
+            seconds["gathered"].append(time.perf_counter() - began)
+        if peers.rank == 0:
+            write_json(folder / "sums.json", {how: statistics.median(found) for how, found in seconds.items()})
+
+
 def checkpoints(folder: Path, epochs: int) -> dict[str, Any]:
     """What a checkpoint takes, of the default model and of the papers', and its share at their intervals."""
     default = load_config().training.checkpointing_steps
@@ -285,10 +326,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=RESULTS / "distributed.json")
     parser.add_argument("--exchange", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--add", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.exchange:
         exchange(arguments.folder)
+        return
+    if arguments.add:
+        add(arguments.add, arguments.repeats, arguments.folder)
         return
     torch.set_num_threads(1)
     results = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
@@ -303,8 +348,10 @@ def main() -> None:
                     found = averaging(folder)
                 case "checkpoints":
                     found = checkpoints(folder, arguments.epochs[1])
+                case "sharing":
+                    found = sharing(folder, arguments.repeats)
                 case _:
-                    parser.error(f"{part}: there are throughput, averaging and checkpoints")
+                    parser.error(f"{part}: there are throughput, averaging, checkpoints and sharing")
             results[part] = {"machine": before, "load_average_at_end": list(os.getloadavg()), **found}
             write_json(arguments.out, results)
             print(json.dumps(results[part], indent=2))

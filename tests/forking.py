@@ -31,7 +31,7 @@ def free_port() -> int:
 
 
 class Job:
-    """W processes that train the toy images in a folder.
+    """W processes that train the toy images in a folder, or with ``model.pretrained`` those with captions.
 
     Args:
         out: the run folder.
@@ -123,15 +123,16 @@ def _move_to(host: str) -> None:
 def _train(out: Path, method: str, settings: dict[str, Any], limit: int | None) -> int:
     import resource
 
-    from toy import SETTINGS, toy_images
+    from toy import SETTINGS, captioned_images, toy_images
     from unrote.api import train
     from unrote.errors import InputError
 
     if limit is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then writing fails, as on a full disk
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    images = captioned_images() if "model.pretrained" in settings else toy_images()
     try:
-        train(toy_images(), out=out, method=method, settings=SETTINGS | settings, device="cpu")
+        train(images, out=out, method=method, settings=SETTINGS | settings, device="cpu")
     except (InputError, OSError) as error:
         print(error, file=sys.stderr)
         return UNUSABLE

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 import pytest
 
+from doc_commands import parsed
 from unrote.cli import cli
 from unrote.config import fields_of, preset_names
 
@@ -35,17 +36,6 @@ def words(command):
 
 
 COMMANDS = [(page.name, command) for page in PAGES for command in commands_in(page)]
-
-
-def parsed(arguments):
-    """The names of the command, after parsing everything as the command line would; runs nothing."""
-    command, context, names = cli, click.Context(cli, info_name="unrote"), []
-    while isinstance(command, click.Group):
-        name, command, arguments = command.resolve_command(context, arguments)
-        names.append(name)
-        context = click.Context(command, info_name=name, parent=context)
-    command.make_context(names[-1], list(arguments), parent=context.parent)
-    return " ".join(names)
 
 
 def test_there_are_commands_in_the_docs():

@@ -101,6 +101,19 @@ def test_a_process_that_stands_still_is_named(tmp_path, calm, hung):
     goes_on(out, 2, calm)
 
 
+def test_the_first_process_ends_when_another_stands_still_at_the_end(tmp_path, calm):
+    out = tmp_path / "run"
+    job = Job(out, 2, settings=MANY, UNROTE_PEER_TIMEOUT="4")
+    until(lambda: any(out.glob(".model.*")) or (out / "model").exists(), job)
+    job.kill([1], signal.SIGSTOP)
+    job.processes[0].join(60)
+    # It may have been through before the signal came.
+    assert job.processes[0].exitcode in (0, UNUSABLE), job.messages()
+    job.kill([1], signal.SIGCONT)
+    job.wait(60)
+    assert_same_run(Run(out), calm)
+
+
 ADDRESSES = ("10.83.0.1", "10.83.1.1")
 
 

@@ -10,7 +10,7 @@ from toy import toy_images, toy_run
 from unrote.card_section import BEGIN, END, section, with_section
 from unrote.cli import cli
 from unrote.errors import InputError
-from unrote.report.model_card import comparison_table, read_baseline
+from unrote.report.model_card import comparison_table
 
 
 @pytest.fixture(scope="module")
@@ -78,12 +78,35 @@ def test_a_baseline_measured_otherwise_is_refused(runs, tmp_path):
     with pytest.raises(InputError, match="--baseline: was audited with other flip, num_transforms"):
         audited(new, tmp_path / "new", "--baseline", str(tmp_path / "copies" / "report.json"))
     assert (new.path / "README.md").read_text() == card
-    (tmp_path / "no.json").write_text("[]")
-    with pytest.raises(InputError, match=r"no\.json: is no report\.json"):
-        read_baseline(tmp_path / "no.json")
     words = ["audit", str(new.path / "samples"), "--train", str(new.path), "--baseline", str(tmp_path / "no.json")]
     with pytest.raises(InputError, match="--baseline: is for the model card of a run"):
         CliRunner().invoke(cli, words, catch_exceptions=False)
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("{", r"cannot be read .*; give the report\.json of an audit"),
+        ("[]", r"is no report\.json of an audit"),
+        ('{"schema_version": "2", "memorization": {}}', r"is no report\.json of an audit"),
+        ('{"schema_version": 1, "memorization": {}}', "has version 1, this unrote reads 2: .*`unrote audit` again"),
+        ('{"schema_version": 3, "memorization": {}}', "has version 3, this unrote reads 2: .*pip install --upgrade"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--baseline", ["audit", "{run}", "--train", "{run}", "--baseline", "{file}"]),
+        ("--from-report", ["retest", "{run}", "--from-report", "{file}"]),
+    ],
+)
+def test_a_report_of_another_version_is_refused(runs, tmp_path, content, problem, flag, words):
+    """What an older report lacks can't be computed from it, and a newer one may mean something else."""
+    file = tmp_path / "report.json"
+    file.write_text(content)
+    command = [word.format(run=runs[1].path, file=file) for word in words]
+    with pytest.raises(InputError, match=rf"{flag} .*report\.json: {problem}"):
+        CliRunner().invoke(cli, command, catch_exceptions=False)
 
 
 def test_cards_whose_marks_were_taken_out_get_the_section_at_the_end():

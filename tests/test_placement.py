@@ -56,11 +56,29 @@ def test_what_is_exchanged(tmp_path, ema, average):
     assert (alone.gathered_bytes, alone.broadcast_bytes, alone.ledger_bytes) == (0, 0, 0)
 
 
-def test_more_processes_than_proxies(tmp_path):
-    with pytest.raises(InputError, match=r"--processes 4: there are 3 shards.*Use 1 to 3, or raise ensemble.num_sh"):
-        planned(tmp_path, processes=4)
-    with pytest.raises(InputError, match="there is 1 shard, and a proxy trains in one process"):
-        planned(tmp_path, "standard", processes=2)
+def test_more_processes_than_proxies_share_them(tmp_path):
+    found, alone = planned(tmp_path, processes=5), planned(tmp_path)
+    ranks = found.placement.ranks
+    assert [(rank.first, rank.members, rank.leads) for rank in ranks] == [
+        (0, 2, True), (0, 2, False), (1, 2, True), (1, 2, False), (2, 1, True),
+    ]  # fmt: skip
+    assert found.steps == alone.steps, "a step of a team counts once"
+    assert ranks[4].samples_per_round == 16 and ranks[0].samples_per_round == 18
+    assert found.placement.idle == pytest.approx(1 - (4 * 9 + 16) / (5 * 16))
+    assert found.placement.gathered_bytes == 2 * 8 * found.parameters, "those who lead send theirs"
+    assert found.placement.step_bytes == 4 * found.parameters, "a ring of two"
+    half = alone.activation_bytes // 2
+    assert ranks[0].device_bytes == alone.state_bytes + half and ranks[4].device_bytes == alone.state_bytes + 2 * half
+    assert ranks[1].host_bytes > ranks[2].host_bytes, "who does not lead has the proxy in memory"
+    text = "ranks 0-1 share proxy 0; ranks 2-3 share proxy 1; rank 4: 1 proxy"
+    assert found.placement.to_text() == text and text in str(found) and "in each step" in str(found)
+
+
+def test_one_proxy_on_many_processes(tmp_path):
+    found = planned(tmp_path, "standard", processes=3)
+    assert found.placement.to_text() == "ranks 0-2 share proxy 0"
+    assert (found.placement.gathered_bytes, found.placement.broadcast_bytes, found.placement.idle) == (0, 0, 0)
+    assert found.checkpoint_bytes == planned(tmp_path, "standard").checkpoint_bytes
 
 
 WRONG = [
@@ -71,6 +89,8 @@ WRONG = [
     ({"training__lr_warmup_steps": 5}, "5 steps of warm-up, and a proxy takes 5 in all"),
     ({"training__checkpointing_steps": 99}, "99 is more than the 14 steps that any process takes"),
     ({"processes": 2}, r"--processes 2: 3 proxies do not divide evenly, and 24% of.*; 1 would not wait"),
+    ({"processes": 4}, r"--processes 4: 3 proxies do not divide evenly, and 2\d% of.*; 3 would not wait"),
+    ({"processes": 30}, r"--processes 30: 1\d of them share batches of 8, so some have nothing to do; use at most 24"),
     ({"device_memory": 1 << 20}, r"--device-memory 0.000977: training needs about .* use a smaller model"),
 ]
 
@@ -110,9 +130,9 @@ SIZE = {
 }
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_memory_is_as_planned(tmp_path, world):
-    result = launch(world, [PROGRAM, tmp_path, json.dumps(SIZE)])
+@pytest.mark.parametrize(("world", "shards"), [(1, 4), (2, 4), (3, 2)])
+def test_memory_is_as_planned(tmp_path, world, shards):
+    result = launch(world, [PROGRAM, tmp_path, json.dumps(SIZE | {"ensemble.num_shards": shards})])
     assert result.returncode == 0, result.stderr
     lines = [json.loads(line) for line in result.stdout.splitlines()]
     assert sorted(line["rank"] for line in lines) == list(range(world))

@@ -38,6 +38,12 @@ def toy_images(count=26, *, side=8, channels=3, classes=0, seed=0):
     return in_memory_store(pixels, source="toy", labels=labels, class_names=names)
 
 
+def captioned_images(count=15):
+    """A store of larger ones with a caption each."""
+    captions = [("red cat", "a dog", "cat")[index % 3] for index in range(count)]
+    return in_memory_store(toy_images(count, side=16).images, source="toy", captions=captions)
+
+
 def toy_run(out: Path, method="standard", *, images=None, **settings):
     """Train a tiny model; settings are dotted fields with ``__`` for the dot."""
     changed = {key.replace("__", "."): value for key, value in settings.items()}

@@ -22,6 +22,7 @@ from transformers import BertConfig, BertModel, BertTokenizer
 from unrote.data import ImageStore, open_images
 from unrote.files import atomic_path
 from unrote.models.pixels import as_floats
+from unrote.training.precision import multiplies_bf16
 
 TOKENS = 16
 LATENT_CHANNELS = 8
@@ -146,7 +147,7 @@ def train_vae(images: np.ndarray, sizes: Sizes, seed: int) -> AutoencoderKL:
     def losses() -> Iterator[Tensor]:
         for rows in _batches(len(images), sizes.vae_batch, sizes.vae_images, draw):
             pixels = as_floats(images[rows], DEVICE)
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=multiplies_bf16(DEVICE)):
                 posterior = vae.encode(pixels).latent_dist
                 shown = vae.decode(posterior.sample()).sample
             yield F.mse_loss(shown.float(), pixels) + KL_WEIGHT * posterior.kl().mean()
@@ -171,7 +172,7 @@ def psnr(vae: AutoencoderKL, images: np.ndarray) -> float:
 def _embedded(pipeline: Any, texts: list[str]) -> Tensor:
     """What the text encoder makes of ``texts``, bfloat16 [B, L, D], as they are thousands."""
     tokens = pipeline.tokenizer(texts, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=multiplies_bf16(DEVICE)):
         states: Tensor = pipeline.text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask)[0]
     return states.bfloat16()
 

@@ -11,6 +11,7 @@ from unrote.device import pick_device
 from unrote.training.images import training_images
 from unrote.training.loop import train as _train
 from unrote.training.plan import Plan, existing_parent, make_plan
+from unrote.training.precision import settled
 from unrote.training.probe import measure
 from unrote.training.run import Run
 
@@ -55,9 +56,10 @@ def train(
 
 def train_config(config: Config, images: ImageStore, out: Path | str, device: str | None = None) -> Run:
     """Train ``config`` on ``images``; see :func:`train`."""
-    run = Run(Path(out))
+    run, where = Run(Path(out)), pick_device(device)
+    config = settled(config, run, where)
     make_plan(config, images, run.path)
-    _train(config, images, run, pick_device(device))
+    _train(config, images, run, where)
     return run
 
 
@@ -83,6 +85,7 @@ def plan(
         probe: time a few steps here and estimate how long the run takes.
     """
     images, where = training_images(config, data), pick_device(device)
+    config = settled(config, Run(out), where)
     options: dict[str, Any] = {"processes": processes, "device_memory": device_memory, "device": where.type}
     found = make_plan(config, images, out, only_plan=True, **options)
     return replace(found, probe=measure(config, images, existing_parent(out), where)) if probe else found

@@ -207,7 +207,10 @@ def sample(model: str, out: Path | None, device: str | None, **options: Any) -> 
         return
     beside = target.with_name(f"{target.stem}.samples.jsonl") if target.suffix == ".npz" else target / "samples.jsonl"
     count = len(beside.read_text().splitlines())
-    click.echo(f"{target}: {count:,} images\nnext: unrote audit {target} --train {model}")
+    train = model if (Path(model) / "config.yaml").exists() else "TRAINING_IMAGES"
+    click.echo(
+        f"{target}: {count:,} images\nnext: unrote audit {target} --train {train} --holdout IMAGES_NOT_TRAINED_ON"
+    )
 
 
 @cli.command()
@@ -259,15 +262,16 @@ def audit(
 ) -> None:
     """Measure what generated images copy from the training images; of a run, its model card then says so."""
     from unrote.auditing.limits import SIMILARITY, exceeded, parse_limit
+    from unrote.auditing.reading import read_report
     from unrote.device import pick_device
     from unrote.measures import audit as measure
     from unrote.ranks import joined
-    from unrote.report.model_card import add_to_cards, read_baseline
+    from unrote.report.model_card import add_to_cards
 
     is_run = (Path(generated) / "config.yaml").exists()
     if baseline is not None and not is_run:
         raise InputError(f"--baseline: is for the model card of a run, and {generated} is no run folder")
-    beside = None if baseline is None else read_baseline(baseline)
+    beside = None if baseline is None else read_report(baseline, "--baseline")
     limits = [parse_limit(text) for text in fail_above]
     if not options["encoders"] and any(limit.measure == SIMILARITY for limit in limits):
         raise InputError("--fail-above similarity needs copy detection: add --encoder sscd")
@@ -306,7 +310,9 @@ def scan(data: str, out: Path, as_json: bool, **options: Any) -> None:
         raise InputError(f"--out {out}: is a file; give a folder")
     report = look(data, **options)
     page = report.save(out)
-    keep = f"\nnext: unrote train --data {data} --set data.include={out / 'keep.txt'} --out runs/first"
+    side = options["resolution"] or (32 if Path(data).is_dir() else None)
+    size = "" if side is None else f" --resolution {side}"
+    keep = f"\nnext: unrote train --data {data} --set data.include={out / 'keep.txt'}{size} --out runs/first"
     click.echo(json.dumps(report.summary) if as_json else f"{report}\n{page}{keep if len(report.keep) else ''}")
 
 
@@ -315,6 +321,11 @@ def scan(data: str, out: Path, as_json: bool, **options: Any) -> None:
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the results; again goes on.")
 @click.option("--only", multiple=True, metavar="REGIME/METHOD/SEED", help="Only such cells; * is any; may be repeated.")
 @click.option("--keep", is_flag=True, help="Of a study: keep the run folders.")
+@click.option(
+    "--records",
+    type=click.Path(path_type=Path),
+    help="Of a study: folder of cells' measurements that are not made again; new ones are added.",
+)
 @click.option("--train", metavar="DATA", help="Of runs: the training images [those of the first run].")
 @click.option("--holdout", metavar="DATA", help="Of runs: images of the same kind that none was trained on.")
 @click.option("--num", default=512, show_default=True, help="Of runs: samples per snapshot.")

@@ -72,11 +72,12 @@ def _of_report(file: Path | None, top: int) -> list[int]:
     """The training images that an audit found copied, most often first."""
     if file is None:
         return []
-    path = file / "report.json" if file.is_dir() else file
+    from unrote.auditing.reading import read_report
+
+    summary = read_report(file / "report.json" if file.is_dir() else file, "--from-report")
     try:
-        images = json.loads(path.read_text())["extracted"]["images"]
-        found = [int(image["cluster"]) for image in images[:top]]
-    except (OSError, ValueError, KeyError, TypeError):
+        found = [int(image["cluster"]) for image in summary["extracted"]["images"][:top]]
+    except (ValueError, KeyError, TypeError):
         raise InputError(f"--from-report {file}: is no report.json of an audit") from None
     if not found:
         raise InputError(f"--from-report {file}: that audit found no image copied; name some by --index")

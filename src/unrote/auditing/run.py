@@ -14,6 +14,7 @@ from unrote.auditing.intervals import bootstrap_mean, fraction
 from unrote.auditing.ledger import check_ledger, join_ledger
 from unrote.auditing.memorization import DEFINITIONS, HEADLINE, calibrated, image_identity, memorization_quantity
 from unrote.auditing.prompted import feature_similarity, paired, pixel_columns, prompted_summary
+from unrote.auditing.reading import SCHEMA_VERSION
 from unrote.auditing.result import AuditReport
 from unrote.auditing.spaces import Space, measure_space
 from unrote.auditing.verdict import certainty, verdict
@@ -25,8 +26,6 @@ from unrote.errors import InputError
 from unrote.neighbours.images import Neighbours
 from unrote.neighbours.orbit import BRIGHTNESS, IDENTITY, SCALES, Transform, orbit
 from unrote.scanning.duplicates import near_clusters, shared_clusters
-
-SCHEMA_VERSION = 2
 
 
 def audit(

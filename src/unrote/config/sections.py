@@ -211,6 +211,10 @@ class AugmentationConfig(Section):
     """Take the loss ratio from the sample's earlier visits, or from an extra forward pass."""
     beta: Annotated[float, Field(ge=1)] = 1.5
     """β, the upper end of the band in units of λ."""
+    cache_budget: NonNegativeFloat = 0.0
+    """GiB on disk for encoded views, of a pretrained model: if they fit, they are encoded once; else at each visit."""
+    cached_views: PositiveInt = 8
+    """V, views of each image that are encoded once; its visits see them in turn."""
     ops: OpsConfig = OpsConfig()
     """What an augmentation may do."""
 

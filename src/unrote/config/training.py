@@ -16,7 +16,9 @@ from unrote.config.base import Decay, Fraction, Section
 from unrote.config.limits import parse_stop_rule
 
 # YAML reads a plain `no` as false.
-Precision = Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(lambda value: "no" if value is False else value)]
+Precision = Annotated[
+    Literal["no", "bf16", "fp16", "auto"], BeforeValidator(lambda value: "no" if value is False else value)
+]
 
 
 class TrainingConfig(Section):
@@ -77,7 +79,7 @@ class TrainingConfig(Section):
     gradient_checkpointing: bool = False
     """Compute activations twice instead of keeping them: less memory, slower."""
     mixed_precision: Precision = "no"
-    """Precision of the forward and backward pass; weights and losses stay fp32."""
+    """Precision of the forward and backward pass; weights and losses stay fp32. auto: bf16 where the device has it."""
     channels_last: bool = False
     """Memory format of weights and images."""
     compile: bool = False

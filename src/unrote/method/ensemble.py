@@ -1,6 +1,6 @@
 """IET, iterative ensemble training, with MSR between half-rounds (arXiv 2407.15328 §3.1; arXiv 2502.09434)."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -150,6 +150,8 @@ class ShardEnsemble:
         self._rows: dict[str, Tensor] = {}
         self._peers = peers or Alone()
         self._mine = self._peers.mine([len(shard) for shard in self.shards])
+        # Of processes that share a proxy one holds it, and answers for it; the others have it in memory.
+        self._held = self._mine if self._peers.leads else range(0)
         self.gate = gate
         self._model, self._optimizer = model, optimizer
         self._shared_batches = False
@@ -165,11 +167,12 @@ class ShardEnsemble:
             self._averaged["moments"], self._kept["groups"] = self._moments, _Groups(optimizer)
         else:
             self._kept["optimizer"] = optimizer
-        names = [f"{kind}-{k}" for kind in ("proxy", "live") for k in self._mine]
+        names = [f"{kind}-{k}" for kind in ("proxy", "live") for k in self._held]
         names += COMMON if self._peers.rank == 0 else []
-        self._slots = MemorySlots() if folder is None else FolderSlots(folder, names)
+        self._files = MemorySlots() if folder is None else FolderSlots(folder, names)
+        self._slots = self._files if self._held else MemorySlots()
         # What belongs to all is kept by the first process; the others have it in memory.
-        self._common = self._slots if self._peers.rank == 0 else MemorySlots()
+        self._common = self._files if self._peers.rank == 0 else MemorySlots()
         if num_shards > 1:
             self._common.put("global", _take(self._averaged))
             self._common.put("initial", _take(self._kept))
@@ -214,8 +217,8 @@ class ShardEnsemble:
 
     @property
     def slots(self) -> MemorySlots | FolderSlots:
-        """Where the proxies that are not live are kept."""
-        return self._slots
+        """Where this process keeps the proxies that it holds while they are not live."""
+        return self._files
 
     def round(self) -> Iterator[Shard]:
         """Yield each of this process's proxies' shards while that proxy is live, then redistribute or aggregate.
@@ -284,6 +287,8 @@ class ShardEnsemble:
         if begun:
             _put(self._averaged | self._kept, begun)
             self._rows = begun["rows"]
+            if not self._held:
+                self._slots.drop(f"live-{self.proxy}")  # it was for going on, and takes memory
         else:
             self._begin()
         self._live = True
@@ -310,7 +315,7 @@ class ShardEnsemble:
 
     def _share_ledger(self) -> None:
         if self.gate is not None and self.gate.ledger is not None:
-            own = [self.shards[k] for k in self._mine]
+            own = [torch.empty(0, dtype=torch.int64), *(self.shards[k] for k in self._held)]
             self.gate.ledger.share(torch.cat(own), self._peers.sum)
 
     def _redistribute(self) -> None:
@@ -338,7 +343,7 @@ class ShardEnsemble:
         """``θ̄ ← Σ_k (|D_k|/N) θ_k``, accumulated in float64 in the order of k."""
         if self.num_shards > 1:
             parts = list(self._averaged)
-            proxies = (self._slots.get(f"proxy-{k}", parts) for k in self._mine)
+            proxies = (self._slots.get(f"proxy-{k}", parts) for k in self._held)
             sizes = [len(shard) for shard in self.shards]
             weights = [size / sum(sizes) for size in sizes]
             average = self._peers.average(proxies, weights, self._average)
@@ -357,8 +362,11 @@ class ShardEnsemble:
 
     def state_dict(self) -> dict[str, Any]:
         """Position in the round, shards, and the proxies that are not live (the live one is the caller's model)."""
+        return self._position() | {"slots": self._files.state_dict()}
+
+    def _position(self) -> dict[str, Any]:
         position = {"round": self.round_index, "phase": self.phase, "proxy": self.proxy, "turns": self._turns}
-        return position | {"live": self._live, "shards": list(self.shards), "slots": self._slots.state_dict()}
+        return position | {"live": self._live, "shards": list(self.shards)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` gave.
@@ -372,38 +380,42 @@ class ShardEnsemble:
         self._turns, self._live = state["turns"], state["live"]
         self.shards = [shard.clone() for shard in state["shards"]]
         self._ended = set(range(self.proxy))
-        self._slots.load_state_dict(state["slots"])
+        self._files.load_state_dict(state["slots"])
 
     def save(self) -> dict[str, Any]:
         """The state of all processes' proxies, complete by itself: live ones are put into files too.
 
         Every process must ask for it at once. Needs ``folder``. The ledger of each process then is that of all.
         """
-        if self._live or self.num_shards == 1:
+        if self._held and (self._live or self.num_shards == 1):
             self._slots.put(f"live-{self.proxy}", _take(self._averaged | self._kept) | {"rows": self._rows})
         self._share_ledger()
-        own = {"ended": sorted(self._ended), "slots": self._slots.state_dict()}
+        own = {"ended": sorted(self._ended), "slots": self._files.state_dict()}
         everyone = self._peers.gather(own)
         slots = {name: file for one in everyone for name, file in one["slots"]["files"].items()}
         version = max(one["slots"]["version"] for one in everyone)
-        ended = sorted(k for one in everyone for k in one["ended"])
-        return self.state_dict() | {"ended": ended, "slots": {"files": slots, "version": version}}
+        ended = sorted({k for one in everyone for k in one["ended"]})
+        return self._position() | {"ended": ended, "slots": {"files": slots, "version": version}}
 
     def load(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`save` gave, of any number of processes; ``model`` and all else then are as they were."""
         self.load_state_dict(state)
         self._ended = set(state["ended"])
+        self._fetch(self._common, COMMON, state)
+        self._fetch(self._slots, [f"{kind}-{k}" for kind in ("proxy", "live") for k in self._mine], state)
         if self.num_shards == 1:
             live = self._slots.get("live-0")
             _put(self._averaged | self._kept, live)
             self._rows = live["rows"]
             return
         self._live = False
-        assert isinstance(self._slots, FolderSlots)
-        if self._common is not self._slots:
-            for name in state["slots"]["files"].keys() & set(COMMON):
-                self._common.put(name, load_state(self._slots.folder / state["slots"]["files"][name]))
         _put(self._averaged, self._common.get("global"))
+
+    def _fetch(self, slots: MemorySlots | FolderSlots, names: Iterable[str], state: dict[str, Any]) -> None:
+        """What other processes hold: from their files into memory."""
+        assert isinstance(self._files, FolderSlots)
+        for name in (name for name in names if slots is not self._files and name in state["slots"]["files"]):
+            slots.put(name, load_state(self._files.folder / state["slots"]["files"][name]))
 
 
 def _check_whole(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:

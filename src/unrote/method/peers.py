@@ -11,18 +11,23 @@ Average = Callable[[Iterable[dict[str, Any]], list[float]], dict[str, Any]]
 class Peers(Protocol):
     """What an ensemble asks of them; :class:`Alone` where there is one.
 
-    All but :meth:`mine` must be called by every process, in the same order.
+    All methods must be called by every process, in the same order.
 
     Attributes:
         rank: which of them this is, 0..size-1; 0 keeps what belongs to all.
         size: W, how many there are.
+        leads: whether this process holds the proxies that it trains: of those that share one, the first does.
     """
 
     rank: int
     size: int
+    leads: bool
 
     def mine(self, sizes: Sequence[int]) -> range:
-        """The proxies that this process trains, in turn; earlier processes have earlier ones. ``sizes``: of shards."""
+        """The proxies that this process trains, in turn; earlier processes have earlier ones. ``sizes``: of shards.
+
+        Where there are more processes than shards, consecutive ones have the same proxy, and share its batches.
+        """
 
     def gather(self, message: Any) -> list[Any]:
         """Everybody's ``message`` (what JSON can hold), by rank."""
@@ -34,13 +39,13 @@ class Peers(Protocol):
         """The sum of everybody's ``numbers``, int64 on the CPU, of equal shapes."""
 
     def average(self, states: Iterable[dict[str, Any]], weights: list[float], average: Average) -> dict[str, Any]:
-        """``average`` of the states of all proxies, in their order; ``states`` are those of this process."""
+        """``average`` of the states of all proxies, in their order; ``states`` are those that this process holds."""
 
 
 class Alone:
     """No other process."""
 
-    rank, size = 0, 1
+    rank, size, leads = 0, 1, True
 
     def mine(self, sizes: Sequence[int]) -> range:
         """All of them."""

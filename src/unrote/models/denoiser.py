@@ -63,7 +63,8 @@ def build_schedule(config: ModelConfig) -> DDPMScheduler:
 
 def autocast_dtype(config: TrainingConfig) -> torch.dtype | None:
     """What the forward pass computes in under autocast; None for the weights' own type."""
-    return {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.mixed_precision]
+    # What is still auto was not given to a device: as much memory as it can take.
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.mixed_precision)
 
 
 def memory_format(config: TrainingConfig) -> torch.memory_format:

@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unrote.data.store import ImageStore
-from unrote.encoders.cache import features, pixels_digest
+from unrote.encoders.cache import features
 from unrote.models.families import StableDiffusion
 from unrote.models.pixels import as_floats
 from unrote.tensorfiles import weights_hash
@@ -83,22 +82,31 @@ class LatentEncoder:
         latents = mean + std * torch.randn(mean.shape, generator=draw, device=self._device)
         return (latents - self._shift) * self._scale
 
-    def cached(self, images: ImageStore, folder: Path, *, mirrored: bool) -> np.ndarray:
-        """Mean and standard deviation of all images, a memory map float32 [N, 2, C, h, w]."""
-        rows = Mirrored(images.images) if mirrored else images.images
-        digest = pixels_digest(images) + (" mirrored" if mirrored else "")
+    def cached(self, rows: Any, digest: str, folder: Path) -> np.ndarray:
+        """Mean and standard deviation of images, a memory map float32 [N, 2, C, h, w].
+
+        Args:
+            rows: [N, H, W, C], uint8 or float32 in [-1, 1].
+            digest: of their content and shape.
+            folder: of the cache.
+        """
         encoder = _Whole("vae", type(self.vae).__name__, weights_hash(self.vae), "to [-1, 1]", self._all_moments)
         kept = features(encoder, rows, digest=digest, cache=folder, progress="latents")
         with torch.no_grad():
-            shape = self.moments(as_floats(np.array(images.images[:1]), self._device))[0].shape[1:]
+            shape = self.moments(self._pixels(np.array(rows[:1])))[0].shape[1:]
         return kept.reshape(len(kept), 2, *shape)
 
     def _all_moments(self, rows: np.ndarray) -> Tensor:
         parts = []
         for start in range(0, len(rows), self.batch_size):
-            pixels = as_floats(rows[start : start + self.batch_size], self._device)
+            pixels = self._pixels(rows[start : start + self.batch_size])
             parts.append(torch.stack(self.moments(pixels), 1))
         return torch.cat(parts)
+
+    def _pixels(self, rows: np.ndarray) -> Tensor:
+        if rows.dtype == np.uint8:
+            return as_floats(rows, self._device)
+        return torch.from_numpy(rows).to(self._device).permute(0, 3, 1, 2).contiguous()
 
 
 class TextEncoder:

@@ -62,6 +62,7 @@ class Pixels:
         condition: Condition,
         indices: Tensor,
         mirrored: Tensor | None,
+        visits: Tensor,
         strength: Tensor,
         draw: torch.Generator,
     ) -> tuple[Tensor, Condition]:

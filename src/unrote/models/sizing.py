@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
 
-from unrote.config import Config
+from unrote.config import Config, TrainingConfig
 from unrote.data.store import ImageStore
 from unrote.errors import InputError
 from unrote.models.denoiser import Network, autocast_dtype, build_unet, unet_prediction
+from unrote.models.views import ViewCache, view_cache
 
 RECOMPUTED = (
     "ResnetBlock2D",
@@ -26,6 +30,23 @@ RECOMPUTED = (
 
 
 @dataclass(frozen=True)
+class Forward:
+    """A forward pass of one part of a batch, in float32."""
+
+    saved: int
+    """Bytes that autograd keeps of it."""
+    checkpointed: int
+    """The same under gradient checkpointing."""
+    flops: int
+    """Floating point operations: of convolutions, products of matrices and attention."""
+
+    def kept(self, training: TrainingConfig) -> int:
+        """Bytes that are kept of it under these settings."""
+        kept = self.checkpointed if training.gradient_checkpointing else self.saved
+        return kept if autocast_dtype(training) is None else kept // 2
+
+
+@dataclass(frozen=True)
 class Size:
     """Of a model and of one part of a batch. Sizes are in bytes."""
 
@@ -33,12 +54,18 @@ class Size:
     """Parameters that are trained."""
     frozen_bytes: int
     """Weights that are only read: those beside adapters, and the autoencoder if it is needed at every step."""
-    activation_bytes: int
-    """What the forward pass keeps for the backward pass."""
+    halved: int
+    """Parameters among them that are kept in half precision under mixed precision."""
+    forward: Forward
+    """What the forward pass keeps for the backward pass, and computes."""
+    batch: int
+    """Samples in a part of a batch."""
     cache_bytes: int
     """Latents and text embeddings in the cache folder."""
     model_bytes: int
     """The finished model on disk."""
+    views: ViewCache | None = None
+    """How a pretrained model gets augmented views; None without."""
 
 
 def size_of(config: Config, images: ImageStore) -> Size:
@@ -62,9 +89,9 @@ def _pixels_size(config: Config, images: ImageStore) -> Size:
             raise InputError(str(error)) from None
         batch = _part_of_batch(config, images)
         labels = {"class_labels": torch.zeros(batch, dtype=torch.int64)} if classes is not None else {}
-        activations = _activation_bytes(unet, config, torch.zeros(batch, channels, height, width), labels)
+        forward = _forward(unet, torch.zeros(batch, channels, height, width), labels)
     trained = _count(unet)
-    return Size(trained, 0, activations, 0, 8 * trained)
+    return Size(trained, 0, 0, forward, batch, 0, 8 * trained)
 
 
 def _pretrained_size(config: Config, images: ImageStore) -> Size:
@@ -88,19 +115,21 @@ def _pretrained_size(config: Config, images: ImageStore) -> Size:
         latents = torch.zeros(batch, channels, height, width)
         text = family.placeholder(denoiser.config, batch, t5=pipeline.has_t5)
         condition = family.condition(text, denoiser.config, (height * factor, width * factor))
-        activations = _activation_bytes(denoiser, config, latents, condition, family.network)
+        forward = _forward(denoiser, latents, condition, family.network)
         vae = _count(AutoencoderKL.from_config(pipeline.autoencoder))
-    half = lora and autocast_dtype(config.training) is not None
-    needs_vae = config.augmentation.enabled or not config.data.cache_latents
-    frozen = (2 if half else 4) * whole * lora + 4 * vae * needs_vae
+    halved = whole * lora
+    views = view_cache(config, len(images), channels * height * width)
+    needs_vae = not config.data.cache_latents or (views is not None and not views.kept)
+    frozen = (4 if autocast_dtype(config.training) is None else 2) * halved + 4 * vae * needs_vae
     cache = 0
     if config.data.cache_latents:
         cache = 8 * channels * height * width * len(images) * (1 + config.data.random_flip)
+        cache += views.bytes if views is not None and views.kept else 0
         texts = len({"", *(text for texts in images.every_caption() for text in texts)})
         cache += 0 if config.text.varies else 4 * texts * sum(values[0].numel() for values in text.values())
     copies = 1 + config.training.use_ema
     model = 4 * trained * copies if lora else 4 * whole * copies + 2 * _folder_bytes(source)
-    return Size(trained, frozen, activations, cache, model)
+    return Size(trained, frozen, halved, forward, batch, cache, model, views)
 
 
 def _folder_bytes(source: str) -> int:
@@ -116,12 +145,25 @@ def _count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def _activation_bytes(
-    denoiser: Any, config: Config, images: Tensor, condition: Mapping[str, Any], network: Network = unet_prediction
-) -> int:
-    """Bytes that autograd saves of a forward pass.
+class _FusedAttention(TorchFunctionMode):
+    """Attention as devices compute it. On the meta device it would keep the weights of every token for every other."""
 
-    Under gradient checkpointing: what is saved outside the recomputed blocks, their inputs, and the largest block.
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        named = kwargs or {}
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **named)
+        query, key, value, mask, *_ = [*args, *(named[n] for n in ("query", "key", "value") if n in named), None]
+        mask = named.get("attn_mask", mask)
+        return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, mask, True)[0]
+
+
+def _forward(
+    denoiser: Any, images: Tensor, condition: Mapping[str, Any], network: Network = unet_prediction
+) -> Forward:
+    """A forward pass on the meta device, with what autograd saves of it counted, and what it computes.
+
+    Under gradient checkpointing that is: what is saved outside the recomputed blocks, their inputs, and the largest
+    block.
     """
     weights = {id(p.untyped_storage()) for p in denoiser.parameters()}
     saved: dict[int, tuple[Any, int, int]] = {}
@@ -139,15 +181,14 @@ def _activation_bytes(
         states = arguments[:1] or (named["hidden_states"], named["encoder_hidden_states"])
         inputs += sum(state.untyped_storage().nbytes() for state in states)
 
-    if config.training.gradient_checkpointing:
-        for module in denoiser.modules():
-            if type(module).__name__ in RECOMPUTED:
-                module.register_forward_pre_hook(enter, with_kwargs=True)
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+    for module in denoiser.modules():
+        if type(module).__name__ in RECOMPUTED:
+            module.register_forward_pre_hook(enter, with_kwargs=True)
+    operations = FlopCounterMode(display=False)
+    with operations, _FusedAttention(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         network(denoiser, images, torch.zeros(len(images), dtype=torch.int64), condition)
     sizes: dict[int, int] = {}
     for _, size, owner in saved.values():
         sizes[owner] = sizes.get(owner, 0) + size
-    outside = sizes.pop(0, 0)
-    total = outside + inputs + max(sizes.values(), default=0)
-    return total if autocast_dtype(config.training) is None else total // 2
+    whole, outside = sum(sizes.values()), sizes.pop(0, 0)
+    return Forward(whole, outside + inputs + max(sizes.values(), default=0), operations.get_total_flops())

@@ -16,7 +16,7 @@ Condition = Mapping[str, Any]
 """What a denoiser is told of each sample besides the noisy image, as its arguments: (mappings of) tensors [B, …]."""
 
 
-def rows_of(condition: Condition, rows: Tensor) -> Condition:
+def rows_of(condition: Condition, rows: Tensor | slice) -> Condition:
     """The condition of the samples at ``rows`` of a batch."""
     return {name: v[rows] if isinstance(v, Tensor) else rows_of(v, rows) for name, v in condition.items()}
 
@@ -51,12 +51,14 @@ class Task(Protocol):
         condition: Condition,
         indices: Tensor,
         mirrored: Tensor | None,
+        visits: Tensor,
         strength: Tensor,
         draw: torch.Generator,
     ) -> tuple[Tensor, Condition]:
         """``clean`` with the images of ``strength`` > 0 (float32 [B]) in an augmented view; see :meth:`clean`.
 
-        And ``condition``, to which a model that is told of augmentation gets that added.
+        ``visits`` (int64 [B]) says how often each image was visited before, and so which of the views it is that are
+        kept. And ``condition``, to which a model that is told of augmentation gets that added.
         """
 
     def condition(self, indices: Tensor, proxy: int, step: int) -> Condition:

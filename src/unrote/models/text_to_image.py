@@ -12,14 +12,16 @@ from unrote.config import Config
 from unrote.data.augmentations import augment, mirror
 from unrote.data.build import cache_folder
 from unrote.data.store import ImageStore
+from unrote.encoders.cache import pixels_digest
 from unrote.errors import InputError
 from unrote.models.adapters import adapter_layers, add_adapters, average_products
 from unrote.models.denoiser import autocast_dtype, memory_format
-from unrote.models.encoding import LatentEncoder, Moments, TextEncoder
+from unrote.models.encoding import LatentEncoder, Mirrored, Moments, TextEncoder
 from unrote.models.families import family_of
 from unrote.models.pixels import as_floats
 from unrote.models.pretrained import base_weights, load_pretrained, text_side
 from unrote.models.task import RAW_VARIANT, Condition
+from unrote.models.views import Views, view_cache
 from unrote.seeding import generator
 from unrote.tensorfiles import weighted_average
 from unrote.text.mitigations import TextPolicy
@@ -64,11 +66,17 @@ class TextToImage:
         data = self._config.data
         self._latents = LatentEncoder(pipeline.vae, self._device)
         self._kept: list[np.ndarray] = []
+        self._views: np.ndarray | None = None
         if data.cache_latents:
-            views = (False, True) if data.random_flip else (False,)
-            folder = cache_folder() / "latents"
-            self._kept = [self._latents.cached(self._images, folder, mirrored=view) for view in views]
-            if not self._config.augmentation.enabled:
+            images, folder, digest = self._images.images, cache_folder() / "latents", pixels_digest(self._images)
+            self._kept = [self._latents.cached(images, digest, folder)]
+            if data.random_flip:
+                self._kept.append(self._latents.cached(Mirrored(images), f"{digest} mirrored", folder))
+            plan = view_cache(self._config, len(images), self._kept[0][0, 0].size)
+            if plan is not None and plan.kept:
+                views = Views(images, self._config)
+                self._views = self._latents.cached(views, f"{digest} {views.key}", folder)
+            if plan is None or plan.kept:
                 self._latents.release()
 
     def _prepare_texts(self, pipeline: Any) -> None:
@@ -92,7 +100,10 @@ class TextToImage:
         if mirrored is not None:
             which = mirrored.cpu().numpy()
             rows[which] = self._kept[1][indices.numpy()[which]]
-        mean, std = torch.from_numpy(rows).to(self._device, non_blocking=True).unbind(1)
+        return self._on_device(rows)
+
+    def _on_device(self, moments: np.ndarray) -> Moments:
+        mean, std = torch.from_numpy(moments).to(self._device, non_blocking=True).unbind(1)
         return mean, std
 
     def _pixels(self, indices: Tensor, mirrored: Tensor | None) -> Tensor:
@@ -105,17 +116,23 @@ class TextToImage:
         condition: Condition,
         indices: Tensor,
         mirrored: Tensor | None,
+        visits: Tensor,
         strength: Tensor,
         draw: torch.Generator,
     ) -> tuple[Tensor, Condition]:
-        """Latents of augmented pixels, encoded now: there are too many views of an image to keep them."""
+        """Latents of augmented pixels: of the view that is this visit's turn, if they are kept, or encoded now."""
         rows = (strength > 0).nonzero().flatten()
         if not len(rows):
             return clean, condition
-        ops = self._config.augmentation.ops.model_dump()
-        view, _ = augment(self._pixels(indices, mirrored), strength, draw, **ops)
-        latents = self._latents.drawn(self._latents.moments(view[rows]), draw)
-        return clean.index_copy(0, rows, latents), condition
+        if self._views is None:
+            ops = self._config.augmentation.ops.model_dump()
+            view, _ = augment(self._pixels(indices, mirrored), strength, draw, **ops)
+            moments = self._latents.moments(view[rows])
+        else:
+            count, which = self._config.augmentation.cached_views, rows.cpu()
+            numbers = indices[which] * count + visits.cpu()[which] % count
+            moments = self._on_device(self._views[numbers.numpy()])
+        return clean.index_copy(0, rows, self._latents.drawn(moments, draw)), condition
 
     def condition(self, indices: Tensor, proxy: int, step: int) -> Condition:
         """Embedded texts, and what else the family's denoiser is told."""

@@ -1,6 +1,5 @@
 """The result of an audit in the model card of the run that made the images, beside that of a baseline."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,28 +18,13 @@ CARDS = ("README.md", "model/README.md")
 Summary = Mapping[str, Any]
 
 
-def read_baseline(file: Path) -> dict[str, Any]:
-    """The ``report.json`` of the model to compare with.
-
-    Raises:
-        InputError: it cannot be read or is no report.
-    """
-    try:
-        summary = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"--baseline {file}: cannot be read ({error}); give the report.json of an audit") from None
-    if not isinstance(summary, dict) or "schema_version" not in summary or "memorization" not in summary:
-        raise InputError(f"--baseline {file}: is no report.json of an audit")
-    return summary
-
-
 def add_to_cards(folder: Path, report: AuditReport, baseline: Summary | None = None) -> list[Path]:
     """Put the result into the model cards of a run folder, in place of an earlier one.
 
     Args:
         folder: of the run.
         report: of images of the run's model.
-        baseline: summary of another model's audit, to stand beside it; what :func:`read_baseline` gave.
+        baseline: summary of another model's audit, to stand beside it.
 
     Returns:
         The cards that were changed; those that there are not are not made.
@@ -67,8 +51,6 @@ def card_section(report: AuditReport, baseline: Summary | None) -> str:
 
 def check_comparable(summary: Summary, baseline: Summary) -> None:
     """Raise InputError, naming what differs, unless both were measured against the same images in the same way."""
-    if summary["schema_version"] != baseline["schema_version"]:
-        raise InputError("--baseline: was written by another version of unrote; audit the baseline again")
     differing = [
         f"{role} images" for role in ("train", "holdout") if _fingerprint(summary, role) != _fingerprint(baseline, role)
     ]

@@ -86,13 +86,17 @@ class Cell:
         file = self.folder.path / "cell.json"
         kept = json.loads(file.read_text()).get("config") if file.exists() else None
         if kept is not None:
-            same = {"method": self.config.method, "preset": self.config.preset}
-            changed = changed_keys(parse(kept | same, str(file)), self.config)
-            if changed:
-                raise InputError(
-                    f"{self.folder.path}: holds {self.label} of an older version ({'; '.join(changed)}); "
-                    "remove it to compute it again, or choose another --out"
-                )
+            self.check_against(kept, self.folder.path)
+
+    def check_against(self, kept: Mapping[str, Any], where: Path) -> None:
+        """Raises InputError if the configuration that is kept in ``where`` is not the present one."""
+        same = {"method": self.config.method, "preset": self.config.preset}
+        changed = changed_keys(parse(dict(kept) | same, str(where)), self.config)
+        if changed:
+            raise InputError(
+                f"{where}: holds {self.label} of an older version ({'; '.join(changed)}); "
+                "remove it to compute it again, or choose another --out"
+            )
 
 
 @dataclass(frozen=True)
@@ -218,7 +222,7 @@ def train_cell(
             train_config(cell.config, images, run.path, str(device))
     models = snapshots_of(run)
     folder.sample(models, cell.sampling, cell.seed, device, cell.guards, images)
-    cost = json.loads((trained_in / "time.json").read_text())
+    cost = json.loads((trained_in / "time.json").read_text()) | trained_by(run, device)
     write_json(folder.path / "trained.json", counts_of(run) | cost | {"snapshots": sorted(models)})
     waiting = any(other.trained_in.path == trained_in and other.folder.trained is None for other in others)
     if not (keep or waiting):
@@ -236,6 +240,12 @@ def counts_of(run: Run) -> dict[str, int]:
     """Samples seen and skipped by a finished run."""
     summary = json.loads((run.path / "run.json").read_text())
     return {key: summary[key] for key in ("samples_seen", "skipped")}
+
+
+def trained_by(run: Run, device: torch.device) -> dict[str, str]:
+    """What its processor time depends on besides the work: kind of processor, and precision."""
+    kind = torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else torch.cuda.get_device_name(device)
+    return {"machine": kind, "precision": run.config.training.mixed_precision}
 
 
 def read_samples(file: Path) -> np.ndarray:

@@ -11,6 +11,7 @@ from unrote.encoders import load_encoder
 from unrote.files import write_json, write_text
 from unrote.study.page import write_page
 from unrote.study.plan import SamplingPlan, load_study
+from unrote.study.records import Records
 from unrote.study.run import run_study
 from unrote.study.runs import compare_runs
 from unrote.study.summary import summarize
@@ -31,6 +32,7 @@ def compare(
     num: int = 512,
     steps: int = 50,
     encoders: Sequence[str] = (),
+    records: Path | None = None,
 ) -> dict[str, Any]:
     """Run or continue a study, or compare finished runs, and write the results; see ``unrote compare``.
 
@@ -39,7 +41,10 @@ def compare(
     """
     spaces = [load_encoder(encoder, device=str(device)) for encoder in encoders]
     if len(what) == 1 and what[0].suffix in (".yaml", ".yml"):
-        points = run_study(load_study(what[0]), out, device=device, only=only, keep=keep, encoders=spaces)
+        known = None if records is None else Records(records)
+        points = run_study(
+            load_study(what[0]), out, device=device, only=only, keep=keep, encoders=spaces, records=known
+        )
     else:
         how = SamplingPlan(num=num, steps=steps)
         points = compare_runs(what, out, train=train, holdout=holdout, how=how, encoders=spaces, device=device)

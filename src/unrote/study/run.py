@@ -20,6 +20,7 @@ from unrote.study.cells import Cell, claimed, train_cell
 from unrote.study.classifier import trained_classifier
 from unrote.study.measure import Yardstick
 from unrote.study.plan import ImagesPlan, Study
+from unrote.study.records import Records
 from unrote.study.subjects import Subjects, choose_subjects, encoder_images
 
 logger = logging.getLogger("unrote")
@@ -34,6 +35,7 @@ class Ground:
     seed: int
     root: Path
     encoders: tuple[Encoder, ...] = ()
+    records: Records | None = None
 
     @cached_property
     def subjects(self) -> Subjects:
@@ -43,7 +45,8 @@ class Ground:
     @cached_property
     def yardstick(self) -> Yardstick:
         """What the methods' samples are measured by."""
-        spaces = (*self.encoders, *quality_spaces(self.study.regimes[self.regime].images))
+        classifiers = None if self.records is None else self.records.classifiers
+        spaces = (*self.encoders, *quality_spaces(self.study.regimes[self.regime].images, classifiers))
         return Yardstick(self.subjects, spaces, self.root / "cache")
 
     @cached_property
@@ -67,12 +70,28 @@ class Ground:
         """Those of all methods."""
         return [self.cell(method) for method in self.study.methods_of(self.regime)]
 
+    def measured(self, cell: Cell) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
+        """Costs and points of a cell, computed here or recorded; what was computed here is recorded."""
+        cost, records = cell.folder.trained, self.records
+        points = None if cost is None else cell.folder.points(self.yardstick)
+        if cost is None or points is None:
+            return self.recorded(cell)
+        if records is not None and self.recorded(cell) is None:
+            records.write(cell, self.yardstick.key, cost, points)
+        return cost, points
+
+    def recorded(self, cell: Cell) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
+        """Costs and points that another machine or folder computed."""
+        if self.records is None or not self.records.file(cell).exists():
+            return None
+        return self.records.read(cell, self.yardstick.key)
+
 
 @lru_cache
-def quality_spaces(plan: ImagesPlan) -> tuple[Encoder, ...]:
-    """Feature spaces that quality is measured in, the primary one first."""
+def quality_spaces(plan: ImagesPlan, classifiers: Path | None = None) -> tuple[Encoder, ...]:
+    """Feature spaces that quality is measured in, the primary one first; the folder keeps its weights."""
     images = encoder_images(plan)
-    classifier = None if images is None else trained_classifier(images)
+    classifier = None if images is None else trained_classifier(images, classifiers)
     return (RandomConvEncoder(),) if classifier is None else (classifier, RandomConvEncoder())
 
 
@@ -84,6 +103,7 @@ def run_study(
     only: Sequence[str] = (),
     keep: bool = False,
     encoders: Sequence[Encoder] = (),
+    records: Records | None = None,
 ) -> dict[str, Any]:
     """Compute the cells that are not there yet; the same call again goes on.
 
@@ -94,6 +114,7 @@ def run_study(
         only: parts ``regime``, ``regime/method`` or ``regime/method/seed``, ``*`` for any: only those are computed.
         keep: keep the run folders.
         encoders: feature spaces of quality besides the classifier and random convolutions; the first one is primary.
+        records: what was computed elsewhere, and is not computed again; what is computed here is added.
 
     Returns:
         The study, every measured cell, of this call or of others, and the labels of those that are missing; JSON-able.
@@ -102,7 +123,9 @@ def run_study(
         InputError: images or settings are unusable, or ``only`` fits no cell.
     """
     wanted = [Wanted.parse(text) for text in only] or [Wanted()]
-    grounds = [Ground(study, regime, seed, root, tuple(encoders)) for seed in study.seeds for regime in study.regimes]
+    grounds = [
+        Ground(study, regime, seed, root, tuple(encoders), records) for seed in study.seeds for regime in study.regimes
+    ]
     todo = [
         (ground, method)
         for ground in grounds
@@ -113,7 +136,7 @@ def run_study(
         raise InputError(f"--only {' '.join(only)}: fits no cell; write REGIME/METHOD/SEED, * for any")
     for number, (ground, method) in enumerate(todo, 1):
         compute(ground, method, f"{number} of {len(todo)}", device, keep=keep)
-    return collect(study, grounds, root)
+    return collect(study, grounds)
 
 
 def compute(ground: Ground, method: str, number: str, device: torch.device, *, keep: bool) -> None:
@@ -121,16 +144,18 @@ def compute(ground: Ground, method: str, number: str, device: torch.device, *, k
     cell = ground.cell(method)
     cell.check()
     folder = cell.folder
-    if folder.trained is not None and folder.points(ground.yardstick) is not None:
+    if ground.measured(cell) is not None:
         return
     started = time.monotonic()
     with claimed(cell.trained_in) as ours:
         if not ours:
             logger.info("%s (%s): another process is at it", cell.label, number)
             return
-        train_cell(cell, ground.images(method), device, keep=keep, others=ground.cells())
+        others = [other for other in ground.cells() if ground.recorded(other) is None]
+        train_cell(cell, ground.images(method), device, keep=keep, others=others)
         between = time.monotonic()
         last = folder.measure(ground.yardstick)[-1]
+        ground.measured(cell)
     logger.info(
         "%s (%s): %.0f s, of which measuring %.1f; at the end %.1f %% near-copies of %d images, Fréchet distance %.2f",
         cell.label,
@@ -143,21 +168,19 @@ def compute(ground: Ground, method: str, number: str, device: torch.device, *, k
     )
 
 
-def collect(study: Study, grounds: Sequence[Ground], root: Path) -> dict[str, Any]:
+def collect(study: Study, grounds: Sequence[Ground]) -> dict[str, Any]:
     """Every measured cell, and what is missing."""
     cells, floors, missing = [], [], []
     for ground in grounds:
         there = False
         for method in study.methods_of(ground.regime):
             cell = ground.cell(method)
-            folder = cell.folder
-            cost = folder.trained
-            points = None if cost is None else folder.points(ground.yardstick)
-            if cost is None or points is None:
+            found = ground.measured(cell)
+            if found is None:
                 missing.append(cell.label)
                 continue
-            there = True
-            names = {"regime": cell.regime, "method": cell.method, "seed": cell.seed, "folder": folder.path.name}
+            there, (cost, points) = True, found
+            names = {"regime": cell.regime, "method": cell.method, "seed": cell.seed, "folder": cell.folder.path.name}
             cells.append({**names, **cost, "points": points})
         if there:
             floors.append({"regime": ground.regime, "seed": ground.seed, **ground.yardstick.floor})

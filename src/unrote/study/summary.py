@@ -194,7 +194,9 @@ def _dict(estimate: Estimate | None) -> dict[str, Any] | None:
 
 def _cost(cells: Sequence[Mapping[str, Any]], method: str, baseline: str) -> dict[str, Any]:
     seconds = {(cell["method"], cell["seed"]): cell["cpu_seconds"] for cell in cells}
-    seeds = [seed for name, seed in seconds if name == method and (baseline, seed) in seconds]
+    # Processor time compares on one kind of processor and at one precision only.
+    kinds = {(cell["method"], cell["seed"]): (cell.get("machine"), cell.get("precision")) for cell in cells}
+    seeds = [seed for name, seed in kinds if name == method and kinds.get((baseline, seed)) == kinds[name, seed]]
     own = [cell for cell in cells if cell["method"] == method]
     return {
         "cpu_seconds": _all([cell["cpu_seconds"] for cell in own], mean_over_seeds),

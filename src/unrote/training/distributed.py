@@ -3,10 +3,11 @@
 Proxies are dealt out to processes. Between two averagings a process needs nothing of the others, so they do not march
 in step: each stands somewhere else in its own proxies' turns. They meet where a checkpoint is due, and where their
 proxies have had their turns. A meeting takes place through the store of ``torch.distributed``, where it can be said who
-is missing and who has failed; tensors go by gloo once everybody is there.
+is missing and who has failed; tensors go by gloo once everybody is there. Only those that share a proxy march in step.
 """
 
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,11 +26,14 @@ from unrote.config import Config
 from unrote.data.store import ImageStore
 from unrote.errors import InputError, first_line
 from unrote.files import temporary_path
-from unrote.method.assignment import assign
+from unrote.method.assignment import assign, sharing, teams_of
 from unrote.method.peers import Alone, Average
-from unrote.tensorfiles import messages_of, state_of_messages
 from unrote.training.reachable import Reachable, lives, machine
 from unrote.training.run import Run
+from unrote.training.team import Team, form
+from unrote.training.transport import broadcast, receive, send
+
+logger = logging.getLogger("unrote")
 
 TIMEOUT = "UNROTE_PEER_TIMEOUT"
 """Environment variable: after so many seconds without a sign of life a process is given up. Default 1800."""
@@ -39,12 +43,13 @@ class Single(Alone):
     """One process, with the same meetings: what the loop asks of whoever trains.
 
     Attributes:
+        team: the processes that train its proxy too.
         checkpoint: what to do when a checkpoint is due, told whether the process then ends; set by the loop.
         settle: what to do when all proxies have had their turns; set by the loop.
     """
 
     def __init__(self, stop: list[int]) -> None:
-        self.ticks = 0
+        self.ticks, self.team = 0, Team()
         self.checkpoint: Callable[[bool], None] = lambda last: None
         self.settle: Callable[[], None] = lambda: None
         self._stop = stop
@@ -107,6 +112,8 @@ class Group(Single):
         self._store, self._timeout = store, timeout
         self._meetings, self._looked, self._told = 0, 0.0, False
         self._blocks: list[range] = []
+        self._teams: list[range] = []
+        self._own = range(rank, rank + 1)
         self._neighbours: dict[int, int] = {}
 
     def introduce(self) -> None:
@@ -117,30 +124,27 @@ class Group(Single):
                 self._neighbours[rank] = pid
 
     def mine(self, sizes: Sequence[int]) -> range:
-        """See :func:`unrote.method.assignment.assign`.
-
-        Raises:
-            InputError: if there are more processes than shards.
-        """
-        if self.size > len(sizes):
-            raise InputError(
-                f"{self.size} processes for {len(sizes)} shard{'s' * (len(sizes) > 1)}: a proxy trains in one process. "
-                f"Start {len(sizes)} or fewer, or raise ensemble.num_shards (a method without shards has one)"
-            )
+        """See :func:`unrote.method.assignment.assign`."""
         self._blocks = assign(sizes, self.size)
+        self._teams = teams_of(self._blocks)
+        self._own = next(team for team in self._teams if self.rank in team)
+        self.leads = self.rank == self._own.start
+        if len(self._teams) < self.size:
+            # Here it is noticed if somebody is gone.
+            self.gather(None)
+            with self._named("forming teams"):
+                self.team = form(self._teams, self.rank, 2 * self._timeout, self._finish)
+            if self.rank == 0:
+                logger.info("%s, each on its part of every batch", sharing(self._blocks))
         return self._blocks[self.rank]
 
     def step(self, doing: str) -> bool:
         """See :meth:`Single.step`. Others are listened to once a second."""
         self.ticks += 1
-        if self._stop:
-            if not self._told:
-                self._tell("stop", str(self.rank))
+        if self._stop and not self._told:
+            self._tell("stop", str(self.rank))
             self._told = True
-            return True
-        if time.monotonic() - self._looked < 1:
-            return False
-        return self._look(doing)
+        return self.team.agree(bool(self._stop) or (time.monotonic() - self._looked >= 1 and self._look(doing)))
 
     def gather(self, message: Any, *, patient: bool = False) -> list[Any]:
         """Everybody's ``message``; ``patient`` waits however long the others take.
@@ -154,7 +158,18 @@ class Group(Single):
             self._store.set(f"{name}/{self.rank}", json.dumps(message))
             if self._store.add(f"{name}/count", 1) == self.size:
                 self._store.set(f"{name}/all", "")
-            self._await(name, patient)
+
+            def arrived(waited: float) -> bool:
+                if self._store.check([f"{name}/all"]):
+                    return True
+                # It costs what it delays: a twentieth of the wait. The store's own wait prints a warning when it ends.
+                time.sleep(min(0.05, waited / 20))
+                return False
+
+            def missing() -> list[int]:
+                return [rank for rank in range(self.size) if not self._store.check([f"{name}/{rank}"])]
+
+            self._await(arrived, missing, patient)
             answers = self._store.multi_get([f"{name}/{rank}" for rank in range(self.size)])
             # Everybody is here, so nobody reads the messages of the meeting before any more.
             if self._meetings > 1:
@@ -180,24 +195,18 @@ class Group(Single):
     def average(self, states: Iterable[dict[str, Any]], weights: list[float], average: Average) -> dict[str, Any]:
         """Gathered and averaged by the first process in the order of the proxies, so that rounding is one process's."""
         with self._named("averaging the proxies"):
+            averaged = None
             if self.rank > 0:
-                for message in chain.from_iterable(map(messages_of, states)):
-                    dist.send(message, 0)
+                for state in states:
+                    send(state, 0)
             else:
-                senders = [rank for rank, block in enumerate(self._blocks) for _ in block if rank > 0]
+                senders = [team.start for team in self._teams[1:] for _ in self._blocks[team.start]]
                 averaged = average(chain(states, map(self._receive, senders)), weights)
-            return self._broadcast(averaged if self.rank == 0 else None)  # type: ignore[no-any-return]
+            return broadcast(averaged, first=self.rank == 0)  # type: ignore[no-any-return]
 
     def _receive(self, sender: int) -> Any:
         with self._named(f"receiving a proxy from process {sender} of {self.size}"):
-            return state_of_messages(lambda message: dist.recv(message, sender))
-
-    def _broadcast(self, state: Any) -> Any:
-        if self.rank > 0:
-            return state_of_messages(lambda message: dist.broadcast(message, 0))
-        for message in messages_of(state):
-            dist.broadcast(message, 0)
-        return state
+            return receive(sender)
 
     def fail(self, reason: str) -> None:
         """Tell the others to stop because of ``reason``."""
@@ -226,22 +235,36 @@ class Group(Single):
                 raise InputError(death)
             return bool(self._store.check(["stop"]))
 
-    def _await(self, name: str, patient: bool) -> None:
-        since, seen = {rank: time.monotonic() for rank in range(self.size)}, dict.fromkeys(range(self.size), b"")
+    def _finish(self, work: Any) -> None:
+        """Wait for what a team does together."""
+
+        def done(_: float) -> bool:
+            try:
+                work.wait(timedelta(seconds=0.2))
+            except RuntimeError:
+                if not work.is_completed():
+                    return False
+                work.wait()  # raises again, unless it was only late
+            return True
+
+        with self._named("sharing a batch"):
+            self._await(done, lambda: self._own, False)
+
+    def _await(self, done: Callable[[float], bool], missing: Callable[[], Iterable[int]], patient: bool) -> None:
+        """Wait until ``done``, told how long already, and look around meanwhile for those who may be ``missing``."""
         begun = time.monotonic()
-        while not self._store.check([f"{name}/all"]):
-            # It costs what it delays: a twentieth of the wait. The store's own wait prints a warning when it ends.
-            time.sleep(min(0.05, (time.monotonic() - begun) / 20))
+        since, seen = dict.fromkeys(range(self.size), begun), dict.fromkeys(range(self.size), b"")
+        while not done(time.monotonic() - begun):
             if time.monotonic() - self._looked < 1:
                 continue
             try:
                 self._look("waiting for the other processes")
             except InputError:
                 # Who came last may have set out again, or ended, in between.
-                if self._store.check([f"{name}/all"]):
+                if done(0.0):
                     return
                 raise
-            for rank in (rank for rank in since if not self._store.check([f"{name}/{rank}"])):
+            for rank in missing():
                 beat = self._store.get(f"beat/{rank}") if self._store.check([f"beat/{rank}"]) else b""
                 if beat != seen[rank]:
                     seen[rank], since[rank] = beat, time.monotonic()
@@ -268,7 +291,11 @@ class Group(Single):
         with suppress(RuntimeError):
             if self._store.check(["failed"]):
                 return str(self._store.get("failed").decode())
-        return self._death()
+        # It also breaks a moment before the process is gone.
+        end = time.monotonic() + 1
+        while not (death := self._death()) and time.monotonic() < end:
+            time.sleep(0.02)
+        return death
 
     def _others(self) -> bool:
         """Whether any of the others may still be there."""

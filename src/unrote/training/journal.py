@@ -34,7 +34,9 @@ class Journal:
             self._tracker = make_tracker(config.training.report_to, run.path, config, step)
 
     def add(self, proxy: int, record: Record) -> None:
-        """A line of the proxy that is live."""
+        """A line of the proxy that is live; of those that share one, the first process says it."""
+        if not self._peers.leads:
+            return
         self._waiting.setdefault(proxy, []).append(record)
         if self._log is not None:
             self._write(proxy)

@@ -80,5 +80,5 @@ def training_passes(config: Config) -> float:
     """Such passes as those of a look that a training sample costs."""
     passes = TRAINING_PASSES[config.model.train]
     # Adapters are looked at in the precision of training, see TextToImage.sampled_as.
-    full = config.training.mixed_precision != "no" and config.model.train == "full"
+    full = config.training.mixed_precision in ("bf16", "fp16") and config.model.train == "full"
     return passes / FULL_PRECISION if full else passes

@@ -73,7 +73,7 @@ def train(config: Config, images: ImageStore, run: Run, device: torch.device) ->
 
     A run that was interrupted and goes on gives the same weights, ledger and log as an undisturbed one, bit for bit on
     the same machine with the same number of threads; so does a run in several processes, and one that goes on in more
-    or fewer processes than before.
+    or fewer processes than before. With more processes than proxies it is the same to rounding, and not bit for bit.
 
     Raises:
         InputError: if the folder holds another run, the loss is no longer finite, or another process has failed.
@@ -129,6 +129,7 @@ def _train(config: Config, images: ImageStore, run: Run, device: torch.device, p
         average=task.average,
         peers=peers,
     )
+    step.team = peers.team
     budget = make_budget(config, len(images), tuple(len(shard) for shard in ensemble.shards))
     progress = Progress(budget, training.batch_size)
     streams = [SampleStream(config.seed, k) for k in range(config.num_shards)]
@@ -206,7 +207,7 @@ def _train(config: Config, images: ImageStore, run: Run, device: torch.device, p
                         record |= meter.read() | step.gate.readings()
                         record |= {"learning_rate": step.lr_scheduler.get_last_lr()[0]}
                         if not (math.isfinite(record["loss"]) and _all_finite(task.trained)):
-                            _go_back(run, ensemble, step, record | {"own_step": proxy.steps})
+                            _go_back(run, ensemble, step, record | {"own_step": proxy.steps}, first=peers.leads)
                             bar.update(proxy.samples + others.samples - whole.samples)
                             continue
                     if due:
@@ -232,22 +233,25 @@ def _train(config: Config, images: ImageStore, run: Run, device: torch.device, p
         if monitor is not None:
             monitor.put_back_best()
         write_outputs(run, config, images, task, step.ema, ledger, progress.whole.steps)
-    # The first process says that all is written.
-    peers.gather(None, patient=True)
+    # The first process says that all is written; it waits for nobody who hangs.
+    peers.gather(None, patient=peers.rank > 0)
 
 
 def _all_finite(model: torch.nn.Module) -> bool:
     return bool(torch.stack([weight.isfinite().all() for weight in model.parameters()]).all())
 
 
-def _go_back(run: Run, ensemble: ShardEnsemble, step: TrainingStep, record: dict[str, Any]) -> None:
+def _go_back(run: Run, ensemble: ShardEnsemble, step: TrainingStep, record: dict[str, Any], *, first: bool) -> None:
     """The live proxy has diverged: it begins its turn again, once, and draws otherwise.
+
+    So do all that share it; the ``first`` of them notes it.
 
     Raises:
         InputError: if it did so before, or there is one shard, which has nothing to go back to.
     """
-    with (run.path / "diverged.jsonl").open("a") as file:
-        file.write(json.dumps(record | {"loss": str(record["loss"]), "retries": step.retry.count}) + "\n")
+    if first:
+        with (run.path / "diverged.jsonl").open("a") as file:
+            file.write(json.dumps(record | {"loss": str(record["loss"]), "retries": step.retry.count}) + "\n")
     finite = math.isfinite(record["loss"])
     found = "has weights that are no numbers" if finite else f"has a loss of {record['loss']:g}"
     what = f"proxy {record['proxy']} {found} at step {record['step']}"

@@ -12,7 +12,7 @@ def pitfalls(config: Config, budget: Budget, placement: Placement) -> Iterator[s
     """One sentence for each, which names the setting."""
     if config.num_shards > 1:
         yield from _of_shards(config, budget)
-        yield from _of_processes(config, placement)
+    yield from _of_processes(config, placement)
     steps = math.ceil(budget.target(0, budget.num_rounds, 1.0) / config.training.batch_size)
     warmup = config.training.lr_warmup_steps
     if warmup >= steps:
@@ -58,8 +58,14 @@ def _of_shards(config: Config, budget: Budget) -> Iterator[str]:
 
 def _of_processes(config: Config, placement: Placement) -> Iterator[str]:
     world, count = len(placement.ranks), config.num_shards
-    if placement.idle > 0.1:
-        fitting = max(divisor for divisor in range(1, world + 1) if count % divisor == 0)
+    members, batch = max(rank.members for rank in placement.ranks), config.training.batch_size
+    if members > batch:
+        yield (
+            f"--processes {world}: {members} of them share batches of {batch}, so some have nothing to do; use at most "
+            f"{count * batch}"
+        )
+    elif placement.idle > 0.1:
+        fitting = max(other for other in range(1, world + 1) if count % other == 0 or other % count == 0)
         yield (
             f"--processes {world}: {count} proxies do not divide evenly, and {placement.idle:.0%} of the processes' "
             f"time is waiting for others; {fitting} would not wait"

@@ -4,10 +4,10 @@ import math
 from dataclasses import dataclass
 
 from unrote.config import Config
-from unrote.errors import InputError
-from unrote.method.assignment import assign
+from unrote.method.assignment import assign, teams_of
 from unrote.method.ledger import Ledger
 from unrote.training.budget import Budget
+from unrote.training.team import BUCKET
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,18 @@ class Rank:
     Attributes:
         first: its first proxy.
         proxies: how many it has, in a row.
+        members: ranks that train them, each a part of every batch; 1 if it is alone.
+        leads: whether it is the first of these, which holds the proxies.
         samples_per_round: what its proxies see between two averagings.
-        steps: optimizer steps in the whole run.
+        steps: optimizer steps of its proxies in the whole run.
         device_bytes: what training needs where it computes: state, weights that are only read, activations.
         host_bytes: the most that it needs in the memory of the host; of a process that computes on the CPU, of all.
     """
 
     first: int
     proxies: int
+    members: int
+    leads: bool
     samples_per_round: int
     steps: int
     device_bytes: int
@@ -76,6 +80,7 @@ class Placement:
         phases: turns that a proxy has in a round: 2 where samples are redistributed between them.
         gathered_bytes: what the first process receives in a round: every proxy of the others.
         broadcast_bytes: what it sends to each of the others in a round: the average.
+        step_bytes: what a rank of the largest team sends in each step to add up gradients; 0 where nobody shares.
         ledger_bytes: of the whole numbers that all add up, once or (MSR) twice a round and for each checkpoint.
         idle: share of the processes' time in a round that is waiting for the one with most to do, in [0, 1).
     """
@@ -84,22 +89,30 @@ class Placement:
     phases: int
     gathered_bytes: int
     broadcast_bytes: int
+    step_bytes: int
     ledger_bytes: int
     idle: float
 
     def to_text(self) -> str:
-        """Who has which proxies, neighbours with equally many in one: ``ranks 0-1: 3 proxies each; rank 2: 2``."""
+        """Who has which proxies, neighbours with equally many in one: ``ranks 0-1: 3 proxies each; rank 2: 2``.
+
+        And who shares one: ``ranks 0-1 share proxy 0; rank 2: 1 proxy``.
+        """
         groups: list[list[int]] = []
         for index, rank in enumerate(self.ranks):
-            if groups and self.ranks[groups[-1][-1]].proxies == rank.proxies:
+            before = self.ranks[groups[-1][-1]] if groups else None
+            alike = before is not None and (before.proxies, before.members) == (rank.proxies, rank.members)
+            if alike and (rank.members == 1 or not rank.leads):
                 groups[-1].append(index)
             else:
                 groups.append([index])
-        return "; ".join(_group_text(group, self.ranks[group[0]].proxies) for group in groups)
+        return "; ".join(_group_text(group, self.ranks[group[0]]) for group in groups)
 
 
-def _group_text(group: list[int], proxies: int) -> str:
-    count = f"{proxies} prox{'y' if proxies == 1 else 'ies'}"
+def _group_text(group: list[int], rank: Rank) -> str:
+    if rank.members > 1:
+        return f"ranks {group[0]}-{group[-1]} share proxy {rank.first}"
+    count = f"{rank.proxies} prox{'y' if rank.proxies == 1 else 'ies'}"
     return f"rank {group[0]}: {count}" if len(group) == 1 else f"ranks {group[0]}-{group[-1]}: {count} each"
 
 
@@ -113,44 +126,48 @@ def place(
         budget: its rounds and shards.
         size: of a proxy.
         frozen: bytes of weights that are only read.
-        activations: bytes that the forward pass keeps.
+        activations: bytes that the forward pass keeps, of a rank that is alone.
         world: W.
         cpu: processes compute on the CPU, so that all memory is the host's.
-
-    Raises:
-        InputError: if there are more processes than proxies.
     """
     sizes, count = budget.sizes, len(budget.sizes)
-    if not 1 <= world <= count:
-        raise InputError(
-            f"--processes {world}: there {'are' if count > 1 else 'is'} {count} shard{'s' * (count > 1)}, and a proxy "
-            f"trains in one process. Use 1 to {count}, or raise ensemble.num_shards"
-        )
-    device = size.training() + frozen + activations
+    blocks = assign(sizes, world)
+    teams = teams_of(blocks)
     products = config.model.train == "lora" and config.model.lora.average == "product"
 
-    def rank_of(rank: int, block: range) -> Rank:
+    def rank_of(rank: int, team: range, block: range) -> Rank:
         seen = sum(budget.target(k, 0, 1.0) for k in block)
         steps = sum(math.ceil(budget.target(k, budget.num_rounds, 1.0) / config.training.batch_size) for k in block)
         averaging = size.averaging(count * products * (rank == 0)) if count > 1 else 0
+        kept = math.ceil(activations * _part(config, len(team)))
+        leads = rank == team.start
         # Of the next proxy when it comes, and of the first process's average in the others.
         waiting = (size.kept if count > 1 else 0) + (size.averaged if rank else 0)
+        device = size.training() + frozen + kept
         host = max(averaging, waiting)
         if cpu:
             # All is the host's, and freed memory stays with the process (training/heap.py), in pieces too small for
             # what comes: activations, gradients, and the moments that gave way to those of the next proxy.
             host += device + (2 * size.weights if count > 1 else 0)
-        return Rank(block.start, len(block), seen, steps, device, host)
+        # Who does not hold its proxy in files has it in memory.
+        host += (size.kept if count > 1 and not leads else 0) + (min(size.weights, BUCKET) if len(team) > 1 else 0)
+        return Rank(block.start, len(block), len(team), leads, seen, steps, device, host)
 
-    ranks = tuple(rank_of(rank, block) for rank, block in enumerate(assign(sizes, world)))
-    longest = max(rank.samples_per_round for rank in ranks)
-    total = sum(rank.samples_per_round for rank in ranks)
-    several = world > 1
+    ranks = tuple(rank_of(rank, team, blocks[rank]) for team in teams for rank in team)
+    own = [rank.samples_per_round / rank.members for rank in ranks]
+    largest, several = max(len(team) for team in teams), world > 1
     return Placement(
         ranks,
         phases=2 if config.redistribution.enabled else 1,
         gathered_bytes=size.averaged * (count - ranks[0].proxies),
-        broadcast_bytes=size.averaged * several,
+        broadcast_bytes=size.averaged * several * (count > 1),
+        step_bytes=2 * size.weights * (largest - 1) // largest,
         ledger_bytes=8 * (len(Ledger.COUNTS) + len(Ledger.RATIOS)) * sum(sizes) * several,
-        idle=1 - total / (world * longest) if longest else 0.0,
+        idle=1 - sum(own) / (world * max(own)) if max(own) else 0.0,
     )
+
+
+def _part(config: Config, members: int) -> float:
+    """How large a rank's parts of a batch are, of what they are where it has the batch for itself."""
+    batch, parts = config.training.batch_size, config.training.gradient_accumulation_steps
+    return math.ceil(math.ceil(batch / members) / parts) / math.ceil(batch / parts)

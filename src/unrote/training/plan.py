@@ -14,8 +14,10 @@ from unrote.data.store import ImageStore
 from unrote.errors import InputError
 from unrote.method.shards import split_shards
 from unrote.models.sizing import size_of
+from unrote.models.views import ViewCache
 from unrote.training.budget import make_budget
 from unrote.training.looks import Looks, plan_looks
+from unrote.training.modes import Mode, modes_of, operations_of
 from unrote.training.pitfalls import memory_pitfall, pitfalls
 from unrote.training.placement import Placement, StateSize, place
 from unrote.training.probe import Probe
@@ -55,6 +57,12 @@ class Plan:
     """Which process trains which proxies, its memory, and what they exchange."""
     warnings: tuple[str, ...]
     """What would go wrong, or worse than it need."""
+    flops: int = 0
+    """Floating point operations of the denoiser in the whole run, at most."""
+    modes: tuple[Mode, ...] = ()
+    """What fine-tuning takes in other modes; empty where only one was looked at."""
+    views: ViewCache | None = None
+    """Whether augmented views of a pretrained model's images are encoded once, and why; None where there are none."""
     looks: Looks | None = None
     """When the monitor looks at samples; None where it does not."""
     probe: Probe | None = None
@@ -67,7 +75,7 @@ class Plan:
             return None
         parts = self.rounds * self.placement.phases
         longest = max(
-            rank.steps * self.probe.step_seconds + rank.proxies * parts * self.probe.switch_seconds
+            rank.steps * self.probe.step_seconds / rank.members + rank.proxies * parts * self.probe.switch_seconds
             for rank in self.placement.ranks
         )
         averaging = self.rounds * len(self.shard_sizes) * self.probe.average_seconds
@@ -95,6 +103,9 @@ class Plan:
                 f"(estimate); host {_size(max(rank.host_bytes for rank in self.placement.ranks))} at most",
                 f"disk         {_size(self.disk_bytes)} needed at most, {_size(self.free_disk_bytes)} free{cached}",
                 f"checkpoint   {_size(self.checkpoint_bytes)}",
+                *self._modes(),
+                *self._computing(),
+                *([] if self.views is None else [f"views        {self.views}"]),
                 *([] if self.looks is None else [f"monitor      {self.looks}"]),
                 *self._processes(),
                 *self._time(),
@@ -102,14 +113,37 @@ class Plan:
             ]
         )
 
+    def _modes(self) -> list[str]:
+        found = {(mode.train, mode.mixed_precision, mode.gradient_checkpointing): mode.bytes for mode in self.modes}
+        return [
+            f"{'modes' if train == 'full' else '':<13}{train:<5}"
+            + "; ".join(
+                f"{'float32' if precision == 'no' else precision} {_size(found[train, precision, False])}, "
+                f"{_size(found[train, precision, True])} with gradient checkpointing"
+                for precision in ("no", "bf16")
+            )
+            for train in dict.fromkeys(mode.train for mode in self.modes)
+        ]
+
+    def _computing(self) -> list[str]:
+        if self.flops < 1e16:
+            return []
+        slow, fast = (_duration(self.flops / rate) for rate in (1e13, 1e14))
+        return [
+            f"computing    {self.flops:.2g} operations of the denoiser at most: {slow} at 10 TFLOP/s sustained, "
+            f"{fast} at 100"
+        ]
+
     def _processes(self) -> list[str]:
         placement, count = self.placement, len(self.placement.ranks)
         if count == 1:
             return []
+        steps = f"; in each step {_size(placement.step_bytes)} of gradients from each rank that shares a proxy"
         return [
             f"processes    {count}; {placement.to_text()}",
             f"exchange     in each of {self.rounds} rounds {_size(placement.gathered_bytes)} go to rank 0, "
-            f"{_size(placement.broadcast_bytes)} to each other; {_size(placement.ledger_bytes)} of ledger",
+            f"{_size(placement.broadcast_bytes)} to each other; {_size(placement.ledger_bytes)} of ledger"
+            f"{steps if placement.step_bytes else ''}",
         ]
 
     def _time(self) -> list[str]:
@@ -138,13 +172,12 @@ def make_plan(
         images: the training set.
         out: the run folder.
         only_plan: the run may take place on another machine: too small a disk here is a warning.
-        processes: W, that the proxies are dealt out to.
+        processes: W, that the proxies are dealt out to; if there are more, they share them.
         device_memory: bytes that each process has where it computes; None does not compare.
         device: kind of device that computes: on ``cpu`` all memory is the host's.
 
     Raises:
-        InputError: if data and configuration do not fit together, there are more processes than shards, or the disk is
-            too small.
+        InputError: if data and configuration do not fit together, or the disk is too small.
     """
     labels = _labels(config, images)
     try:
@@ -161,13 +194,14 @@ def make_plan(
     sizes = tuple(len(shard) for shard in shards)
     budget = make_budget(config, len(images), sizes)
     size, training = size_of(config, images), config.training
-    state, count = StateSize.of(config, size.trained), config.num_shards
-    placement = place(config, budget, state, size.frozen_bytes, size.activation_bytes, processes, cpu=device == "cpu")
-    checkpoint = state.kept * (count + 2 + processes if count > 1 else 1)
-    need = state.training() + size.frozen_bytes + size.activation_bytes
+    state, count, alone = StateSize.of(config, size.trained), config.num_shards, size.forward.kept(training)
+    placement = place(config, budget, state, size.frozen_bytes, alone, processes, cpu=device == "cpu")
+    checkpoint = state.kept * (count + 2 + min(processes, count) if count > 1 else 1)
+    need = max(rank.device_bytes for rank in placement.ranks)
+    activations = need - state.training() - size.frozen_bytes
     problems = list(pitfalls(config, budget, placement))
     if device_memory is not None:
-        problem = memory_pitfall(config, need, state.training(), size.activation_bytes, device_memory)
+        problem = memory_pitfall(config, need, state.training(), activations, device_memory)
         problems += [] if problem is None else [problem]
     plan = Plan(
         images=len(images),
@@ -178,16 +212,19 @@ def make_plan(
         shard_sizes=sizes,
         rounds=budget.num_rounds,
         samples_seen=budget.total,
-        steps=sum(rank.steps for rank in placement.ranks),
+        steps=sum(rank.steps for rank in placement.ranks if rank.leads),
         state_bytes=state.training(),
         frozen_bytes=size.frozen_bytes,
-        activation_bytes=size.activation_bytes,
+        activation_bytes=activations,
         disk_bytes=checkpoint * (training.checkpoints_total_limit + 1) + size.model_bytes,
         cache_bytes=size.cache_bytes,
         free_disk_bytes=shutil.disk_usage(existing_parent(out)).free,
         checkpoint_bytes=checkpoint,
         placement=placement,
         warnings=tuple(problems),
+        flops=operations_of(config, size) * budget.total,
+        views=size.views,
+        modes=modes_of(config, images) if only_plan and config.model.pretrained is not None else (),
         looks=plan_looks(config, budget.local, budget.num_rounds),
     )
     if plan.disk_bytes > plan.free_disk_bytes:

@@ -1,6 +1,7 @@
 """DP-SGD (Abadi et al. 2016, arXiv 1607.00133, Algorithm 1) with per-sample gradients and accounting by Opacus."""
 
 import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -57,12 +58,21 @@ class PrivateGradients:
         for parameter in self._parameters:
             parameter.grad_sample = None  # type: ignore[attr-defined]
 
-    def finish(self, count: int, *seed: int | str) -> None:
-        """Make the parameters' gradients of what was added, for a batch of ``count``; ``seed`` is the noise's."""
+    def finish(
+        self, count: int, *seed: int | str, add_up: Callable[[Sequence[nn.Parameter]], None] = lambda _: None
+    ) -> None:
+        """Make the parameters' gradients of what was added, for a batch of ``count``; ``seed`` is the noise's.
+
+        ``add_up`` adds gradients up over those who share the batch; all then have the same, with noise once.
+        """
         draw = generator(*seed, "privacy", device=self._parameters[0].device)
-        for parameter, total in zip(self._parameters, self._sums, strict=True):
-            noise = torch.randn(total.shape, generator=draw, device=total.device)
-            parameter.grad = (total + self._sigma * self._limit * noise) / count
+        for index, parameter in enumerate(self._parameters):
+            parameter.grad = self._sums[index] if self._sums else None  # there is no sum without a sample
+        add_up(self._parameters)
+        for parameter in self._parameters:
+            assert parameter.grad is not None
+            noise = torch.randn(parameter.shape, generator=draw, device=parameter.device)
+            parameter.grad = (parameter.grad + self._sigma * self._limit * noise) / count
         self._sums = []
 
 

@@ -21,6 +21,7 @@ from unrote.text.mitigations import prediction_norm
 from unrote.training.ema import EMA
 from unrote.training.heap import keep_freed_memory
 from unrote.training.privacy import PrivateGradients
+from unrote.training.team import Team
 from unrote.training.timesteps import timestep_weights
 
 
@@ -50,7 +51,7 @@ class Batch:
         """int64 [B]; a continuous timestep belongs to the whole one below it, and so to its bin of the bank."""
         return self.timesteps.long()
 
-    def at(self, rows: Tensor) -> "Batch":
+    def at(self, rows: Tensor | slice) -> "Batch":
         """The samples at ``rows``."""
         condition = rows_of(self.condition, rows)
         return Batch(
@@ -59,11 +60,12 @@ class Batch:
         )  # fmt: skip
 
     def parts(self, count: int) -> "list[Batch]":
-        """The batch in ``count`` parts, or fewer if it has fewer samples."""
-        if count == 1:
-            return [self]
-        rows = torch.arange(len(self.indices), device=self.clean.device)
-        return [self.at(part) for part in rows.tensor_split(min(count, len(rows)))]
+        """The batch in ``count`` parts, or fewer if it has fewer samples; none if it has none."""
+        samples = len(self.indices)
+        if count == 1 or not samples:
+            return [self][:samples]
+        rows = torch.arange(samples, device=self.clean.device)
+        return [self.at(part) for part in rows.tensor_split(min(count, samples))]
 
 
 @dataclass
@@ -96,6 +98,9 @@ class TrainingStep:
         device: where to compute.
         proxy_steps: how many steps the longest-running proxy takes, for the learning-rate schedule.
         reference: int64 [M], images that are never trained on; if there are any, the bank holds their losses.
+
+    Attributes:
+        team: the ranks that train the same proxy; this one alone until it is set.
     """
 
     def __init__(
@@ -109,7 +114,7 @@ class TrainingStep:
     ) -> None:
         training, bank = config.training, config.gate.bank
         self.config, self.task, self.device = config, task, device
-        self.retry = Retry()
+        self.retry, self.team = Retry(), Team()
         self.model, self.loss = task.trained, task.loss
         self._reference = torch.empty(0, dtype=torch.int64) if reference is None else reference
         self.gate = LossGate(
@@ -126,6 +131,7 @@ class TrainingStep:
             self._ambient = Ambient(self.loss, training.ambient_timestep, config.seed)
         weights = timestep_weights(training, self.loss.num_timesteps)
         self._timestep_weights = None if weights is None else weights.to(device)
+        self._parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.ema = EMA(self.model, training.ema_decay) if training.use_ema else None
         kind = torch.optim.Adam if training.optimizer == "adam" else torch.optim.AdamW
         self.optimizer = kind(
@@ -155,16 +161,17 @@ class TrainingStep:
     def __call__(self, indices: Tensor, *, proxy: int, step: int) -> tuple[Tensor, Tensor]:
         """Train on the samples ``indices`` (int64 [B], on the CPU).
 
-        Everything random is a function of (seed, proxy, step), so a resumed run draws what an undisturbed one would.
+        Everything random is a function of (seed, proxy, step), so a resumed run draws what an undisturbed one would. A
+        team draws the whole batch in each member, which then computes its part; only dropout depends on the parts.
 
         Returns:
-            The per-sample losses, float32 [B], and which were skipped, bool [B].
+            The per-sample losses, float32 [B], and which were skipped, bool [B]; of the whole batch.
         """
         # It walks through all modules, so not at every step.
         if not self.task.denoiser.training:
             self.task.denoiser.train()
         draw = generator(self.config.seed, "batch", proxy, step, *self.retry.salt, device=self.device)
-        self._seed(derive_seed(self.config.seed, "dropout", proxy, step, *self.retry.salt))
+        self._seed(derive_seed(self.config.seed, "dropout", proxy, step, *self.retry.salt, *self.team.salt))
         mirrored = coin(len(indices), draw) if self.config.data.random_flip else None
         batch = self._draw(indices, mirrored, self.task.condition(indices, proxy, step), draw)
         if len(self._reference):
@@ -175,8 +182,11 @@ class TrainingStep:
         else:
             losses, decision = self._train_gated(batch)
         if self._private is not None:
-            self._private.finish(len(indices), self.config.seed, proxy, step)
+            self._private.finish(len(indices), self.config.seed, proxy, step, add_up=self.team.add_up)
+        # The team agrees, since all have recorded the whole batch.
         if self.gate.any_kept():
+            if self._private is None:
+                self.team.add_up(self._parameters)
             self._update(step)
         self.optimizer.zero_grad(set_to_none=True)
         self.lr_scheduler.step()
@@ -188,9 +198,10 @@ class TrainingStep:
         moved = indices.to(self.device, non_blocking=True)
         augmented = torch.zeros(len(moved), dtype=torch.bool, device=self.device)
         if taa.enabled and taa.ratio_source == "ledger":
-            assert self.gate.ledger is not None
-            strength = self._strength(self.gate.ledger.running_ratio_of(moved))
-            clean, condition = self.task.augmented(clean, condition, indices, mirrored, strength, draw)
+            ledger = self.gate.ledger
+            assert ledger is not None
+            strength, visits = self._strength(ledger.running_ratio_of(moved)), ledger.visits[moved]
+            clean, condition = self.task.augmented(clean, condition, indices, mirrored, visits, strength, draw)
             augmented = strength > 0
         return Batch(moved, clean, condition, augmented, *self._noise_for(clean, indices, mirrored, draw))
 
@@ -207,7 +218,8 @@ class TrainingStep:
         noised = self._noise_for(clean, indices, mirrored, draw)
         batch = Batch(indices.to(self.device), clean, condition, untouched, *noised)
         with torch.no_grad():
-            losses = self._errors(self._predict(batch, condition), batch)
+            own = [self._errors(self._predict(part, part.condition), part) for part in self._parts(batch, 1)]
+        (losses,) = self.team.whole(count, torch.cat([torch.empty(0, device=self.device), *own]))
         self.gate.bank.update(batch.whole_timesteps, losses)
 
     def _noise_for(
@@ -265,31 +277,44 @@ class TrainingStep:
         gamma = self.config.training.min_snr_gamma
         return loss if gamma is None else loss * self.loss.min_snr_weights(timesteps, gamma)
 
+    def _parts(self, batch: Batch, count: int) -> list[Batch]:
+        """What this rank computes of a batch, in ``count`` parts; none where there are more ranks than samples."""
+        return batch.at(self.team.span(len(batch.indices))).parts(count)
+
+    def _whole(self, count: int, judged: list[tuple[Tensor, Decision]]) -> tuple[Tensor, Decision]:
+        """Losses and decisions of the whole batch of ``count``, from those of this rank's parts."""
+        nothing = torch.empty(0, device=self.device)
+        columns = zip((nothing, nothing, nothing), *((loss, *decision) for loss, decision in judged), strict=True)
+        loss, weight, ratio = self.team.whole(count, *(torch.cat(column) for column in columns))
+        return loss, Decision(weight, ratio)
+
     def _train_gated(self, batch: Batch) -> tuple[Tensor, Decision]:
         """AGC: judge and train in one forward pass; skipped samples get no gradient."""
-        parts = batch.parts(self.config.training.gradient_accumulation_steps)
-        losses: list[Tensor] = []
-        decisions: list[Decision] = []
-        for part in parts:
+        count, parts = len(batch.indices), self._parts(batch, self.config.training.gradient_accumulation_steps)
+        judged: list[tuple[Tensor, Decision]] = []
+
+        def record() -> tuple[Tensor, Decision]:
+            losses, whole = self._whole(count, judged)
+            self.gate.record(whole, losses, batch.whole_timesteps, batch.indices, batch.augmented & whole.keep)
+            return losses, whole
+
+        for number, part in enumerate(parts, 1):
             loss, decision = self._judge(part)
-            losses.append(loss.detach())
-            decisions.append(decision)
-            if part is parts[-1]:
+            judged.append((loss.detach(), decision))
+            if number == len(parts):
                 # Before the last backward pass, so that the wait for what was kept is over when that pass is queued.
-                whole = Decision(*(torch.cat(column) for column in zip(*decisions, strict=True)))
-                augmented = batch.augmented & whole.keep
-                self.gate.record(whole, torch.cat(losses), batch.whole_timesteps, batch.indices, augmented)
+                result = record()
             # The batch's number of kept samples is known only after its last part: then gradients are rescaled below.
-            divisor = self.gate.num_kept.clamp(min=1) if len(parts) == 1 else len(batch.indices)
+            divisor = self.gate.num_kept.clamp(min=1) if len(parts) == 1 else count
             weighted = self._weighted(loss, part.timesteps)
             total = gated_sum(weighted, decision.weight) / divisor if self._private is None else weighted.sum()
             self.scaler.scale(total).backward()  # type: ignore[no-untyped-call]
             if self._private is not None:
                 self._private.add()
         if self._private is None and len(parts) > 1:
-            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-            torch._foreach_mul_(gradients, len(batch.indices) / self.gate.num_kept.clamp(min=1))
-        return torch.cat(losses), whole
+            gradients = [p.grad for p in self._parameters if p.grad is not None]
+            torch._foreach_mul_(gradients, count / self.gate.num_kept.clamp(min=1))
+        return result if parts else record()
 
     def _train_on_kept(
         self, batch: Batch, indices: Tensor, mirrored: Tensor | None, draw: torch.Generator
@@ -300,11 +325,12 @@ class TrainingStep:
         """
         accumulation = self.config.training.gradient_accumulation_steps
         with torch.no_grad():
-            judged = [self._judge(part) for part in batch.parts(accumulation)]
-        loss = torch.cat([losses for losses, _ in judged])
-        decision = Decision(*(torch.cat(column) for column in zip(*(one for _, one in judged), strict=True)))
+            judged = [self._judge(part) for part in self._parts(batch, accumulation)]
+        loss, decision = self._whole(len(indices), judged)
         strength = self._strength(decision.ratio)
-        clean, condition = self.task.augmented(batch.clean, batch.condition, indices, mirrored, strength, draw)
+        assert self.gate.ledger is not None
+        seen = (batch.clean, batch.condition, indices, mirrored, self.gate.ledger.visits[batch.indices])
+        clean, condition = self.task.augmented(*seen, strength, draw)
         augmented = (strength > 0) & decision.keep
         noise, timesteps, shown, fixed = self._noise_for(clean, indices, mirrored, draw)
         fresh = augmented.view(-1, 1, 1, 1)
@@ -321,9 +347,10 @@ class TrainingStep:
         self.gate.record(decision, loss, batch.whole_timesteps, batch.indices, augmented)
         # One synchronisation a step buys the whole cost of the skipped samples.
         kept = decision.keep.nonzero().flatten()
-        if len(kept):
-            parts = view.at(kept).parts(accumulation)
-            for part, weight in zip(parts, decision.weight[kept].tensor_split(len(parts)), strict=True):
+        own = kept[self.team.span(len(kept))]
+        if len(own):
+            parts = view.at(own).parts(accumulation)
+            for part, weight in zip(parts, decision.weight[own].tensor_split(len(parts)), strict=True):
                 losses = self._errors(self._predict(part, part.condition), part)
                 total = (self._weighted(losses, part.timesteps) * weight).sum() / self.gate.num_kept.clamp(min=1)
                 self.scaler.scale(total).backward()  # type: ignore[no-untyped-call]

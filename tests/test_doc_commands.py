@@ -1,0 +1,105 @@
+"""Every command of the README and of docs/ runs, at toy size, and every Python block."""
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from doc_commands import NOT_RUN, PAGES, PROCESSES, blocks, commands_of, parsed, written_by
+from unrote.cli import main
+
+COMMANDS = {page.name: commands_of(page) for page in PAGES if commands_of(page)}
+PYTHON = [(page.name, number, code) for page in PAGES for number, code in enumerate(blocks(page, "python"))]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, module_cache):
+    from doc_world import build_world
+
+    folder = tmp_path_factory.mktemp("world")
+    build_world(folder)
+    return folder
+
+
+@pytest.fixture
+def place(world, request, tmp_path, monkeypatch):
+    """The working directory for one page: a copy of the world, without what the page's own commands make."""
+    from doc_world import INSTEAD
+
+    page = request.node.callspec.params["page"]
+    folder = tmp_path / "place"
+    shutil.copytree(world, folder, symlinks=True)
+    for name, other in INSTEAD.get(page, {}).items():
+        shutil.rmtree(folder / name)
+        shutil.copytree(folder / other, folder / name)
+    for name in written_by(COMMANDS.get(page, [])):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("UNROTE_DATA", str(folder / "data"))
+    return folder
+
+
+def in_process(arguments, monkeypatch):
+    """Its exit code, run in this process, which saves the seconds that imports take."""
+    monkeypatch.setattr(sys, "argv", ["unrote", *arguments])
+    logger = logging.getLogger("unrote")
+    handlers, level = list(logger.handlers), logger.level
+    try:
+        with pytest.raises(SystemExit) as stop:
+            main()
+    finally:
+        logger.handlers[:], logger.level = handlers, level
+    return stop.value.code
+
+
+def by_torchrun(command):
+    """Its exit code, run by the launcher of the line in fewer processes."""
+    assert command.launcher[0] == "torchrun"
+    options = [*command.launcher[1:], "--nproc-per-node", str(PROCESSES)]
+    words = [sys.executable, "-m", "torch.distributed.run", *options, "-m", "unrote", *command.toy]
+    return subprocess.run(words, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120, check=False).returncode
+
+
+@pytest.mark.parametrize("page", COMMANDS)
+def test_the_commands_of_a_page_run(page, place, monkeypatch, capfd):
+    for command in COMMANDS[page]:
+        if command.reason is not None:
+            continue
+        assert command.arguments is not None, f"{page}: neither a command of unrote nor in NOT_RUN: {command.line}"
+        code = by_torchrun(command) if command.launcher else in_process(command.toy, monkeypatch)
+        said = "".join(capfd.readouterr())
+        assert code == 0, f"{page}: {command.line}\n{said[-3000:]}"
+
+
+@pytest.mark.parametrize("page", COMMANDS)
+def test_what_is_not_run_is_parsed(page):
+    from torch.distributed.run import get_args_parser
+
+    for command in COMMANDS[page]:
+        if command.reason is not None and command.arguments is not None:
+            parsed(command.arguments)
+        if command.launcher:
+            launcher = command.launcher[command.launcher.index("torchrun") + 1 :]
+            get_args_parser().parse_args([*launcher, "-m", "unrote"])
+
+
+def test_every_reason_is_needed():
+    lines = [command.line for commands in COMMANDS.values() for command in commands]
+    for start, _ in NOT_RUN:
+        assert any(line.startswith(start) for line in lines), start
+
+
+@pytest.mark.parametrize(("page", "number", "code"), PYTHON, ids=[f"{page}-{number}" for page, number, _ in PYTHON])
+def test_a_python_block_runs(page, number, code, place, monkeypatch):
+    from doc_python import ENVIRONMENT, made_small, names_for
+
+    for name, value in ENVIRONMENT.get((page, number), {}).items():
+        monkeypatch.setenv(name, value)
+    names = names_for(page, number)
+    exec(compile(made_small(page, number, code), f"{page}, block {number}", "exec"), names)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
