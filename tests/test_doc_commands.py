@@ -62,7 +62,7 @@ def by_torchrun(command):
     assert command.launcher[0] == "torchrun"
     options = [*command.launcher[1:], "--nproc-per-node", str(PROCESSES)]
     words = [sys.executable, "-m", "torch.distributed.run", *options, "-m", "unrote", *command.toy]
-    return subprocess.run(words, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120, check=False).returncode
+    return subprocess.run(words, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300, check=False).returncode
 
 
 @pytest.mark.parametrize("page", COMMANDS)

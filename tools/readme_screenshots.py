@@ -6,6 +6,7 @@ model that learns 16 emoji of 8x8 pixels by rote while the monitor looks. A minu
 
 import argparse
 import base64
+import math
 import os
 import sys
 import tempfile
@@ -19,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import unrote
 from browser import Browser
 
-WIDTH = 1000
+WIDTH, MARGIN = 1000, 16
 SETTINGS = {
     "data.resolution": 8,
     "data.limit": 16,
@@ -40,8 +41,8 @@ SETTINGS = {
 }
 SHOTS = {
     # File: what it begins with, and at most so many pixels.
-    "report-top.png": ("header.top", 420),
-    "report-pairs.png": ("section.run", 640),
+    "report-top.png": ("header.top", 440),
+    "report-pairs.png": ("section.run", 756),
 }
 
 
@@ -59,10 +60,11 @@ def planted_report(folder: Path) -> Path:
 
 
 def capture(browser: Browser, path: Path, selector: str, limit: int) -> None:
-    """An element of the page, over the whole width and at most ``limit`` pixels of its height, as a PNG."""
+    """An element of the page and a margin, over the whole width and at most ``limit`` pixels of height, as a PNG."""
     edge = f"document.querySelector({selector!r}).getBoundingClientRect()"
     top, height = browser.run(f"{edge}.top + window.scrollY"), browser.run(f"{edge}.height")
-    box: dict[str, Any] = {"x": 0, "y": top, "width": WIDTH, "height": min(height, limit), "scale": 1}
+    top, height = max(top - MARGIN, 0), min(height + 2 * MARGIN, limit)
+    box: dict[str, Any] = {"x": 0, "y": top, "width": WIDTH, "height": height, "scale": 1}
     shot = browser.send("Page.captureScreenshot", format="png", captureBeyondViewport=True, clip=box)
     path.write_bytes(base64.b64decode(shot["data"]))
     print(f"{path}: {path.stat().st_size:,} bytes")
@@ -81,7 +83,11 @@ def main() -> None:
             capture(browser, out / name, selector, limit)
         run = unrote.train("emoji", out=Path(folder) / "run", method="standard", settings=SETTINGS)
         browser.open(run.path / "monitor.svg", width=WIDTH)
-        capture(browser, out / "monitor.png", "svg", 700)
+        # A picture fills its window, so the window gets the shape of the picture.
+        shape = "(box => box.height / box.width)(document.rootElement.viewBox.baseVal)"
+        height = math.ceil(WIDTH * browser.run(shape))
+        browser.open(run.path / "monitor.svg", width=WIDTH, height=height)
+        capture(browser, out / "monitor.png", "svg", height)
 
 
 if __name__ == "__main__":
