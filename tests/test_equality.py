@@ -43,3 +43,14 @@ def test_the_result_is_the_same(request, tmp_path, method, shards, lora):
         assert summary_of(run) == summary_of(alone)
         for column in ("visits", "skips", "augmented", "moves"):
             assert (run.read_ledger()[column] == alone.read_ledger()[column]).all(), (world, column)
+
+
+def test_all_weights_of_a_text_model_on_latents_that_are_made_at_each_step(base, tmp_path):
+    settings = LORA | {"model.train": "full", "model.pretrained": str(base), "data.cache_latents": False}
+    runs = []
+    for world in (1, 2):
+        job = Job(tmp_path / str(world), world, "agc", settings)
+        assert job.wait(300) == [0] * world, job.messages()
+        runs.append(Run(tmp_path / str(world)))
+    assert largest_difference(*map(weights_of, runs)) < TOLERANCE
+    assert summary_of(runs[0]) == summary_of(runs[1])

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import time
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -40,7 +41,12 @@ CASES = [
     # A batch of odd size, and one smaller than the team at the end: 26 x 4 = 14 x 7 + 6.
     (2, "agc", {"training.batch_size": 7}),
     (5, "agc", {"training.batch_size": 3, "training.epochs": 1}),
-    (3, "standard", {"training.dp_noise_multiplier": 0.1, "training.batch_size": 2, "training.epochs": 0.5}),
+    pytest.param(
+        3,
+        "standard",
+        {"training.dp_noise_multiplier": 0.1, "training.batch_size": 2, "training.epochs": 0.5},
+        marks=pytest.mark.skipif(find_spec("opacus") is None, reason="needs Opacus"),
+    ),
     (3, "iet-agc+", {"ensemble.num_shards": 2, "training.gradient_accumulation_steps": 2}),
     (2, "agc", {"augmentation.enabled": True, "augmentation.ratio_source": "lookahead", "gate.target_skip_rate": 0.5}),
     (2, "gap", {"training.epochs": 2}),

@@ -79,7 +79,7 @@ def plan(
         config: of the run.
         data: anything :func:`unrote.open_images` takes.
         out: the run folder.
-        processes: W, that the proxies are dealt out to.
+        processes: W, that the proxies are dealt out to; if there are more, they share them.
         device_memory: bytes that each process has where it computes; None does not compare.
         device: where the run computes; by default what there is.
         probe: time a few steps here and estimate how long the run takes.
