@@ -133,6 +133,9 @@ def test_the_plan_says_which_it_is_and_what_it_takes(tmp_path, base, monkeypatch
     vae = sum(weight.numel() for weight in load_pretrained(str(base)).vae.parameters())
     assert without.frozen_bytes - with_views.frozen_bytes == 4 * vae
     assert with_views.to_dict()["views"]["kept"] is True
+    few = make_plan(config_of(base, **{"training.epochs": 2}), images, tmp_path / "run").warnings
+    assert any("visited 2 times; use at most 2" in warning for warning in few)
+    assert not any("cached_views" in warning for warning in (*with_views.warnings, *without.warnings))
     assert make_plan(config_of(base, "iet"), images, tmp_path / "run").views is None
 
     monkeypatch.setenv("UNROTE_CACHE", str(tmp_path / "cache"))
