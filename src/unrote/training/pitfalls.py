@@ -20,6 +20,12 @@ def pitfalls(config: Config, budget: Budget, placement: Placement) -> Iterator[s
             f"training.lr_warmup_steps: {warmup} steps of warm-up, and a proxy takes {steps} in all: the learning rate "
             "never reaches its peak; lower it, or train for more epochs"
         )
+    taa, epochs = config.augmentation, config.training.epochs
+    if config.model.pretrained is not None and taa.enabled and taa.cache_budget and epochs < taa.cached_views:
+        yield (
+            f"augmentation.cached_views: {taa.cached_views} views of each image would be encoded, and an image is "
+            f"visited {epochs:g} times; use at most {max(1, math.floor(epochs))}, or augmentation.cache_budget=0"
+        )
     ticks = max(rank.steps for rank in placement.ranks)
     if config.training.checkpointing_steps > ticks:
         yield (
