@@ -323,7 +323,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", default=["throughput", "averaging", "checkpoints"])
     parser.add_argument("--epochs", type=int, nargs=2, default=(2, 6), help="of the short and the long run")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--out", type=Path, default=RESULTS / "distributed.json")
     parser.add_argument("--exchange", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--add", type=int, help=argparse.SUPPRESS)
