@@ -6,7 +6,8 @@ docs/first-model.md run as they stand there, one after the other, each with its 
 
     python benchmarks/first_model.py --work FOLDER [--data cifar10|emoji] [--constraint constraints.txt]
 
-It needs the build backend (hatchling) and a package index that has what the wheel depends on.
+It needs the build backend (hatchling) and a package index that has what the wheel depends on. A command that was
+finished is not run again.
 """
 
 import argparse
@@ -44,15 +45,20 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     make_photos(work / "photos", options.data)
     install, *commands = commands_of(PAGE.read_text("utf-8"))
-    wheel = build_wheel(work)
-    venv.create(work / "env", with_pip=True)
-    install = f"{install.replace('unrote', str(wheel))} --quiet --constraint {options.constraint.resolve()}"
-    rows = []
-    for shown, command in zip(commands_of(PAGE.read_text("utf-8")), [install, *commands], strict=True):
-        rows.append(timed(shown, command, work))
+    kept = work / "rows.json"
+    rows: list[dict[str, Any]] = json.loads(kept.read_text()) if kept.exists() else []
+    if not rows:
+        wheel = build_wheel(work)
+        venv.create(work / "env", with_pip=True)
+        real = f"{install.replace('unrote', str(wheel))} --quiet --constraint {options.constraint.resolve()}"
+        rows = [timed(install, real, work)]
+    for command in commands[len(rows) - 1 :]:
+        kept.write_text(json.dumps(rows))
+        rows.append(timed(command, command, work))
         print(json.dumps(rows[-1], indent=2), flush=True)
     result = {
         "machine": {"cores": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version()},
+        "threads": os.environ.get("OMP_NUM_THREADS", "all"),
         "data": options.data,
         "images": COUNT,
         "commands": rows,

@@ -1,9 +1,9 @@
 """What guards take away from a text-to-image model that copies, and what they cost.
 
-The text study's base model at its short scale is fine-tuned in the ordinary way until it gives most of its images back.
-With and without each guard, images are made from the captions that it was fine-tuned on, where copies are counted, and
-from held-out captions, where quality is measured; noises are the same for all. Times are CPU seconds of one thread for
-making both, so that a busy machine does not count. About half an hour. Usage:
+The text study's pictures and parts, at 16×16 and hardly pretrained, are fine-tuned in the ordinary way until the model
+gives most images back. With and without each guard, images are made from the captions that it was fine-tuned on, where
+copies are counted, and from held-out captions, where quality is measured; noises are the same for all. Times are CPU
+seconds of one thread for making both, so that a busy machine does not count. So are the monitor's looks. Usage:
 
     OMP_NUM_THREADS=1 python benchmarks/text_guards.py --work FOLDER [--packages FOLDER] [--out benchmarks/results]
 
@@ -17,30 +17,37 @@ import shutil
 import statistics
 import sys
 import time
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent / "text_study"))
 
 import torch
+from art import prepare
+from base_model import FULL, Sizes, pretrain
 from cells import SCALES, settings_of
+from monitor_overhead import timed_looks
 from run import Study
 
 import unrote
 from unrote.auditing.extracted import near_copies
 from unrote.auditing.intervals import fraction
+from unrote.data import ImageStore
 from unrote.measures import audit
 from unrote.models.pretrained import load_pretrained
 from unrote.sampling import sample
 
-SCALE = SCALES["short"]
-SEEDS = 3
-"""Images of each caption that was fine-tuned on."""
+SMALL = {"vae_images": 12_000, "unet_images": 4_000, "unet_pictures": 64}
+SIZES = Sizes(FULL.pictures, side=16, vae_channels=(16, 32), **SMALL)
+ROWS, EPOCHS = 96, 120
+"""What is fine-tuned on, and how often each of it is seen."""
+SEEDS, FRESH = 1, 96
+"""Images of each caption that was fine-tuned on, and held-out captions, one image each."""
 OPTIONS = {"sampler": "dpm-solver++", "steps": 12, "guidance_scale": 3.0, "batch_size": 32}
 GUARDS: dict[str, list[str]] = {
     "none": [],
     "random-tokens": ["random-tokens"],
-    "random-tokens, 8": ["random-tokens:count=8"],
     "repeat-words": ["repeat-words"],
     "embedding-noise": ["embedding-noise"],
     "embedding-noise, 0.5": ["embedding-noise:std=0.5"],
@@ -62,9 +69,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    study = Study(options.work, options.packages or options.work / "packages", "short", with_sscd=False)
+    study = SmallStudy(options.work, options.packages or options.work / "packages", "full", with_sscd=False)
     study.prepare()
-    run = tuned(study)
+    run, monitored = tuned(study)
     target = usual_norm(run, study)
     holdout = study.out / "art/holdout"
     rows = []
@@ -76,7 +83,9 @@ def main() -> None:
         row["guards"] = [text.replace(str(holdout), "HELD-OUT") for text in row["guards"]]
     result = {
         "machine": {"threads": torch.get_num_threads(), "torch": torch.__version__, "cores": os.cpu_count()},
-        "settings": OPTIONS | {"seeds": SEEDS, "captions": len(study.asked), "held_out_captions": len(study.holdout)},
+        "settings": OPTIONS | {"rows": ROWS, "epochs": EPOCHS, "seeds": SEEDS, "held_out_captions": FRESH},
+        "captions": len(study.known),
+        "monitor": monitored,
         "prompt_optimization_target": target,
         "guards": rows,
     }
@@ -86,24 +95,63 @@ def main() -> None:
     print(table(rows))
 
 
-def tuned(study: Study) -> unrote.Run:
-    """The base model, fine-tuned in the ordinary way."""
-    settings = settings_of("fine-tuning", SCALE, str(study.base), study.sizes.side, 0, 0.0)
-    settings |= {"training.snapshots": 0}
-    return unrote.train(study.out / "art/train", out=study.out / "tuned", method="standard", settings=settings)
+class SmallStudy(Study):
+    """The study's full set of pictures, made smaller, and small parts."""
+
+    sizes = SIZES  # type: ignore[assignment]
+
+    def prepare(self) -> None:
+        """The sets as the study has them, and a base model."""
+        art = self.out / "art"
+        prepare(art, self.packages, FULL.pictures, side=FULL.side, toy=False)
+        pretrain(self.base, art, self._text(), self.sizes)
+
+    @cached_property
+    def trained_on(self) -> ImageStore:
+        """The rows that are fine-tuned on."""
+        return self.train.limit(ROWS)
+
+    @property
+    def known(self) -> list[str]:
+        """Their captions, each once."""
+        assert self.trained_on.captions is not None
+        return list(dict.fromkeys(self.trained_on.captions))
 
 
-def usual_norm(run: unrote.Run, study: Study) -> float:
+def tuned(study: SmallStudy) -> tuple[unrote.Run, dict[str, Any]]:
+    """The base model, fine-tuned in the ordinary way, and what the monitor cost beside it."""
+    settings = settings_of("fine-tuning", SCALES["short"], str(study.base), study.sizes.side, 0, 0.0)
+    settings |= {"training.snapshots": 0, "training.epochs": EPOCHS, "data.limit": ROWS, "monitor.every": 1}
+    settings |= {"monitor.samples": 32, "monitor.steps": 10, "monitor.guidance_scale": OPTIONS["guidance_scale"]}
+    file = study.out / "monitor.json"
+    if not file.exists():
+        with timed_looks() as seconds:
+            began = time.process_time()
+            unrote.train(study.out / "art/train", out=study.out / "tuned", method="standard", settings=settings)
+            whole, looks = time.process_time() - began, [spent for spent in seconds if spent > 0.01]
+        training = whole - sum(looks)
+        file.write_text(
+            json.dumps({"training_seconds": training, "look_seconds": looks, "overhead": sum(looks) / training})
+        )
+    return unrote.Run(study.out / "tuned"), json.loads(file.read_text())
+
+
+def usual_norm(run: unrote.Run, study: SmallStudy) -> float:
     """The median of how strongly held-out captions steer the tuned model's first step: prompts known to be fine."""
     pipeline = load_pretrained(str(study.base))
     pipeline.unet = type(pipeline.unet).from_pretrained(run.model_folder, subfolder="unet", low_cpu_mem_usage=False)
-    captions = study.holdout.captions
-    assert captions is not None
-    scores = unrote.prompt_scores(pipeline, list(captions[:32]), guidance_scale=OPTIONS["guidance_scale"])
+    captions = fresh_captions(study)[:32]
+    scores = unrote.prompt_scores(pipeline, captions, guidance_scale=OPTIONS["guidance_scale"])
     return statistics.median(score.score for score in scores)
 
 
-def kept(study: Study, name: str, guards: list[str], run: unrote.Run) -> dict[str, Any]:
+def fresh_captions(study: SmallStudy) -> list[str]:
+    """Of held-out pictures."""
+    assert study.holdout.captions is not None
+    return list(study.holdout.captions[:FRESH])
+
+
+def kept(study: SmallStudy, name: str, guards: list[str], run: unrote.Run) -> dict[str, Any]:
     """One guard's row; what was measured before is read again."""
     folder = study.out / "guards" / name.replace(" ", "-").replace("%", "percent")
     file = folder / "row.json"
@@ -115,15 +163,13 @@ def kept(study: Study, name: str, guards: list[str], run: unrote.Run) -> dict[st
     return row
 
 
-def measured(study: Study, name: str, guards: list[str], run: unrote.Run, folder: Path) -> dict[str, Any]:
+def measured(study: SmallStudy, name: str, guards: list[str], run: unrote.Run, folder: Path) -> dict[str, Any]:
     """One guard: copies, quality, cost."""
-    known, unseen = study.asked.captions, study.holdout.captions
-    assert known is not None and unseen is not None
     began = time.process_time()
-    sample(run, out=folder / "copies", prompts=list(known) * SEEDS, guards=guards, **OPTIONS)
-    sample(run, out=folder / "fresh", prompts=list(unseen), guards=guards, **OPTIONS)
+    sample(run, out=folder / "copies", prompts=study.known * SEEDS, guards=guards, **OPTIONS)
+    sample(run, out=folder / "fresh", prompts=fresh_captions(study), guards=guards, **OPTIONS)
     seconds = time.process_time() - began
-    copies, fresh = (audit(folder / part, study.train, study.holdout, name=name) for part in ("copies", "fresh"))
+    copies, fresh = (audit(folder / part, study.trained_on, study.holdout, name=name) for part in ("copies", "fresh"))
     rows = [json.loads(line) for line in (folder / "copies/samples.jsonl").read_text().splitlines()]
     found = near_copies(copies.pairs)
     calibrated = copies.summary["memorization"]["orbit"]["squared-l2"]["calibrated"]

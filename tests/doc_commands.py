@@ -24,7 +24,8 @@ TOY = (
     (r"^train ", f"--epochs 2 --batch-size 8 {SMALL}"),
     (r"^train (?!.*(--pretrained|lora|laion))", f"--resolution 8 {PIXELS}"),
     (r"^train .*(--pretrained|lora)", "--resolution 16 --set training.mixed_precision=no"),
-    (r"^train .*monitor", "--set monitor.samples=4 --set monitor.steps=2"),
+    (r"^train .*monitor", "--set monitor.samples=4 --set monitor.steps=2 --set monitor.max_overhead=1"),
+    (r"^train .*--processes 5", "--set ensemble.num_shards=5"),
     (r"^sample ", "-n 4 --steps 2"),
     (r"^audit samples/", "--resolution 16"),
     (r"^retest ", "--tries 4 --steps 2"),
@@ -39,6 +40,7 @@ PROCESSES = 2
 NOT_RUN = (
     # What a line begins with, and why it is not run; what unrote is told in it is parsed all the same.
     ("pip install", "installs packages"),
+    ("mkdir held-out", "moves images that are already apart here"),
     ("make ", "CI runs the demo with --toy, and the tests are these"),
     ("unrote demo", "CI runs it with --toy, in a step of its own"),
     ("unrote data get", "downloads 170 MB; test_data_named.py runs it against a server of its own"),

@@ -28,6 +28,7 @@ SMALLER: dict[tuple[str, int], tuple[tuple[str, str], ...]] = {
     ("integrate.md", 0): LOOP,
     ("guards.md", 0): (("resolution=32", "resolution=8"), ("(len(noises),", "(len(noises), num_inference_steps=2,")),
     ("guards.md", 1): (("batch_size=16", "batch_size=2, num_inference_steps=2"),),
+    ("guards.md", 2): (("generator=noises, ", "generator=noises, num_inference_steps=2, "),),
 }
 
 ENVIRONMENT = {
@@ -85,6 +86,10 @@ def _guidance() -> dict[str, Any]:
     return _pixel_pipeline() | {"AntiMemorizationGuidance": AntiMemorizationGuidance, "references": references}
 
 
+def _text_pipeline() -> dict[str, Any]:
+    return {"pipeline": StableDiffusionPipeline.from_pretrained("models/sd15")}
+
+
 def _few_images() -> dict[str, Any]:
     return {"images": toy_images(2).images}
 
@@ -137,6 +142,7 @@ MAKERS = {
     ("encoders.md", 0): _few_images,
     ("guards.md", 0): _pixel_pipeline,
     ("guards.md", 1): _guidance,
+    ("guards.md", 2): _text_pipeline,
     ("integrate.md", 0): _own_loop_made,
     ("metrics.md", 0): _features,
     ("neighbours.md", 0): _vectors,

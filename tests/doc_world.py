@@ -108,7 +108,7 @@ def build_samples(folder: Path) -> None:
 
 def build_studies(folder: Path) -> None:
     """The study files of the repository with images and budgets of seconds; methods and settings as they are."""
-    for file in ("pilot", "cifar-256"):
+    for file in ("pilot", "study"):
         study = yaml.safe_load((ROOT / f"benchmarks/study/{file}.yaml").read_text())
         for regime in study["regimes"].values():
             regime["images"] |= {"resolution": 8, "train": 12, "reference": 8}

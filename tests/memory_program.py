@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import diffusers  # noqa: F401  what is imported is no part of the growth
-import torch
 
 from toy import SETTINGS, toy_images
 from unrote.api import train_config
@@ -28,10 +27,10 @@ def main() -> None:
     images = toy_images()
     world, rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", "1"), ("RANK", "0")))
     tiny = load_config(method="standard", overrides=SETTINGS | {"training.epochs": 0.1})
-    if world == 1:
-        train_config(tiny, images, out / "first")  # whatever torch allocates once, and the code that it loads
-    else:
-        torch.nn.Conv2d(3, 3, 3)(torch.zeros(1, 3, 8, 8)).sum().backward()
+    # Whatever torch allocates once, and the code that it loads: by a run that knows of no other process.
+    launched, os.environ["WORLD_SIZE"] = os.environ.get("WORLD_SIZE", "1"), "1"
+    train_config(tiny, images, out / f"first-{rank}")
+    os.environ["WORLD_SIZE"] = launched
     before = peak_bytes()
     config = load_config(method="iet-agc+", overrides=SETTINGS | settings)
     planned = make_plan(config, images, out / "run", processes=world).placement.ranks[rank]

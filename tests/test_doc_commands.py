@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -27,16 +28,16 @@ def world(tmp_path_factory, module_cache):
 
 @pytest.fixture
 def place(world, request, tmp_path, monkeypatch):
-    """The working directory for one page: a copy of the world, without what the page's own commands make."""
+    """The working directory for a page or block: a copy of the world, without what is made there."""
     from doc_world import INSTEAD
 
-    page = request.node.callspec.params["page"]
+    page, code = (request.node.callspec.params.get(name) for name in ("page", "code"))
     folder = tmp_path / "place"
     shutil.copytree(world, folder, symlinks=True)
     for name, other in INSTEAD.get(page, {}).items():
         shutil.rmtree(folder / name)
         shutil.copytree(folder / other, folder / name)
-    for name in written_by(COMMANDS.get(page, [])):
+    for name in re.findall(r'out="(.+?)"', code) if code else written_by(COMMANDS[page]):
         shutil.rmtree(folder / name, ignore_errors=True)
     monkeypatch.chdir(folder)
     monkeypatch.setenv("UNROTE_DATA", str(folder / "data"))

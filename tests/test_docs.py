@@ -107,6 +107,15 @@ def test_links_lead_somewhere():
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+def test_pictures_are_shown_and_small():
+    texts = "".join(page.read_text("utf-8") for page in PAGES)
+    pictures = sorted((ROOT / "docs" / "images").iterdir())
+    assert pictures
+    for picture in pictures:
+        assert f"images/{picture.name})" in texts, picture
+        assert picture.stat().st_size <= 400_000, picture
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_shell_completion_completes(shell):
     from click.shell_completion import get_completion_class

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import yaml
 from click.testing import CliRunner
 from PIL import Image
 
@@ -39,6 +40,9 @@ def audited(run, out, *words):
 def test_an_audit_of_a_run_is_in_both_cards_with_the_baseline_beside_it(runs, tmp_path):
     copies, new = runs
     before = (new.path / "README.md").read_text()
+    settings = yaml.safe_load(before.split("```yaml\n")[1].split("```")[0])
+    assert settings["model.block_out_channels"] == [32, 32] and settings["training.epochs"] == 1
+    assert "training.adam_beta1" not in settings, "as everywhere"
     assert "not known until it is audited" in before and before == (new.model_folder / "README.md").read_text()
     assert audited(copies, tmp_path / "copies").exit_code == 0
     report = tmp_path / "copies" / "report.json"

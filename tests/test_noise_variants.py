@@ -192,3 +192,18 @@ def test_timesteps_are_drawn_as_often_as_their_weights_say():
     drawn = step._timesteps(40_000, torch.Generator().manual_seed(0))
     assert float((drawn >= 750).float().mean()) == pytest.approx(0.5, abs=0.01)
     assert int(drawn.min()) >= 0 and int(drawn.max()) <= 999
+
+
+def test_the_noise_offset_is_one_number_per_image_and_channel_and_is_asked_for():
+    def drawn(offset):
+        config = load_config(method="standard", overrides=SETTINGS | {"training.noise_offset": offset})
+        images = toy_images(64)
+        step = TrainingStep(config, make_task(config, images, CPU), len(images), CPU, 10)
+        clean = torch.zeros(64, 3, 8, 8)
+        noise, _, shown, _ = step._noise_for(clean, torch.arange(64), None, torch.Generator().manual_seed(0))
+        assert shown is noise, "what the denoiser is to find has it too"
+        return noise
+
+    added = drawn(0.1) - drawn(0.0)
+    assert float((added - added.mean((2, 3), keepdim=True)).abs().max()) < 1e-6
+    assert 0.08 < float(added[..., 0, 0].std()) < 0.12

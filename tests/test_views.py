@@ -7,6 +7,7 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
+from forking import Job
 from test_text_to_image import SETTINGS, captioned, saved, tuned
 from toy import assert_same_run, largest_difference, log_of, summary_of
 from unrote.config import load_config
@@ -17,6 +18,7 @@ from unrote.models.sizing import size_of
 from unrote.models.views import Views, view_cache
 from unrote.seeding import generator
 from unrote.training.plan import make_plan
+from unrote.training.run import Run
 from unrote.training.step import TrainingStep
 
 pytestmark = pytest.mark.usefixtures("module_cache")
@@ -109,6 +111,15 @@ def test_kept_views_train_and_a_stopped_run_goes_on_bit_for_bit(tmp_path, base, 
     with pytest.raises(KeyboardInterrupt):
         tuned(tmp_path / "run", base, "iet-agc+", "lora", **settings)
     assert_same_run(tuned(tmp_path / "run", base, "iet-agc+", "lora", **settings), expected)
+
+
+def test_the_number_of_processes_is_no_part_of_it(tmp_path, base):
+    settings = {"training.batch_size": 5, "gate.bank.bins": 1, "model.pretrained": str(base), **BUDGET}
+    jobs = [Job(tmp_path / str(world), world, "iet-agc+", settings) for world in (1, 2)]
+    assert [job.wait(300) for job in jobs] == [[0], [0, 0]], [job.messages() for job in jobs]
+    alone, both = (Run(tmp_path / str(world)) for world in (1, 2))
+    assert summary_of(alone)["augmented"] > 0
+    assert_same_run(both, alone)
 
 
 def test_the_plan_says_which_it_is_and_what_it_takes(tmp_path, base, monkeypatch):

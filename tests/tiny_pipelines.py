@@ -36,10 +36,10 @@ def tiny_tokenizer(folder: Path):
     return transformers.CLIPTokenizer(vocabulary, merges, model_max_length=LENGTH)
 
 
-def _text_config(tokenizer, **options):
+def _text_config(tokenizer, width=16, **options):
     end = len(tokenizer) - 1
     return transformers.CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
         max_position_embeddings=LENGTH, projection_dim=16, eos_token_id=end, bos_token_id=end - 1, pad_token_id=end,
         **options,
     )  # fmt: skip
@@ -88,14 +88,14 @@ def _safety_parts():
     return {"safety_checker": StableDiffusionSafetyChecker(config), "feature_extractor": extractor}
 
 
-def tiny_stable_diffusion_xl(folder: Path, *, vae_levels=2):
+def tiny_stable_diffusion_xl(folder: Path, *, vae_levels=2, second_width=16):
     """SDXL: two text encoders, pooled text, sizes as a condition."""
     tokenizer = tiny_tokenizer(folder)
     torch.manual_seed(0)
     text = transformers.CLIPTextModel(_text_config(tokenizer)).eval()
-    text_2 = transformers.CLIPTextModelWithProjection(_text_config(tokenizer)).eval()
+    text_2 = transformers.CLIPTextModelWithProjection(_text_config(tokenizer, second_width)).eval()
     unet = tiny_unet(
-        cross_attention_dim=32, addition_embed_type="text_time", addition_time_embed_dim=8,
+        cross_attention_dim=16 + second_width, addition_embed_type="text_time", addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=6 * 8 + 16, use_linear_projection=True,
     )  # fmt: skip
     return StableDiffusionXLPipeline(

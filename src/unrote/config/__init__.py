@@ -2,6 +2,7 @@
 
 from unrote.config.loading import (
     changed_keys,
+    differing,
     fields_of,
     load_config,
     merge,
@@ -31,6 +32,7 @@ __all__ = [
     "TextConfig",
     "TrainingConfig",
     "changed_keys",
+    "differing",
     "fields_of",
     "load_config",
     "merge",

@@ -145,8 +145,13 @@ def fields_of(section: type[BaseModel] = Config, prefix: str = "") -> list[tuple
 
 def changed_keys(old: Config, new: Config) -> list[str]:
     """Lines ``key: old -> new`` for what differs between two configurations."""
+    return [f"{key}: {before} -> {after}" for key, (before, after) in differing(old, new).items()]
+
+
+def differing(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """The values of both, by dotted key, where they differ."""
     before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
-    return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in after if before.get(key) != after[key]]
+    return {key: (before.get(key), after[key]) for key in after if before.get(key) != after[key]}
 
 
 def nearest(word: object, known: Iterable[str]) -> str:

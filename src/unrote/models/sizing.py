@@ -152,9 +152,11 @@ class _FusedAttention(TorchFunctionMode):
         named = kwargs or {}
         if func is not F.scaled_dot_product_attention:
             return func(*args, **named)
-        query, key, value, mask, *_ = [*args, *(named[n] for n in ("query", "key", "value") if n in named), None]
-        mask = named.get("attn_mask", mask)
-        return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, mask, True)[0]
+        given = dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)) | named
+        query, key, value = (given[name] for name in ("query", "key", "value"))
+        return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, given.get("attn_mask"), True)[
+            0
+        ]
 
 
 def _forward(

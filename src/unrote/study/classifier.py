@@ -17,6 +17,7 @@ from unrote.data import ImageStore
 from unrote.data.build import cache_folder
 from unrote.seeding import derive_seed, generator
 from unrote.tensorfiles import load_state, save_state, weights_hash
+from unrote.training.precision import multiplies_bf16
 
 logger = logging.getLogger("unrote")
 
@@ -132,12 +133,14 @@ def _fit(network: Network, pixels: Tensor, labels: Tensor) -> None:
     optimizer = torch.optim.AdamW(network.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.2)
     network.train()
+    # Where bf16 is emulated it takes many times as long as float32.
+    fast = multiplies_bf16(torch.device("cpu"))
     for step in range(steps):
         epoch, place = divmod(step, len(pixels) // BATCH)
         if place == 0:
             order = torch.randperm(len(pixels), generator=generator(0, "classifier", "order", epoch))
         rows = order[place * BATCH : (place + 1) * BATCH]
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=fast):
             logits = network(_varied(pixels[rows], step))
         loss = F.cross_entropy(logits.float(), labels[rows], label_smoothing=0.1)
         optimizer.zero_grad()

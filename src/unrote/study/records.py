@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from unrote.files import write_json
+from unrote.files import write_text
 from unrote.study.cells import Cell
 
 
@@ -56,4 +56,4 @@ class Records:
             "points": points,
         }
         self.path.mkdir(parents=True, exist_ok=True)
-        write_json(self.file(cell), record)
+        write_text(self.file(cell), json.dumps(record) + "\n")

@@ -1,8 +1,10 @@
 """The model card of a finished run, in the Hub's format."""
 
+import json
+
 from unrote import __version__
 from unrote.card_section import section
-from unrote.config import Config
+from unrote.config import Config, differing
 from unrote.data.store import ImageStore
 
 NOT_AUDITED = """## Memorization audit
@@ -33,12 +35,24 @@ from `{images.source}` (fingerprint `{images.fingerprint[:16]}`), in {shards}; {
 {_weights(config)} `config.yaml` has every setting, `ledger.csv` what the method saw of each
 training image.
 
+## Settings
+
+Those that differ from the package's defaults:
+
+```yaml
+{_settings(config)}
+```
+
 {section(NOT_AUDITED)}
 
 ## Limits
 
 IET-AGC+ lowers memorization; it is no differential-privacy guarantee.{_inherited(config)}
 """
+
+
+def _settings(config: Config) -> str:
+    return "\n".join(f"{key}: {json.dumps(value)}" for key, (_, value) in differing(Config(), config).items())
 
 
 def _head(config: Config) -> str:

@@ -143,12 +143,14 @@ def place(
         leads = rank == team.start
         # Of the next proxy when it comes, and of the first process's average in the others.
         waiting = (size.kept if count > 1 else 0) + (size.averaged if rank else 0)
-        # On the CPU everything is the host's, freed gradients too: they stay with the process, see training/heap.py.
-        here, forward = (size.training() + frozen, kept) if cpu else (0, 0)
-        host = here + max(averaging, forward + waiting)
+        device = size.training() + frozen + kept
+        host = max(averaging, waiting)
+        if cpu:
+            # All is the host's, and freed memory stays with the process (training/heap.py), in pieces too small for
+            # what comes: activations, gradients, and the moments that gave way to those of the next proxy.
+            host += device + (2 * size.weights if count > 1 else 0)
         # Who does not hold its proxy in files has it in memory.
         host += (size.kept if count > 1 and not leads else 0) + (min(size.weights, BUCKET) if len(team) > 1 else 0)
-        device = size.training() + frozen + kept
         return Rank(block.start, len(block), len(team), leads, seen, steps, device, host)
 
     ranks = tuple(rank_of(rank, team, blocks[rank]) for team in teams for rank in team)

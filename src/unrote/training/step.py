@@ -360,7 +360,11 @@ class TrainingStep:
         norm = self.config.training.max_grad_norm
         if norm and self._private is None:
             self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), norm)
+            parameters = [p for p in self.model.parameters() if p.grad is not None]
+            total = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            # To multiply all gradients by 1 takes as long as to clip them; to look first is a wait on other devices.
+            if self.device.type != "cpu" or not total + 1e-6 <= norm:
+                nn.utils.clip_grads_with_norm_(parameters, norm, total)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.ema is not None:
