@@ -110,10 +110,8 @@ class Group(Single):
         super().__init__(stop)
         self.rank, self.size = rank, size
         self._store, self._timeout = store, timeout
-        self._meetings, self._looked, self._told = 0, 0.0, False
+        self._meetings, self._looked, self._told, self._heard = 0, 0.0, False, False
         self._blocks: list[range] = []
-        self._teams: list[range] = []
-        self._own = range(rank, rank + 1)
         self._neighbours: dict[int, int] = {}
 
     def introduce(self) -> None:
@@ -144,7 +142,9 @@ class Group(Single):
         if self._stop and not self._told:
             self._tell("stop", str(self.rank))
             self._told = True
-        return self.team.agree(bool(self._stop) or (time.monotonic() - self._looked >= 1 and self._look(doing)))
+        if not self._stop and time.monotonic() - self._looked >= 1:
+            self._look(doing)
+        return self.team.agree(bool(self._stop) or self._heard)
 
     def gather(self, message: Any, *, patient: bool = False) -> list[Any]:
         """Everybody's ``message``; ``patient`` waits however long the others take.
@@ -224,8 +224,8 @@ class Group(Single):
     def _tell(self, key: str, value: str) -> None:
         self._store.set(key, value)
 
-    def _look(self, doing: str) -> bool:
-        """Give a sign of life and listen; whether anyone was asked to stop."""
+    def _look(self, doing: str) -> None:
+        """Give a sign of life and listen, also whether anyone was asked to stop."""
         self._looked = time.monotonic()
         with self._named("looking for the other processes"):
             self._store.set(f"beat/{self.rank}", f"{self._looked} {doing}")
@@ -233,7 +233,7 @@ class Group(Single):
                 raise InputError(self._store.get("failed").decode())
             if death := self._death():
                 raise InputError(death)
-            return bool(self._store.check(["stop"]))
+            self._heard = self._heard or bool(self._store.check(["stop"]))
 
     def _finish(self, work: Any) -> None:
         """Wait for what a team does together."""
