@@ -37,7 +37,7 @@ def place(world, request, tmp_path, monkeypatch):
     for name, other in INSTEAD.get(page, {}).items():
         shutil.rmtree(folder / name)
         shutil.copytree(folder / other, folder / name)
-    for name in re.findall(r'out="(.+?)"', code) if code else written_by(COMMANDS[page]):
+    for name in re.findall(r'\bout="(.+?)"', code) if code else written_by(COMMANDS[page]):
         shutil.rmtree(folder / name, ignore_errors=True)
     monkeypatch.chdir(folder)
     monkeypatch.setenv("UNROTE_DATA", str(folder / "data"))
