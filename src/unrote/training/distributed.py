@@ -362,7 +362,7 @@ def launched(stop: list[int]) -> Iterator[Single]:
             group.fail(first_line(error))
         raise
     finally:
-        group.leave(patience)
+        group.leave(min(patience, _timeout()))
         dist.destroy_process_group()
 
 
