@@ -35,7 +35,8 @@ def main() -> None:
     config = load_config(method="iet-agc+", overrides=SETTINGS | settings)
     planned = make_plan(config, images, out / "run", processes=world).placement.ranks[rank]
     train_config(config, images, out / "run")
-    print(json.dumps({"rank": rank, "grown": peak_bytes() - before, "planned": planned.host_bytes}))
+    line = json.dumps({"rank": rank, "grown": peak_bytes() - before, "planned": planned.host_bytes})
+    sys.stdout.write(f"{line}\n")  # at once, or lines of several processes mingle
 
 
 if __name__ == "__main__":
