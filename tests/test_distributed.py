@@ -11,10 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from torch.distributed import HashStore
 
 from forking import free_port
 from toy import SETTINGS, assert_same_run, log_of, summary_of, toy_images
+from unrote.errors import InputError
 from unrote.training.budget import Budget, Progress
+from unrote.training.distributed import Group
 from unrote.training.run import Run
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
@@ -204,6 +207,14 @@ def test_a_process_that_hangs_is_named(tmp_path, data):
     os.kill(workers_of(process)[1], signal.SIGSTOP)
     _, errors = process.communicate(timeout=300)
     assert "process 1 of 2 has given no sign of life for 5 seconds" in errors
+
+
+def test_a_process_that_hangs_between_speaking_and_being_counted_is_named():
+    store = HashStore()
+    store.set("meeting/1/1", "null")
+    group = Group(store, 0, 2, 1.5, [])
+    with pytest.raises(InputError, match=r"process 1 of 2 has given no sign of life for 1\.5 seconds"):
+        group.gather(None)
 
 
 def test_what_one_process_fails_of_is_said_by_the_others(tmp_path, data):

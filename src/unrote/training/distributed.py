@@ -167,7 +167,9 @@ class Group(Single):
                 return False
 
             def missing() -> list[int]:
-                return [rank for rank in range(self.size) if not self._store.check([f"{name}/{rank}"])]
+                silent = [rank for rank in range(self.size) if not self._store.check([f"{name}/{rank}"])]
+                # All have spoken, but somebody stands still before counting itself.
+                return silent or [rank for rank in range(self.size) if rank != self.rank]
 
             self._await(arrived, missing, patient)
             answers = self._store.multi_get([f"{name}/{rank}" for rank in range(self.size)])
