@@ -53,7 +53,7 @@ class Size:
     trained: int
     """Parameters that are trained."""
     frozen_bytes: int
-    """Weights that are only read: those beside adapters, and the autoencoder if it is needed at every step."""
+    """Weights that are only read, in float32: beside adapters, and the autoencoder if it is needed at every step."""
     halved: int
     """Parameters among them that are kept in half precision under mixed precision."""
     forward: Forward
@@ -66,6 +66,10 @@ class Size:
     """The finished model on disk."""
     views: ViewCache | None = None
     """How a pretrained model gets augmented views; None without."""
+
+    def frozen(self, training: TrainingConfig) -> int:
+        """Bytes of weights that are only read under these settings."""
+        return self.frozen_bytes - (0 if autocast_dtype(training) is None else 2 * self.halved)
 
 
 def size_of(config: Config, images: ImageStore) -> Size:
@@ -120,7 +124,7 @@ def _pretrained_size(config: Config, images: ImageStore) -> Size:
     halved = whole * lora
     views = view_cache(config, len(images), channels * height * width)
     needs_vae = not config.data.cache_latents or (views is not None and not views.kept)
-    frozen = (4 if autocast_dtype(config.training) is None else 2) * halved + 4 * vae * needs_vae
+    frozen = 4 * halved + 4 * vae * needs_vae
     cache = 0
     if config.data.cache_latents:
         cache = 8 * channels * height * width * len(images) * (1 + config.data.random_flip)
@@ -153,10 +157,8 @@ class _FusedAttention(TorchFunctionMode):
         if func is not F.scaled_dot_product_attention:
             return func(*args, **named)
         given = dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)) | named
-        query, key, value = (given[name] for name in ("query", "key", "value"))
-        return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, given.get("attn_mask"), True)[
-            0
-        ]
+        query, key, value, mask = (given.get(name) for name in ("query", "key", "value", "attn_mask"))
+        return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, mask, True)[0]
 
 
 def _forward(

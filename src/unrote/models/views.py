@@ -41,17 +41,15 @@ def view_cache(config: Config, num_images: int, latent_numbers: int) -> ViewCach
     if not taa.enabled:
         return None
     need = 8 * latent_numbers * num_images * taa.cached_views
-    limit = taa.cache_budget * 2**30
-    wanted = f"{taa.cached_views} views of each of {num_images:,} images take {need / 2**30:.3g} GiB"
     if taa.policy == "proximity":
-        reason = "augmentation.policy=proximity needs every strength, and views are kept at full strength"
-    elif not config.data.cache_latents:
-        reason = "data.cache_latents=false"
-    else:
-        relation = "within" if need <= limit else "more than"
-        reason = f"{wanted}, {relation} augmentation.cache_budget={taa.cache_budget:g}"
-    kept = taa.policy != "proximity" and config.data.cache_latents and need <= limit
-    return ViewCache(kept, need, reason)
+        every = "augmentation.policy=proximity needs every strength, and views are kept at full strength"
+        return ViewCache(False, need, every)
+    if not config.data.cache_latents:
+        return ViewCache(False, need, "data.cache_latents=false")
+    kept = need <= taa.cache_budget * 2**30
+    wanted = f"{taa.cached_views} views of each of {num_images:,} images take {need / 2**30:.3g} GiB"
+    relation = "within" if kept else "more than"
+    return ViewCache(kept, need, f"{wanted}, {relation} augmentation.cache_budget={taa.cache_budget:g}")
 
 
 class Views:

@@ -218,7 +218,7 @@ class Group(Single):
     def leave(self, seconds: float) -> None:
         """The process that has the store goes last, or the others could not read why."""
         with suppress(RuntimeError):
-            left, end = self._store.add("left", 1), time.monotonic() + seconds
+            left, end = self._store.add("left", 1), time.monotonic() + min(seconds, self._timeout)
             while self.rank == 0 and left < self.size and self._others() and time.monotonic() < end:
                 time.sleep(0.02)
                 left = self._store.add("left", 0)
@@ -364,7 +364,7 @@ def launched(stop: list[int]) -> Iterator[Single]:
             group.fail(first_line(error))
         raise
     finally:
-        group.leave(min(patience, _timeout()))
+        group.leave(patience)
         dist.destroy_process_group()
 
 

@@ -21,22 +21,22 @@ class Mode:
     """Of state, weights that are only read, and activations."""
 
 
-def modes_of(config: Config, images: ImageStore) -> tuple[Mode, ...]:
+def modes_of(config: Config, images: ImageStore, size: Size) -> tuple[Mode, ...]:
     """What the pretrained model of ``config`` takes with all weights or adapters, in bf16, under checkpointing.
 
-    Adapters are those of ``model.lora``; everything else is as in ``config``.
+    Adapters are those of ``model.lora``; everything else is as in ``config``, whose model is of ``size``.
     """
     modes = []
     for kind in ("full", "lora"):
         model = config.model.model_copy(update={"train": kind})
-        plain = config.training.model_copy(update={"mixed_precision": "no"})
-        size = size_of(config.model_copy(update={"model": model, "training": plain}), images)
-        state = StateSize.of(config, size.trained).training()
+        # To measure a model takes seconds.
+        own = size if model == config.model else size_of(config.model_copy(update={"model": model}), images)
+        state = StateSize.of(config, own.trained).training()
         for precision, checkpointing in product(("no", "bf16"), (False, True)):
             changed = {"mixed_precision": precision, "gradient_checkpointing": checkpointing}
-            kept = size.forward.kept(config.training.model_copy(update=changed))
-            frozen = size.frozen_bytes - (0 if precision == "no" else 2 * size.halved)
-            modes.append(Mode(kind, precision, checkpointing, state + frozen + kept))
+            training = config.training.model_copy(update=changed)
+            needed = state + own.frozen(training) + own.forward.kept(training)
+            modes.append(Mode(kind, precision, checkpointing, needed))
     return tuple(modes)
 
 

@@ -195,10 +195,11 @@ def make_plan(
     budget = make_budget(config, len(images), sizes)
     size, training = size_of(config, images), config.training
     state, count, alone = StateSize.of(config, size.trained), config.num_shards, size.forward.kept(training)
-    placement = place(config, budget, state, size.frozen_bytes, alone, processes, cpu=device == "cpu")
+    frozen = size.frozen(training)
+    placement = place(config, budget, state, frozen, alone, processes, cpu=device == "cpu")
     checkpoint = state.kept * (count + 2 + min(processes, count) if count > 1 else 1)
     need = max(rank.device_bytes for rank in placement.ranks)
-    activations = need - state.training() - size.frozen_bytes
+    activations = need - state.training() - frozen
     problems = list(pitfalls(config, budget, placement))
     if device_memory is not None:
         problem = memory_pitfall(config, need, state.training(), activations, device_memory)
@@ -214,7 +215,7 @@ def make_plan(
         samples_seen=budget.total,
         steps=sum(rank.steps for rank in placement.ranks if rank.leads),
         state_bytes=state.training(),
-        frozen_bytes=size.frozen_bytes,
+        frozen_bytes=frozen,
         activation_bytes=activations,
         disk_bytes=checkpoint * (training.checkpoints_total_limit + 1) + size.model_bytes,
         cache_bytes=size.cache_bytes,
@@ -224,7 +225,7 @@ def make_plan(
         warnings=tuple(problems),
         flops=operations_of(config, size) * budget.total,
         views=size.views,
-        modes=modes_of(config, images) if only_plan and config.model.pretrained is not None else (),
+        modes=modes_of(config, images, size) if only_plan and config.model.pretrained is not None else (),
         looks=plan_looks(config, budget.local, budget.num_rounds),
     )
     if plan.disk_bytes > plan.free_disk_bytes:
