@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from monitor_overhead import timed_looks
 
 from unrote.api import train_config
 from unrote.auditing.extracted import near_copies
@@ -26,7 +27,6 @@ from unrote.demo import copied, frechet
 from unrote.measures import audit
 from unrote.sampling import sample
 from unrote.training.images import training_images
-from unrote.training.monitor import Monitor
 from unrote.training.run import Run
 
 STEPS = 25
@@ -75,24 +75,11 @@ def main() -> None:
 def trained(work: Path) -> tuple[Run, dict[str, Any]]:
     """The run, and what its looks cost beside its training."""
     config = load_config(method="standard", preset="demo", overrides=SETTINGS)
-    seconds, look = [], Monitor.look
-
-    def timed(*arguments: Any) -> None:
-        began = time.process_time()
-        look(*arguments)
-        seconds.append(time.process_time() - began)
-
-    Monitor.look = timed  # type: ignore[method-assign]
-    began = time.process_time()
-    run = train_config(config, training_images(config), work / "run", "cpu")
-    whole, looks = time.process_time() - began, [spent for spent in seconds if spent > 0.01]
-    Monitor.look = look  # type: ignore[method-assign]
+    with timed_looks() as spent:
+        run = train_config(config, training_images(config), work / "run", "cpu")
     records = json.loads((run.path / "monitor.json").read_text())["looks"]
-    share = sum(looks) / (whole - sum(looks)) if looks else None
     return run, {
-        "training_seconds": whole - sum(looks),
-        "look_seconds": looks,
-        "overhead": share,
+        **spent,
         "looks": [{"samples": record["samples"], **record["monitor"]} for record in records],
     }
 

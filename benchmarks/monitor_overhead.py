@@ -25,9 +25,11 @@ from unrote.training.monitor import Monitor
 
 
 @contextmanager
-def timed_looks() -> Iterator[list[float]]:
-    """CPU seconds of each call of :meth:`Monitor.look` inside the block; those that find nothing due take no time."""
-    seconds, look = [], Monitor.look
+def timed_looks() -> Iterator[dict[str, Any]]:
+    """CPU seconds of the looks inside the block and of all else in it, and their ratio; filled when it ends."""
+    found: dict[str, Any] = {}
+    seconds: list[float] = []
+    look, started = Monitor.look, time.process_time()
 
     def timed(*arguments: Any) -> None:
         began = time.process_time()
@@ -36,9 +38,12 @@ def timed_looks() -> Iterator[list[float]]:
 
     Monitor.look = timed  # type: ignore[method-assign]
     try:
-        yield seconds
+        yield found
     finally:
         Monitor.look = look  # type: ignore[method-assign]
+    whole, looks = time.process_time() - started, [spent for spent in seconds if spent > 0.01]  # nothing was due
+    training = whole - sum(looks)
+    found |= {"training_seconds": training, "look_seconds": looks, "overhead": sum(looks) / training}
 
 
 def main() -> None:
@@ -52,21 +57,17 @@ def main() -> None:
     settings |= {"monitor.samples": 32, "monitor.steps": 25}
     config = load_config(method="standard", preset="demo", overrides=settings)
     images = training_images(config)
-    with tempfile.TemporaryDirectory() as temporary, timed_looks() as seconds:
+    with tempfile.TemporaryDirectory() as temporary:
         planned = plan(config, images, Path(temporary) / "run", device="cpu").looks
         assert planned is not None
-        began = time.process_time()
-        run = train_config(config, images, Path(temporary) / "run", "cpu")
-        whole, looks = time.process_time() - began, [spent for spent in seconds if spent > 0.01]
+        with timed_looks() as spent:
+            run = train_config(config, images, Path(temporary) / "run", "cpu")
         precision = run.config.training.mixed_precision
-    training = whole - sum(looks)
     result = {
         "machine": {"threads": torch.get_num_threads(), "torch": torch.__version__, "cores": os.cpu_count()},
         "settings": settings | {"mixed_precision": precision},
         "planned": {"looks": planned.count, "every": planned.every, "overhead": planned.overhead},
-        "training_seconds": training,
-        "look_seconds": looks,
-        "overhead": sum(looks) / training,
+        **spent,
     }
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "monitor_overhead.json").write_text(json.dumps(result, indent=2) + "\n")

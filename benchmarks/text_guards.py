@@ -125,14 +125,9 @@ def tuned(study: SmallStudy) -> tuple[unrote.Run, dict[str, Any]]:
     settings |= {"monitor.samples": 32, "monitor.steps": 10, "monitor.guidance_scale": OPTIONS["guidance_scale"]}
     file = study.out / "monitor.json"
     if not file.exists():
-        with timed_looks() as seconds:
-            began = time.process_time()
+        with timed_looks() as spent:
             unrote.train(study.out / "art/train", out=study.out / "tuned", method="standard", settings=settings)
-            whole, looks = time.process_time() - began, [spent for spent in seconds if spent > 0.01]
-        training = whole - sum(looks)
-        file.write_text(
-            json.dumps({"training_seconds": training, "look_seconds": looks, "overhead": sum(looks) / training})
-        )
+        file.write_text(json.dumps(spent))
     return unrote.Run(study.out / "tuned"), json.loads(file.read_text())
 
 

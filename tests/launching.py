@@ -1,11 +1,18 @@
-"""Starting several processes of one job, as torchrun does; none of them outlives the test."""
+"""Running things as users do: several processes of one job, none of which outlives the test; a command; a tool."""
 
 import contextlib
+import importlib.util
+import logging
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from unrote.cli import main
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
 
@@ -62,3 +69,25 @@ def workers(pid: int) -> dict[int, int]:
             if "RANK" in variables:
                 ranks.setdefault(int(variables["RANK"]), child)
     return ranks
+
+
+def in_process(words: Sequence[object], monkeypatch: pytest.MonkeyPatch) -> int:
+    """The exit code of ``unrote words…``, run in this process, which saves the seconds that imports take."""
+    monkeypatch.setattr(sys, "argv", ["unrote", *map(str, words)])
+    logger = logging.getLogger("unrote")
+    handlers, level = list(logger.handlers), logger.level
+    try:
+        with pytest.raises(SystemExit) as stop:
+            main()
+    finally:
+        logger.handlers[:], logger.level = handlers, level
+    return stop.value.code
+
+
+def tool(name: str) -> ModuleType:
+    """A program of ``tools/``, as a module."""
+    path = Path(__file__).parents[1] / "tools" / f"{name}.py"
+    specification = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module

@@ -1,7 +1,6 @@
 """The command line as a process of its own: help, wrong use, the whole way from a folder of images to a report."""
 
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -12,8 +11,9 @@ import pytest
 import yaml
 from PIL import Image
 
+from launching import in_process
 from toy import SETTINGS, toy_images
-from unrote.cli import cli, main
+from unrote.cli import cli
 from unrote.config import METHODS, Config, fields_of, load_config, preset_names
 
 COMMANDS = ["train", "sample", "audit", "demo", "data", "config", "presets", "env"]
@@ -42,16 +42,9 @@ def here(monkeypatch, capsys):
     """Run ``unrote words…`` in this process, which saves the seconds that imports take: exit code, stdout, stderr."""
 
     def run(*words):
-        monkeypatch.setattr(sys, "argv", ["unrote", *map(str, words)])
-        logger = logging.getLogger("unrote")
-        handlers, level = list(logger.handlers), logger.level
-        try:
-            with pytest.raises(SystemExit) as stop:
-                main()
-        finally:
-            logger.handlers[:], logger.level = handlers, level
+        code = in_process(words, monkeypatch)
         out, errors = capsys.readouterr()
-        return stop.value.code, out, errors
+        return code, out, errors
 
     return run
 

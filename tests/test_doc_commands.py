@@ -1,6 +1,5 @@
 """Every command of the README and of docs/ runs, at toy size, and every Python block."""
 
-import logging
 import os
 import re
 import shutil
@@ -11,7 +10,7 @@ import pytest
 import torch
 
 from doc_commands import NOT_RUN, PAGES, PROCESSES, blocks, commands_of, parsed, written_by
-from unrote.cli import main
+from launching import in_process
 
 COMMANDS = {page.name: commands_of(page) for page in PAGES if commands_of(page)}
 PYTHON = [(page.name, number, code) for page in PAGES for number, code in enumerate(blocks(page, "python"))]
@@ -42,19 +41,6 @@ def place(world, request, tmp_path, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.setenv("UNROTE_DATA", str(folder / "data"))
     return folder
-
-
-def in_process(arguments, monkeypatch):
-    """Its exit code, run in this process, which saves the seconds that imports take."""
-    monkeypatch.setattr(sys, "argv", ["unrote", *arguments])
-    logger = logging.getLogger("unrote")
-    handlers, level = list(logger.handlers), logger.level
-    try:
-        with pytest.raises(SystemExit) as stop:
-            main()
-    finally:
-        logger.handlers[:], logger.level = handlers, level
-    return stop.value.code
 
 
 def by_torchrun(command):

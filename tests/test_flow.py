@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from test_text_to_image import SETTINGS, captioned, explicit, tuned
 from tiny_pipelines import tiny_flux, tiny_stable_diffusion_3
-from toy import assert_same_run, final_state, largest_difference, log_of, summary_of
+from toy import assert_same_run, final_state, largest_difference, log_of, stop_in_step, summary_of
 from unrote.config import load_config
 from unrote.errors import InputError
 from unrote.models.flow import FlowLoss, shift_of
@@ -27,7 +27,6 @@ from unrote.models.making import make_task
 from unrote.models.pretrained import describe, load_pretrained
 from unrote.models.sizing import size_of
 from unrote.sampling import sample
-from unrote.training.step import TrainingStep
 
 pytestmark = pytest.mark.usefixtures("module_cache")
 CPU = torch.device("cpu")
@@ -174,16 +173,7 @@ def test_stopped_and_gone_on_with_it_is_the_same_bit_for_bit(tmp_path, folders, 
     settings = {"gate__skip_ratio": 0.97, "gate__bank__bins": 2}
     expected = tuned(tmp_path / "whole", folders / family, "iet-agc+", kind, **settings)
     assert summary_of(expected)["skipped"] > 0 and summary_of(expected)["augmented"] > 0
-    calls, original = 0, TrainingStep.__call__
-
-    def killed(self, *arguments, **options):
-        nonlocal calls
-        calls += 1
-        if calls == 6:
-            raise KeyboardInterrupt
-        return original(self, *arguments, **options)
-
-    monkeypatch.setattr(TrainingStep, "__call__", killed)
+    stop_in_step(6, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         tuned(tmp_path / "run", folders / family, "iet-agc+", kind, **settings)
     assert_same_run(tuned(tmp_path / "run", folders / family, "iet-agc+", kind, **settings), expected)

@@ -1,6 +1,5 @@
 """The notebooks of the docs run, show what is stored in them, and become pages of the site."""
 
-import importlib.util
 import json
 import os
 from pathlib import Path
@@ -8,17 +7,12 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from launching import tool
+
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
 SAME_EVERYWHERE = "first-audit"
 """Nothing is trained in it, so that its numbers are those of any machine."""
-
-
-def tool(name):
-    specification = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
 
 
 def said(notebook):

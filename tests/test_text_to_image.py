@@ -20,7 +20,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 from tiny_pipelines import tiny_stable_diffusion, tiny_stable_diffusion_xl
-from toy import assert_same_run, final_state, largest_difference, log_of, summary_of, toy_images
+from toy import assert_same_run, final_state, largest_difference, log_of, stop_in_step, summary_of, toy_images
 from unrote.api import train
 from unrote.config import load_config
 from unrote.data.store import in_memory_store
@@ -231,17 +231,7 @@ def test_products_are_averaged_in_training(tmp_path, base):
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_stopped_and_gone_on_with_it_is_the_same_bit_for_bit(tmp_path, base, kind, monkeypatch):
     expected = tuned(tmp_path / "whole", base, "iet-agc+", kind)
-    calls = 0
-
-    def killed(self, *arguments, **options):
-        nonlocal calls
-        calls += 1
-        if calls == 6:
-            raise KeyboardInterrupt
-        return original(self, *arguments, **options)
-
-    original = TrainingStep.__call__
-    monkeypatch.setattr(TrainingStep, "__call__", killed)
+    stop_in_step(6, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         tuned(tmp_path / "run", base, "iet-agc+", kind)
     assert list((tmp_path / "run" / "checkpoints").glob("*.json")), "a checkpoint to go on from"
@@ -252,11 +242,8 @@ def test_stopped_and_gone_on_with_it_is_the_same_bit_for_bit(tmp_path, base, kin
 def test_another_base_model_under_the_same_path_is_refused_by_its_part(tmp_path, base, kind, monkeypatch):
     copied = shutil.copytree(base, tmp_path / "base")
 
-    def killed(self, *arguments, **options):
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr(TrainingStep, "__call__", killed)
+        stop_in_step(1, patch)
         with pytest.raises(KeyboardInterrupt):
             tuned(tmp_path / "run", copied, "iet-agc+", kind)
     unet = UNet2DConditionModel.from_pretrained(copied / "unet")

@@ -9,7 +9,7 @@ pytest.importorskip("peft")
 
 from forking import Job
 from test_text_to_image import SETTINGS, captioned, saved, tuned
-from toy import assert_same_run, largest_difference, log_of, summary_of
+from toy import assert_same_run, largest_difference, log_of, stop_in_step, summary_of
 from unrote.config import load_config
 from unrote.data.augmentations import augment
 from unrote.models.making import make_task
@@ -19,7 +19,6 @@ from unrote.models.views import Views, view_cache
 from unrote.seeding import generator
 from unrote.training.plan import make_plan
 from unrote.training.run import Run
-from unrote.training.step import TrainingStep
 
 pytestmark = pytest.mark.usefixtures("module_cache")
 CPU = torch.device("cpu")
@@ -98,16 +97,7 @@ def test_kept_views_train_and_a_stopped_run_goes_on_bit_for_bit(tmp_path, base, 
     settings |= {"augmentation__ratio_source": "lookahead", "data__random_flip": True}
     expected = tuned(tmp_path / "whole", base, "iet-agc+", "lora", **settings)
     assert summary_of(expected)["augmented"] > 0
-    calls, original = 0, TrainingStep.__call__
-
-    def killed(self, *arguments, **options):
-        nonlocal calls
-        calls += 1
-        if calls == 6:
-            raise KeyboardInterrupt
-        return original(self, *arguments, **options)
-
-    monkeypatch.setattr(TrainingStep, "__call__", killed)
+    stop_in_step(6, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         tuned(tmp_path / "run", base, "iet-agc+", "lora", **settings)
     assert_same_run(tuned(tmp_path / "run", base, "iet-agc+", "lora", **settings), expected)

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from unrote.api import train
 from unrote.data.store import in_memory_store
 from unrote.tensorfiles import load_state
+from unrote.training.step import TrainingStep
 
 SETTINGS = {
     "model.block_out_channels": [32, 32],
@@ -48,6 +49,20 @@ def toy_run(out: Path, method="standard", *, images=None, **settings):
     """Train a tiny model; settings are dotted fields with ``__`` for the dot."""
     changed = {key.replace("__", "."): value for key, value in settings.items()}
     return train(toy_images() if images is None else images, out=out, method=method, settings=SETTINGS | changed)
+
+
+def stop_in_step(number, monkeypatch):
+    """The training step of this number, counted from here on, is interrupted; those after it are not."""
+    calls, original = 0, TrainingStep.__call__
+
+    def stopped(self, *arguments, **options):
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            raise KeyboardInterrupt
+        return original(self, *arguments, **options)
+
+    monkeypatch.setattr(TrainingStep, "__call__", stopped)
 
 
 def weights_of(run, variant=None):
