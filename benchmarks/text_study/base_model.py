@@ -144,18 +144,18 @@ def _fit(model: nn.Module, losses: Iterator[Tensor], steps: int, learning_rate: 
 def train_vae(images: np.ndarray, sizes: Sizes, seed: int) -> AutoencoderKL:
     """Squared error plus a small divergence from the normal distribution; then the scale that makes latents unit."""
     torch.manual_seed(seed)
-    vae, draw = make_vae(sizes), torch.Generator().manual_seed(seed)
+    vae, draw = make_vae(sizes).to(memory_format=torch.channels_last), torch.Generator().manual_seed(seed)
 
     def losses() -> Iterator[Tensor]:
         for rows in _batches(len(images), sizes.vae_batch, sizes.vae_images, draw):
-            pixels = as_floats(images[rows], DEVICE)
+            pixels = as_floats(images[rows], DEVICE).contiguous(memory_format=torch.channels_last)
             with torch.autocast("cpu", torch.bfloat16, enabled=multiplies_bf16(DEVICE)):
                 posterior = vae.encode(pixels).latent_dist
                 shown = vae.decode(posterior.sample()).sample
             yield F.mse_loss(shown.float(), pixels) + KL_WEIGHT * posterior.kl().mean()
 
     _fit(vae, losses(), math.ceil(sizes.vae_images / sizes.vae_batch), 3e-3, "autoencoder")
-    vae.eval()
+    vae.eval().to(memory_format=torch.contiguous_format)
     with torch.no_grad():
         some = vae.encode(as_floats(images[:: max(1, len(images) // 512)], DEVICE)).latent_dist.mean
     vae.register_to_config(scaling_factor=1 / some.std().item())

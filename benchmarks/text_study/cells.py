@@ -63,6 +63,8 @@ METHODS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "IET-AGC+ & captions": ("iet-agc+", _CAPTIONS),
     "IET-AGC+ & noise": ("iet-agc+", _NOISE),
     "LoRA & IET-AGC+": ("iet-agc+", _LORA),
+    "gap": ("gap", {}),
+    "LoRA & gap": ("gap", _LORA),
 }
 """Name → method of ``unrote train`` and its own settings. The combinations were chosen before any result."""
 

@@ -249,10 +249,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each; default: 2")
     parser.add_argument("--no-sscd", action="store_true", help="leave SSCD out")
     options = parser.parse_args(arguments)
-    torch.set_num_threads(1)
     packages, toy = options.packages or options.out / "packages", options.scale == "toy"
     study = Study(options.out, packages, options.scale, with_sscd=not (options.no_sscd or toy))
+    torch.set_num_threads(options.workers)
     study.prepare()
+    torch.set_num_threads(1)
     names = options.only or list(METHODS)
     seeds = range(study.scale.seeds) if options.seeds is None else options.seeds
     study.run_cell(UNTUNED, 0)
