@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 
 from unrote.errors import InputError
 from unrote.neighbours.feature_scans import FloatScan, QuantisedScan, bounding_box
-from unrote.neighbours.features import WAYS, fast_way, nearest_features
+from unrote.neighbours.features import nearest_features
+from unrote.neighbours.passes import WAYS, Passes
+from unrote.neighbours.reduction import Reduction
 from unrote.neighbours.products import bfloat16_pays, int8_is_exact
 
 CPU = torch.device("cpu")
@@ -108,7 +110,7 @@ def crowded(spread: float) -> tuple[np.ndarray, np.ndarray, int]:
 @needs_int8
 def test_the_guard_fires_where_rounding_to_8_bits_cannot_tell_and_mends_it():
     queries, references, crowds = crowded(1e-3)
-    assert fast_way(queries, references, 50, CPU)[0] == "int8"
+    assert Passes(queries, references, 50, 4096, CPU).fastest() == "int8"
     found = nearest_features(queries, references, 50)
     assert crowds <= found.searched_again < len(queries)
     assert_brute_force(found, queries, references, 50)
@@ -117,7 +119,7 @@ def test_the_guard_fires_where_rounding_to_8_bits_cannot_tell_and_mends_it():
 @needs_int8
 def test_8_bits_are_enough_for_independent_numbers_as_rounding_at_random_adds_up_to_little():
     queries, references = normal(1, 70, 512), normal(2, 3000, 512)
-    assert fast_way(queries, references, 50, CPU)[0] == "int8"
+    assert Passes(queries, references, 50, 4096, CPU).fastest() == "int8"
     found = nearest_features(queries, references, 50)
     assert found.searched_again < len(queries) / 10
     assert_brute_force(found, queries, references, 50)
@@ -130,7 +132,7 @@ def test_bfloat16_is_chosen_where_8_bits_are_too_coarse_and_changes_nothing():
     references[:, 7] *= 0.0
     queries[:2, 7], references[:2, 7] = (100.0, -100.0), (100.0, -100.0)
     if bfloat16_pays("cpu"):
-        assert fast_way(queries, references, 50, CPU)[0] == "bfloat16"
+        assert Passes(queries, references, 50, 4096, CPU).fastest() == "bfloat16"
     assert_brute_force(nearest_features(queries, references, 50), queries, references, 50)
 
 
@@ -170,8 +172,7 @@ def test_every_pass_equals_brute_force(kind, way, monkeypatch):
     if way == "int8" and kind in ("tiny", "huge"):
         pytest.skip("never chosen there")
     queries, references = features(kind)
-    box = bounding_box(queries, references[1::2])
-    monkeypatch.setattr("unrote.neighbours.features.fast_way", lambda *_: (way, box))
+    monkeypatch.setattr(Passes, "fastest", lambda _: way)
     with np.errstate(over="ignore"):
         assert_brute_force(nearest_features(queries, references, 50), queries, references, 50)
 
@@ -219,12 +220,15 @@ def test_bounds_never_exceed_the_distance(seed, values, scale, offset, wild):
     references[::5] = queries[random.integers(0, 9, 26)]
     references[1::5] = np.nextafter(references[::5], np.float32(np.inf))
     squared = np.stack([((query.astype(np.float64) - references) ** 2).sum(1) for query in queries])
+    reduction = Reduction(references, CPU)
     for scan in (
         FloatScan(queries, bounding_box(queries), 20, 130, tile=4, device=CPU),
         FloatScan(queries, bounding_box(queries), 20, 130, tile=4, device=CPU, coarse=True),
         FloatScan(queries, bounding_box(queries), 130, 130, tile=4, device=CPU),
         FloatScan(queries, bounding_box(queries), 130, 130, tile=4, device=CPU, coarse=True),
         FloatScan(queries, bounding_box(queries, references), 130, 130, tile=4, device=CPU, coarse=True),
+        FloatScan(queries, bounding_box(queries), 20, 130, tile=4, device=CPU, reduction=reduction),
+        FloatScan(queries, bounding_box(queries), 130, 130, tile=4, device=CPU, reduction=reduction, coarse=True),
         QuantisedScan(queries, bounding_box(queries), 130, 130, 130, 4, CPU),
     ):
         for start in range(0, 130, 40):
