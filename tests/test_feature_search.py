@@ -1,5 +1,7 @@
 """Feature search against brute force in float64, the bounds it rests on, and inputs that force its guard to fire."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -10,8 +12,8 @@ from unrote.errors import InputError
 from unrote.neighbours.feature_scans import FloatScan, QuantisedScan, bounding_box
 from unrote.neighbours.features import nearest_features
 from unrote.neighbours.passes import WAYS, Passes
-from unrote.neighbours.reduction import Reduction
 from unrote.neighbours.products import bfloat16_pays, int8_is_exact
+from unrote.neighbours.reduction import Reduction
 
 CPU = torch.device("cpu")
 needs_int8 = pytest.mark.skipif(not int8_is_exact("cpu"), reason="no fast exact int8 product on this processor")
@@ -163,6 +165,39 @@ def test_rounding_at_random_moves_a_distance_as_little_as_hoeffding_says():
     for c in (0.5, 1.0, 1.5):
         assert (np.abs(cross) > c).mean() <= 2 * np.exp(-2 * c**2)
     assert (np.abs(cross) > 1.0).any()  # a smaller c would not hold
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**31), st.sampled_from([100, 700]), st.sampled_from([1e-6, 1.0, 1e6]), st.booleans())
+def test_a_reduction_takes_no_two_rows_farther_apart_but_for_its_slack(seed, values, outlying, spoilt):
+    """Also rows that lie within its directions, where all of a distance is left and rounding shows."""
+    random = np.random.default_rng(seed)
+    reduction = Reduction(random.standard_normal((60, values)).astype(np.float32), CPU)
+    if spoilt:
+        reduction = copy.copy(reduction)
+        reduction.basis = reduction.basis * 1.01
+    rows = random.standard_normal((80, values)).astype(np.float32)
+    rows[::2] = (reduction.basis.numpy() @ random.standard_normal((reduction.values, 40)).astype(np.float32)).T
+    rows[::3] *= np.float32(outlying)
+    reduced, slack = (part.double().numpy() for part in reduction(torch.from_numpy(rows)))
+    squared = ((rows[:, None].astype(np.float64) - rows) ** 2).sum(2)
+    bounds = ((reduced[:, None] - reduced) ** 2).sum(2) - 2 * (slack[:, None] + slack)
+    assert (bounds <= squared).all() != spoilt
+
+
+def test_rows_are_reduced_where_that_spares_most_of_the_products():
+    assert Reduction.pays(4096, 50_000, 3072) and not Reduction.pays(256, 50_000, 3072)
+    assert not Reduction.pays(4096, 50_000, 128) and not Reduction.pays(4096, 1000, 3072)
+
+
+@pytest.mark.skipif(int8_is_exact("cpu"), reason="8 bits come first on this processor")
+def test_a_reduction_is_chosen_where_rows_vary_in_few_directions_only(monkeypatch):
+    monkeypatch.setattr(Reduction, "pays", lambda *_: True)
+    basis = normal(0, 12, 320)
+    queries, references = normal(1, 70, 12) @ basis, normal(2, 3000, 12) @ basis
+    assert Passes(queries, references, 50, 4096, CPU).fastest() == "reduced"
+    assert Passes(normal(3, 70, 320), normal(4, 3000, 320), 50, 4096, CPU).fastest() != "reduced"
+    assert_brute_force(nearest_features(queries, references, 50), queries, references, 50)
 
 
 @pytest.mark.parametrize("way", WAYS)

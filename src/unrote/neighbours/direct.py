@@ -36,7 +36,9 @@ def squared_distances(
                 release(references)  # scattered reads map far more of a file than they use
             chunk = part[start : start + step]
             differences = read[indices[chunk]].astype(dtype, copy=False)
-            differences -= queries[rows[chunk]].astype(dtype, copy=False)  # to subtract another type takes twice as long
+            differences -= queries[rows[chunk]].astype(
+                dtype, copy=False
+            )  # to subtract another type takes twice as long
             squared[chunk] = (differences[:, None] @ differences[:, :, None])[:, 0, 0]
 
     threads = torch.get_num_threads()

@@ -32,8 +32,8 @@ class HalfBounds:
     and how far rounding moved each row is measured. Products of bfloat16 are summed in float32 and rounded to bfloat16
     once, which moves them by less than 2⁻⁸ of themselves: little where the distance is near the threshold.
 
-    With a ``reduction``, rows are reduced first, all of the above holds of what they are reduced to, and each row's slack is
-    taken off its half norm.
+    With a ``reduction``, rows are reduced first, all of the above holds of what they are reduced to, and each row's
+    slack is taken off its half norm.
 
     Args:
         queries: float32 [g, D].

@@ -14,11 +14,12 @@ import torch
 
 from unrote.neighbours.direct import least, rounding, squared_distances
 from unrote.neighbours.feature_scans import RangeScan, checked
-from unrote.neighbours.images import MEMORY_BYTES, Neighbours
+from unrote.neighbours.found import MEMORY_BYTES, Neighbours
 from unrote.neighbours.passes import WAYS, Passes, slots_of
 from unrote.neighbours.products import float32_products
 from unrote.neighbours.streaming import Blocks, Rows, Saved, Stream, release
 from unrote.ranks import Ranks
+
 
 @torch.no_grad()
 def nearest_features(

@@ -46,18 +46,20 @@ class Passes:
         release(references)
         self.shown, self.sample = np.concatenate(parts[::2]), np.concatenate(parts[1::2])
         self.box = bounding_box(queries, self.sample)
+        self._sizes = (len(queries), self.count, queries.shape[1])
 
     @cached_property
     def reduction(self) -> Reduction:
-        """By other references than those that it is tried on, which it would fit too well."""
-        return Reduction(self.shown, self.device)
+        """By queries and by other references than those that it is tried on, which it would fit too well."""
+        some = self.queries[:: -(-len(self.queries) // len(self.shown))]
+        return Reduction(np.concatenate([self.shown, some]), self.device)
 
     def there(self, way: Way) -> bool:
         """Whether this machine and these values have that pass."""
         kind, bounded = self.device.type, 1e-30 < widest(self.box) < 1e30
         return {
             "int8": bounded and int8_is_exact(kind),
-            "reduced": bounded and Reduction.worthwhile(self.queries.shape[1]) and self.reduction.usable,
+            "reduced": bounded and Reduction.pays(*self._sizes) and self.reduction.usable,
             "bfloat16": bounded and bfloat16_pays(kind),
             "float32": True,
         }[way]
