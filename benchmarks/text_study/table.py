@@ -137,24 +137,20 @@ def ratio(pairs: Sequence[tuple[float, float]], half: float) -> str:
 
 
 def draw(file: Path, cells: Sequence[Cell]) -> None:
-    """What is copied against the Fréchet distance along training, a line per method, means over seeds.
-
-    Twice: the share of copies by the neighbour ratio, and that by SSCD where it has looked.
-    """
+    """What is copied, by the neighbour ratio, against the Fréchet distance along training; means over seeds."""
     import matplotlib
 
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    figure, both = pyplot.subplots(1, 2, figsize=(15, 6), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(10, 7), layout="constrained")
     styles = [(colour, line) for line in ("-", "--") for colour in pyplot.colormaps["tab10"].colors]
-    for axes, keys, by in zip(both, (COPIED, COLUMNS["SSCD calibrated"]), ("neighbour ratio", "SSCD"), strict=True):
-        for (name, same), (colour, line) in zip(by_method(cells).items(), styles, strict=False):
-            found = [[(read(point, DISTANCE), read(point, keys)) for point in cell["points"]] for cell in same]
-            mean = np.mean(np.array(found, dtype=float), 0)
-            axes.plot(mean[:, 0], mean[:, 1], line, color=colour, marker="o", markersize=4, label=name)
-        axes.set_xlabel("Fréchet distance of images from held-out captions to held-out art (lower is better)")
-        axes.set_ylabel(f"share of images from training captions that are copies, by {by}")
-    both[0].legend(fontsize=8)
+    for (name, same), (colour, line) in zip(by_method(cells).items(), styles, strict=False):
+        found = [[(read(point, DISTANCE), read(point, COPIED)) for point in cell["points"]] for cell in same]
+        mean = np.mean(np.array(found, dtype=float), 0)
+        axes.plot(mean[:, 0], mean[:, 1], line, color=colour, marker="o", markersize=4, label=name)
+    axes.set_xlabel("Fréchet distance of images from held-out captions to held-out art (lower is better)")
+    axes.set_ylabel("share of images from training captions that are copies")
+    axes.legend(fontsize=8)
     figure.savefig(file, metadata={"Date": None})
     pyplot.close(figure)
