@@ -42,14 +42,11 @@ class Sizes:
     vae_images: int = 100_000
     vae_batch: int = 32
     unet_images: int = 180_000
-    unet_pictures: int | None = None
-    """How many of the base vendor's the denoiser sees; None is all."""
     batch: int = 64
     learning_rate: float = 1.5e-3
 
 
 FULL = Sizes(Counts(train=256, repeated=20, holdout=512))
-SHORT = Sizes(Counts(100, 10, 400), side=16, vae_channels=(32, 32), vae_images=25_000, unet_images=45_000)
 TOY = Sizes(
     Counts(24, 4, 24),
     side=16,
@@ -241,6 +238,6 @@ def pretrain(out: Path, data: Path, text: tuple[BertTokenizer, BertModel], sizes
         feature_extractor=None,
         requires_safety_checker=False,
     )  # fmt: skip
-    train_unet(pipeline, base if sizes.unet_pictures is None else base.limit(sizes.unet_pictures), sizes, seed)
+    train_unet(pipeline, base, sizes, seed)
     with atomic_path(out, durable=False) as temporary:
         pipeline.save_pretrained(temporary)

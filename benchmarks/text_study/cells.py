@@ -23,7 +23,6 @@ class Scale:
     epochs: float = 60
     batch_size: int = 16
     learning_rate: float = 5e-4
-    lora_learning_rate: float = 2e-3
     snapshots: int = 4
     num_shards: int = 4
     local_epochs: float = 5
@@ -37,10 +36,9 @@ class Scale:
 
 SCALES = {
     "full": Scale(),
-    "short": Scale(epochs=72, learning_rate=1e-3, prompts=64, snapshots=3, steps=8),
     "toy": Scale(epochs=1, batch_size=8, snapshots=1, num_shards=2, local_epochs=0.5, prompts=12, steps=2, seeds=1),
 }
-"""``full`` is meant for two cores and three hours (budget: see ``run.py``), ``short`` for one busy core and an hour."""
+"""``full`` is meant for two cores (budget: see ``run.py``)."""
 
 _NOISE = {"text.embedding_noise": 0.1}
 _CAPTIONS = {"text.caption": "random"}
@@ -82,7 +80,6 @@ def slug(name: str) -> str:
 def settings_of(name: str, scale: Scale, pretrained: str, side: int, seed: int, norm: float) -> dict[str, Any]:
     """What ``unrote train`` is told for the method ``name``; ``norm`` is the calibrated prediction norm."""
     method, own = METHODS[name]
-    rate = scale.lora_learning_rate if own.get("model.train") == "lora" else scale.learning_rate
     ensemble = {"ensemble.num_shards": scale.num_shards, "ensemble.local_epochs": scale.local_epochs}
     common = {
         "seed": seed,
@@ -90,7 +87,7 @@ def settings_of(name: str, scale: Scale, pretrained: str, side: int, seed: int, 
         "data.resolution": side,
         "training.epochs": scale.epochs,
         "training.batch_size": scale.batch_size,
-        "training.learning_rate": rate,
+        "training.learning_rate": scale.learning_rate,
         "training.lr_warmup_steps": 20,
         "training.ema_decay": 0.99,
         "training.gradient_checkpointing": False,

@@ -7,18 +7,9 @@
 Needs npm for the emoji, pip for the text encoder (or their archives in --packages), and for SSCD the `sscd` extra.
 
 A cell is one method with one seed; cells are kept, all methods of a seed come before the next seed, and the outcome is
-written after each, so that a study that was stopped can be read and gone on with. The budget of the full scale in
-seconds of one thread of an AMD EPYC, each part measured by itself on a quiet machine on 24 November 2026:
-
-    reading the packages' pictures once                      28
-    autoencoder: 3,125 steps of 32 at 0.109                 340
-    denoiser: 2,813 steps of 64 at 0.130                    366
-    a cell's training: 1,260 steps of 16 at 0.048            60    (several times that where texts vary or are judged)
-    a cell's 4 points, 2 x 256 images each                   88
-        sampling, 12 steps with guidance, decoding: 8.6; SSCD of 256: 9.8; two audits: 3.1
-
-48 cells of 148 s and the rest are 7,800 s, so 65 minutes for two workers if nothing else costs anything. Every cell
-keeps the processor time that it took; what whole cells take stands in docs/text-study.md.
+written after each, so that a study that was stopped can be read and gone on with. Every cell keeps the processor time
+that it took. On two busy cores of an AMD EPYC with AVX2 only (no bf16, 26 November 2026) the base model took 20 minutes,
+and a cell 400 s of one core: 150 s of training (300 s where texts vary), 45 s for each of 4 points, and SSCD once.
 """
 
 import argparse
@@ -41,7 +32,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 import torch
 from art import fetch_wheel, prepare
-from base_model import FULL, SHORT, TEXT_PACKAGE, TOY, Sizes, minilm, pretrain, toy_text
+from base_model import FULL, TEXT_PACKAGE, TOY, Sizes, minilm, pretrain, toy_text
 from cells import METHODS, SCALES, Scale, settings_of, slug, usual_norm
 from measures import SPACE, make_images, measure, with_weights
 from table import REFERENCE, write_outcome
@@ -54,7 +45,7 @@ from unrote.files import write_json
 from unrote.models.pretrained import load_pretrained
 
 UNTUNED, REGIME = "no fine-tuning", "emoji"
-SIZES = {"full": FULL, "short": SHORT, "toy": TOY}
+SIZES = {"full": FULL, "toy": TOY}
 
 
 @dataclass
@@ -245,9 +236,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of everything")
     parser.add_argument("--packages", type=Path, help="folder of the packages' archives; default: OUT/packages")
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument("--scale", choices=list(SCALES), default="full", help="how much is done; default: full")
-    size.add_argument("--toy", dest="scale", action="store_const", const="toy", help="shapes and a few steps")
+    parser.add_argument(
+        "--toy", dest="scale", action="store_const", const="toy", default="full", help="shapes and a few steps"
+    )
     parser.add_argument("--only", action="append", choices=list(METHODS), help="this method only; may be repeated")
     parser.add_argument("--seeds", type=int, nargs="+", help="which seeds; default: 0 1 2")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each; default: 2")
