@@ -1,4 +1,4 @@
-"""A search in a process of its own, for test_search_processes: alone or under torchrun, resumable, and killable.
+"""A search in a process of its own, for test_search_processes: alone or as one of several, resumable, and killable.
 
 Usage: search_program.py images|features OUT RESUME KILL_AT. Kills itself (SIGKILL) at the KILL_AT-th read of the last
 process; 0 for never. Writes the result and the number of reads of every process.
