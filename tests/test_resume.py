@@ -16,7 +16,7 @@ from unrote.training.run import Run
 
 SEED = 20261124
 METHODS = ("standard", "iet-agc+")
-FAST = {"training.checkpointing_steps": 3, "training.epochs": 60, "training.log_every_steps": 2}
+FAST = {"training.checkpointing_steps": 3, "training.epochs": 30, "training.log_every_steps": 2}
 
 
 @pytest.fixture(scope="module")
