@@ -113,7 +113,7 @@ def test_where_everyone_stands_is_what_counting_gives(total, local, sizes, parts
 
 # Faults.
 
-LONG = {"training.epochs": 30, "training.log_every_steps": 2}
+LONG = {"training.epochs": 16, "training.log_every_steps": 2}
 
 
 @pytest.fixture(scope="module")

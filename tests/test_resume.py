@@ -16,7 +16,7 @@ from unrote.training.run import Run
 
 SEED = 20261124
 METHODS = ("standard", "iet-agc+")
-FAST = {"training.checkpointing_steps": 3, "training.epochs": 30, "training.log_every_steps": 2}
+FAST = {"training.checkpointing_steps": 3, "training.epochs": 16, "training.log_every_steps": 2}
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def test_killed_at_random_moments_it_ends_the_same(method, tmp_path, data, undis
     draw, out, kills = random.Random(f"{SEED} {method}"), tmp_path / "run", 0
     for _ in range(2):
         process = start(out, data, method)
-        if wait_for_steps(out, process, steps_of(out) + draw.randint(2, 40)):
+        if wait_for_steps(out, process, steps_of(out) + draw.randint(2, 20)):
             time.sleep(draw.uniform(0, 0.05))
             process.kill()
             kills += 1
