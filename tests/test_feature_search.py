@@ -1,5 +1,7 @@
 """Feature search against brute force in float64, the bounds it rests on, and inputs that force its guard to fire."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -8,8 +10,10 @@ from hypothesis import strategies as st
 
 from unrote.errors import InputError
 from unrote.neighbours.feature_scans import FloatScan, QuantisedScan, bounding_box
-from unrote.neighbours.features import WAYS, fast_way, nearest_features
+from unrote.neighbours.features import nearest_features
+from unrote.neighbours.passes import WAYS, Passes
 from unrote.neighbours.products import bfloat16_pays, int8_is_exact
+from unrote.neighbours.reduction import Reduction
 
 CPU = torch.device("cpu")
 needs_int8 = pytest.mark.skipif(not int8_is_exact("cpu"), reason="no fast exact int8 product on this processor")
@@ -108,7 +112,7 @@ def crowded(spread: float) -> tuple[np.ndarray, np.ndarray, int]:
 @needs_int8
 def test_the_guard_fires_where_rounding_to_8_bits_cannot_tell_and_mends_it():
     queries, references, crowds = crowded(1e-3)
-    assert fast_way(queries, references, 50, CPU)[0] == "int8"
+    assert Passes(queries, references, 50, 4096, CPU).fastest() == "int8"
     found = nearest_features(queries, references, 50)
     assert crowds <= found.searched_again < len(queries)
     assert_brute_force(found, queries, references, 50)
@@ -117,7 +121,7 @@ def test_the_guard_fires_where_rounding_to_8_bits_cannot_tell_and_mends_it():
 @needs_int8
 def test_8_bits_are_enough_for_independent_numbers_as_rounding_at_random_adds_up_to_little():
     queries, references = normal(1, 70, 512), normal(2, 3000, 512)
-    assert fast_way(queries, references, 50, CPU)[0] == "int8"
+    assert Passes(queries, references, 50, 4096, CPU).fastest() == "int8"
     found = nearest_features(queries, references, 50)
     assert found.searched_again < len(queries) / 10
     assert_brute_force(found, queries, references, 50)
@@ -130,7 +134,7 @@ def test_bfloat16_is_chosen_where_8_bits_are_too_coarse_and_changes_nothing():
     references[:, 7] *= 0.0
     queries[:2, 7], references[:2, 7] = (100.0, -100.0), (100.0, -100.0)
     if bfloat16_pays("cpu"):
-        assert fast_way(queries, references, 50, CPU)[0] == "bfloat16"
+        assert Passes(queries, references, 50, 4096, CPU).fastest() == "bfloat16"
     assert_brute_force(nearest_features(queries, references, 50), queries, references, 50)
 
 
@@ -163,6 +167,39 @@ def test_rounding_at_random_moves_a_distance_as_little_as_hoeffding_says():
     assert (np.abs(cross) > 1.0).any()  # a smaller c would not hold
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**31), st.sampled_from([100, 700]), st.sampled_from([1e-6, 1.0, 1e6]), st.booleans())
+def test_a_reduction_takes_no_two_rows_farther_apart_but_for_its_slack(seed, values, outlying, spoilt):
+    """Also rows that lie within its directions, where all of a distance is left and rounding shows."""
+    random = np.random.default_rng(seed)
+    reduction = Reduction(random.standard_normal((60, values)).astype(np.float32), CPU)
+    if spoilt:
+        reduction = copy.copy(reduction)
+        reduction.basis = reduction.basis * 1.01
+    rows = random.standard_normal((80, values)).astype(np.float32)
+    rows[::2] = (reduction.basis.numpy() @ random.standard_normal((reduction.values, 40)).astype(np.float32)).T
+    rows[::3] *= np.float32(outlying)
+    reduced, slack = (part.double().numpy() for part in reduction(torch.from_numpy(rows)))
+    squared = ((rows[:, None].astype(np.float64) - rows) ** 2).sum(2)
+    bounds = ((reduced[:, None] - reduced) ** 2).sum(2) - 2 * (slack[:, None] + slack)
+    assert (bounds <= squared).all() != spoilt
+
+
+def test_rows_are_reduced_where_that_spares_most_of_the_products():
+    assert Reduction.pays(4096, 50_000, 3072) and not Reduction.pays(256, 50_000, 3072)
+    assert not Reduction.pays(4096, 50_000, 128) and not Reduction.pays(4096, 1000, 3072)
+
+
+@pytest.mark.skipif(int8_is_exact("cpu"), reason="8 bits come first on this processor")
+def test_a_reduction_is_chosen_where_rows_vary_in_few_directions_only(monkeypatch):
+    monkeypatch.setattr(Reduction, "pays", lambda *_: True)
+    basis = normal(0, 12, 320)
+    queries, references = normal(1, 70, 12) @ basis, normal(2, 3000, 12) @ basis
+    assert Passes(queries, references, 50, 4096, CPU).fastest() == "reduced"
+    assert Passes(normal(3, 70, 320), normal(4, 3000, 320), 50, 4096, CPU).fastest() != "reduced"
+    assert_brute_force(nearest_features(queries, references, 50), queries, references, 50)
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_pass_equals_brute_force(kind, way, monkeypatch):
@@ -170,8 +207,7 @@ def test_every_pass_equals_brute_force(kind, way, monkeypatch):
     if way == "int8" and kind in ("tiny", "huge"):
         pytest.skip("never chosen there")
     queries, references = features(kind)
-    box = bounding_box(queries, references[1::2])
-    monkeypatch.setattr("unrote.neighbours.features.fast_way", lambda *_: (way, box))
+    monkeypatch.setattr(Passes, "fastest", lambda _: way)
     with np.errstate(over="ignore"):
         assert_brute_force(nearest_features(queries, references, 50), queries, references, 50)
 
@@ -219,12 +255,15 @@ def test_bounds_never_exceed_the_distance(seed, values, scale, offset, wild):
     references[::5] = queries[random.integers(0, 9, 26)]
     references[1::5] = np.nextafter(references[::5], np.float32(np.inf))
     squared = np.stack([((query.astype(np.float64) - references) ** 2).sum(1) for query in queries])
+    reduction = Reduction(references, CPU)
     for scan in (
         FloatScan(queries, bounding_box(queries), 20, 130, tile=4, device=CPU),
         FloatScan(queries, bounding_box(queries), 20, 130, tile=4, device=CPU, coarse=True),
         FloatScan(queries, bounding_box(queries), 130, 130, tile=4, device=CPU),
         FloatScan(queries, bounding_box(queries), 130, 130, tile=4, device=CPU, coarse=True),
         FloatScan(queries, bounding_box(queries, references), 130, 130, tile=4, device=CPU, coarse=True),
+        FloatScan(queries, bounding_box(queries), 20, 130, tile=4, device=CPU, reduction=reduction),
+        FloatScan(queries, bounding_box(queries), 130, 130, tile=4, device=CPU, reduction=reduction, coarse=True),
         QuantisedScan(queries, bounding_box(queries), 130, 130, 130, 4, CPU),
     ):
         for start in range(0, 130, 40):

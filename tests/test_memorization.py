@@ -12,7 +12,8 @@ from unrote.auditing.memorization import (
     train_share,
 )
 from unrote.data.store import image_digests
-from unrote.neighbours.images import Neighbours, nearest_images
+from unrote.neighbours.found import Neighbours
+from unrote.neighbours.images import nearest_images
 
 
 def images(seed: int, count: int) -> np.ndarray:

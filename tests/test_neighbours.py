@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from unrote.errors import InputError
 from unrote.neighbours.images import nearest_images
 from unrote.neighbours.orbit import IDENTITY, Transform, orbit
+from unrote.neighbours.passes import Passes
+from unrote.neighbours.reduction import Reduction
 
 
 def images(seed: int, count: int, shape: tuple[int, ...] = (8, 8, 3), levels: int = 256) -> np.ndarray:
@@ -74,6 +76,21 @@ def test_adversarial_images(kind, with_orbit):
         orbit(flip=True, max_shift=1, height=queries.shape[1], width=queries.shape[2]) if with_orbit else (IDENTITY,)
     )
     assert_same(nearest_images(queries, references, 50, transforms=views), brute_force(queries, references, 50, views))
+
+
+@pytest.mark.parametrize(
+    "kind", ["random", "all equal", "copies and duplicates", "one level apart", "black and white", "many ties"]
+)
+@pytest.mark.parametrize("way", ["reduced", "float32"])
+def test_images_that_are_searched_as_features_are_found_the_same(kind, way, monkeypatch, tmp_path):
+    """As processors without 8-bit products search many images."""
+    monkeypatch.setattr("unrote.neighbours.images.int8_is_exact", lambda _: False)
+    monkeypatch.setattr(Reduction, "pays", lambda *_: True)
+    monkeypatch.setattr(Passes, "fastest", lambda _: way)
+    queries, references = (images(1, 17), images(2, 900)) if kind == "random" else adversarial(kind)
+    np.save(tmp_path / "references.npy", references)
+    found = nearest_images(queries, np.load(tmp_path / "references.npy", mmap_mode="r"), 50)
+    assert_same(found, brute_force(queries, references, 50))
 
 
 def test_extreme_pixels_over_many_values_stay_exact():

@@ -34,7 +34,7 @@ def test_every_method_has_its_points(study):
     _, out, _ = study
     results = json.loads((out / "results.json").read_text())
     assert [cell["method"] for cell in results["cells"]] == list(CHOSEN)
-    assert not set(results["missing"]) & {f"emoji/{name}/0" for name in CHOSEN} and len(results["missing"]) == 13
+    assert not set(results["missing"]) & {f"emoji/{name}/0" for name in CHOSEN} and len(results["missing"]) == 15
     # 24 pictures, 4 of them 5 times: one epoch for every method, from the same model.
     assert {tuple(p["samples_seen"] for p in cell["points"]) for cell in results["cells"]} == {(0, 40)}
     assert {cell["samples_seen"] for cell in results["cells"]} == {40}
@@ -132,15 +132,40 @@ def test_agreement_by_hand(study):
     assert found["prompt_first"] == pytest.approx(first / 7)
 
 
-def test_early_stopping_is_what_counts(study):
+def test_methods_are_compared_where_they_are_as_good_as_ordinary_fine_tuning_at_its_best(study):
+    """By hand: early stopping counts, whole curves do, and what is never so good has no number."""
     modules, _, _ = study
-    copied_at = modules["table"].copied_at
-    curve = [(10.0, 0.0), (6.0, 0.2), (8.0, 0.5), (4.0, 0.6)]
-    assert copied_at(curve, 8.0) == pytest.approx(0.1)
-    assert copied_at(curve, 6.0) == pytest.approx(0.2)
-    assert copied_at(curve, 5.0) == pytest.approx(0.575)
-    assert copied_at(curve, 12.0) == 0.0
-    assert copied_at(curve, 3.0) is None
+
+    def cell(method, seed, *points):
+        return {
+            "method": method,
+            "seed": seed,
+            "points": [
+                {
+                    "memorization": {"orbit": {"fraction": share, "distinct": count, "total": 100}, "calibrated": None},
+                    "quality": {"random-conv": {"frechet_distance": {"value": distance}}},
+                }
+                for distance, share, count in points
+            ],
+        }
+
+    cells = [
+        cell("fine-tuning", 0, (50, 0.1, 5), (10, 0.4, 40), (20, 0.9, 80)),
+        cell("fine-tuning", 1, (10.5, 0.4, 40)),
+        cell("AGC", 0, (40, 0.0, 0), (10.5, 0.1, 10), (5, 0.4, 30)),
+        cell("AGC", 1, (11, 0.04, 4)),  # 10.5 and 5 % more
+        cell("LoRA", 0, (11, 0.0, 0)),
+    ]
+    rows = [line.split(" | ") for line in modules["table"].equal_quality(cells).splitlines()]
+    by_name = {row[0].strip("| "): [value.strip("| ") for value in row[1:]] for row in rows[1:] if len(row) > 1}
+    # Ordinary fine-tuning was within 5 % of 10 a little before it was at 10.
+    part = 39.5 / 40
+    first = np.exp((1 - part) * np.log(0.105) + part * np.log(0.405)) - 0.005
+    assert by_name["fine-tuning"][0] == "2 of 2"
+    assert by_name["fine-tuning"][1].startswith(f"{(first + 0.4) / 2:.3g} ±") and by_name["fine-tuning"][2] == "–"
+    ratio = np.sqrt((0.1 + 0.005) / (first + 0.005) * (0.045 / 0.405))
+    assert by_name["AGC"][0] == "2 of 2" and by_name["AGC"][2].startswith(f"{ratio:.2f} (")
+    assert by_name["LoRA"][0] == "0 of 1" and by_name["LoRA"][2] == "never so good"
 
 
 def test_texts_of_an_emoji(study):

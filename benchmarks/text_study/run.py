@@ -157,7 +157,7 @@ class Study:
         started, used, settings = time.monotonic(), time.process_time(), {}
         facts: dict[str, Any] = {}
         if name == UNTUNED:
-            points = [self.point(folder, 0, None, seed)]
+            points = [self.point(folder, 0, None, seed, self.sscd)]
         else:
             settings = settings_of(name, self.scale, str(self.base), self.sizes.side, seed, self.norm)
             run = unrote.train(self.out / "art/train", out=folder / "run", method=METHODS[name][0], settings=settings)
@@ -165,7 +165,11 @@ class Study:
             used = time.process_time()
             facts |= json.loads((run.path / "run.json").read_text())
             shown = sorted((path for path in (run.path / "snapshots").iterdir()), key=lambda path: int(path.name))
-            points = [self.point(folder, int(path.name), path, seed) for path in shown]
+            # SSCD takes as long as all else of a point.
+            points = [
+                self.point(folder, int(path.name), path, seed, self.sscd if path == shown[-1] else None)
+                for path in shown
+            ]
         facts["cpu_seconds_of_points"] = round(time.process_time() - used, 1)
         settings.pop("model.pretrained", None)
         cell = {"regime": REGIME, "method": name, "seed": seed, "folder": folder.name, **facts}
@@ -174,7 +178,7 @@ class Study:
         last = points[-1]
         print(f"{name}, seed {seed}: {brief(last)}, {time.monotonic() - started:.0f} s", flush=True)
 
-    def point(self, folder: Path, seen: int, weights: Path | None, seed: int) -> dict[str, Any]:
+    def point(self, folder: Path, seen: int, weights: Path | None, seed: int, sscd: Encoder | None) -> dict[str, Any]:
         """One snapshot's images and numbers."""
         file = folder / f"{seen}.json"
         if not file.exists():
@@ -184,7 +188,7 @@ class Study:
             folder.mkdir(parents=True, exist_ok=True)
             np.savez_compressed(folder / f"{seen}.npz", copies=copies, fresh=fresh)
             sets = (self.asked, self.unseen, self.train, self.holdout)
-            numbers = measure(copies, fresh, *sets, self.sscd, self.out / "features")
+            numbers = measure(copies, fresh, *sets, sscd, self.out / "features")
             write_json(file, {"samples_seen": seen, **numbers})
         point: dict[str, Any] = json.loads(file.read_text())
         return point

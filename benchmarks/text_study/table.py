@@ -2,23 +2,26 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from unrote.files import write_json, write_text
+from unrote.study.curves import Curve, ratio_over_seeds
 
 REFERENCE = "fine-tuning"
 DISTANCE = ("quality", "random-conv", "frechet_distance", "value")
-COPIED = ("memorization", "orbit", "fraction")
+COPIED, DISTINCT = ("memorization", "orbit", "fraction"), ("memorization", "orbit", "distinct")
+CALIBRATED = ("memorization", "calibrated", "fraction")
+MEMORIZED = {"copied": COPIED, "calibrated": CALIBRATED, "distinct": DISTINCT}
+WITHIN = 1.05
 COLUMNS = {
     "copied": COPIED,
     "of repeated": ("memorization", "orbit", "repeated", "fraction"),
     "of single": ("memorization", "orbit", "single", "fraction"),
-    "calibrated": ("memorization", "calibrated", "fraction"),
-    "distinct": ("memorization", "orbit", "distinct"),
+    "calibrated": CALIBRATED,
+    "distinct": DISTINCT,
     "own nearest": ("prompts", "own_image_nearest"),
     "SSCD p95": ("memorization", "sscd", "p95"),
     "SSCD calibrated": ("memorization", "sscd", "calibrated", "fraction"),
@@ -43,23 +46,20 @@ def write_outcome(out: Path, cells: Sequence[Cell], untuned: Cell, facts: Mappin
     """
     cells = [{**cell, "points": [*untuned["points"], *cell["points"]]} for cell in cells]
     write_json(out / "results.json", {**facts, "cells": cells, "untuned": untuned})
-    write_text(out / "table.md", table(cells, untuned))
+    write_text(out / "table.md", table(cells, untuned) + "\n" + equal_quality(cells))
     draw(out / "curves.svg", cells)
 
 
 def table(cells: Sequence[Cell], untuned: Cell) -> str:
     """Markdown: each method at the end of training, mean and standard deviation over seeds."""
-    lines = ["| method | seeds | skipped | " + " | ".join(COLUMNS) + " | copied against fine-tuning at equal FD |"]
-    lines.append("|" + "---|" * (len(COLUMNS) + 4))
+    lines = ["| method | seeds | skipped | " + " | ".join(COLUMNS) + " |", "|" + "---|" * (len(COLUMNS) + 3)]
     shown = [number([read(untuned["points"][-1], keys)]) for keys in COLUMNS.values()]
-    lines.append(f"| {untuned['method']} | 1 | – | {' | '.join(shown)} | – |")
-    curve = reference_curve(cells)
+    lines.append(f"| {untuned['method']} | 1 | – | {' | '.join(shown)} |")
     for name, same in by_method(cells).items():
         last = [cell["points"][-1] for cell in same]
         shown = [number([read(point, keys) for point in last]) for keys in COLUMNS.values()]
         skipped = number([cell["skipped"] / cell["samples_seen"] for cell in same])
-        equal = "–" if name == REFERENCE else against(last, curve)
-        lines.append(f"| {name} | {len(same)} | {skipped} | {' | '.join(shown)} | {equal} |")
+        lines.append(f"| {name} | {len(same)} | {skipped} | {' | '.join(shown)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -87,63 +87,70 @@ def number(values: Sequence[float | None]) -> str:
     return mean if len(known) < 2 else f"{mean} ± {np.std(known, ddof=1):.2g}"
 
 
-def both_of(point: Any) -> tuple[float, float]:
-    """Fréchet distance and copied share."""
-    distance, copied = read(point, DISTANCE), read(point, COPIED)
-    assert distance is not None and copied is not None
-    return distance, copied
+def curve(cell: Cell, keys: Sequence[str]) -> Curve:
+    """Fréchet distance and the number at ``keys`` along training."""
+    found = np.array([[read(point, DISTANCE), read(point, keys)] for point in cell["points"]], dtype=float)
+    return Curve(found[:, 0], found[:, 1], half_count(cell, keys))
 
 
-def reference_curve(cells: Sequence[Cell]) -> list[tuple[float, float]]:
-    """Fréchet distance and copied share of ordinary fine-tuning along training, from none on, means over seeds."""
-    points: dict[int, list[tuple[float, float]]] = defaultdict(list)
-    for cell in cells:
-        if cell["method"] == REFERENCE:
-            for point in cell["points"]:
-                points[point["samples_seen"]].append(both_of(point))
-    return [tuple(np.mean(points[seen], 0).tolist()) for seen in sorted(points)]
+def half_count(cell: Cell, keys: Sequence[str]) -> float:
+    """Half an image in the unit of the number at ``keys``."""
+    return 0.5 if keys == DISTINCT else 0.5 / cell["points"][0]["memorization"]["orbit"]["total"]
 
 
-def copied_at(curve: Sequence[tuple[float, float]], distance: float) -> float | None:
-    """How much ordinary fine-tuning had copied when it first was as good as ``distance``; None if it never was so good.
+def equal_quality(cells: Sequence[Cell]) -> str:
+    """Markdown: the least that each method memorizes with a Fréchet distance that ordinary fine-tuning attains.
 
-    Early stopping is what any method must beat, so the first crossing counts. Linear between snapshots.
+    Early stopping is what any method must beat, so all snapshots of both count, and what lies between two. The distance
+    is the best of ordinary fine-tuning on that seed and ``WITHIN`` more. Ratios are geometric means over paired seeds.
     """
-    for (before, low), (after, high) in pairwise(curve):
-        if after <= distance:
-            share = 0.0 if before <= distance or before == after else (before - distance) / (before - after)
-            return low + share * (high - low)
-    return None
+    lines = ["| method | seeds that attain it | " + " | ".join(f"{name} | against" for name in MEMORIZED) + " |"]
+    lines.append("|" + "---|" * (2 * len(MEMORIZED) + 2))
+    usual = {cell["seed"]: cell for cell in cells if cell["method"] == REFERENCE}
+    for name, same in by_method(cells).items():
+        paired = [(cell, usual[cell["seed"]]) for cell in same if cell["seed"] in usual]
+        shown, reached = [], 0
+        for keys in MEMORIZED.values():
+            pairs = [(own, other) for own, other in (_least(*pair, keys) for pair in paired) if own is not None]
+            against = "–" if name == REFERENCE else ratio(pairs, half_count(same[0], keys))
+            shown += [number([own for own, _ in pairs]), against]
+            reached = len(pairs)
+        lines.append(f"| {name} | {reached} of {len(paired)} | {' | '.join(shown)} |")
+    return "\n".join(lines) + "\n"
 
 
-def against(points: Sequence[Mapping[str, Any]], curve: Sequence[tuple[float, float]]) -> str:
-    """Change of the copied share against ordinary fine-tuning stopped early at the method's Fréchet distance."""
-    distance, mine = np.mean([both_of(point) for point in points], 0).tolist()
-    usual = copied_at(curve, distance)
-    if usual is None:
-        return "fine-tuning was never so good"
-    return "–" if usual == 0 else f"{(mine - usual) / usual:+.0%} ({mine:.3f} : {usual:.3f})"
+def _least(cell: Cell, usual: Cell, keys: Sequence[str]) -> tuple[float | None, float]:
+    """The least of ``cell`` and of ordinary fine-tuning, at its best Fréchet distance and a little more."""
+    reference = curve(usual, keys)
+    distance = WITHIN * reference.best_distance
+    attained = reference.memorized_at(distance)
+    assert attained is not None
+    return curve(cell, keys).memorized_at(distance), attained
+
+
+def ratio(pairs: Sequence[tuple[float, float]], half: float) -> str:
+    """The geometric mean over seeds with its 95 % interval."""
+    found = ratio_over_seeds(pairs, half)
+    if found is None:
+        return "never so good"
+    return f"{found.value:.2f}" + ("" if found.low is None else f" ({found.low:.2f}–{found.high:.2f})")
 
 
 def draw(file: Path, cells: Sequence[Cell]) -> None:
-    """What is copied against the Fréchet distance along training, a line per method, means over seeds.
-
-    Twice: the share of copies by the neighbour ratio, and that by SSCD where it has looked.
-    """
+    """What is copied, by the neighbour ratio, against the Fréchet distance along training; means over seeds."""
     import matplotlib
 
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    figure, both = pyplot.subplots(1, 2, figsize=(15, 6), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(10, 7), layout="constrained")
     styles = [(colour, line) for line in ("-", "--") for colour in pyplot.colormaps["tab10"].colors]
-    for axes, keys, by in zip(both, (COPIED, COLUMNS["SSCD calibrated"]), ("neighbour ratio", "SSCD"), strict=True):
-        for (name, same), (colour, line) in zip(by_method(cells).items(), styles, strict=False):
-            found = [[(read(point, DISTANCE), read(point, keys)) for point in cell["points"]] for cell in same]
-            mean = np.mean(np.array(found, dtype=float), 0)
-            axes.plot(mean[:, 0], mean[:, 1], line, color=colour, marker="o", markersize=4, label=name)
-        axes.set_xlabel("Fréchet distance of images from held-out captions to held-out art (lower is better)")
-        axes.set_ylabel(f"share of images from training captions that are copies, by {by}")
-    both[0].legend(fontsize=8)
+    for (name, same), (colour, line) in zip(by_method(cells).items(), styles, strict=False):
+        found = [[(read(point, DISTANCE), read(point, COPIED)) for point in cell["points"]] for cell in same]
+        mean = np.mean(np.array(found, dtype=float), 0)
+        axes.plot(mean[:, 0], mean[:, 1], line, color=colour, marker="o", markersize=4, label=name)
+    axes.set_xlabel("Fréchet distance of images from held-out captions to held-out art (lower is better)")
+    axes.set_ylabel("share of images from training captions that are copies")
+    axes.legend(fontsize=8)
     figure.savefig(file, metadata={"Date": None})
     pyplot.close(figure)

@@ -9,7 +9,7 @@ import torch
 from unrote.auditing.intervals import fraction
 from unrote.auditing.rows import Chosen
 from unrote.neighbours.features import nearest_features
-from unrote.neighbours.images import MEMORY_BYTES
+from unrote.neighbours.found import MEMORY_BYTES
 from unrote.neighbours.streaming import Rows
 
 SEARCHED_FOR = 33  # neighbours of an image that are looked at before its whole cluster is left out

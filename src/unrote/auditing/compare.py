@@ -14,7 +14,8 @@ import numpy as np
 from unrote.auditing.memorization import DEFINITIONS, TrainShare, neighbour_ratio, train_share
 from unrote.auditing.quality import subsample
 from unrote.data.store import ImageStore
-from unrote.neighbours.images import Neighbours, nearest_images
+from unrote.neighbours.found import Neighbours
+from unrote.neighbours.images import nearest_images
 from unrote.neighbours.orbit import Transform
 
 MIN_UNSEEN = 1000  # held-out images (if there are as many) that false alarms and calibrated thresholds rest on

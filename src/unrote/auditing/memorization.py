@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 
 from unrote.auditing.intervals import exceeding, fraction, threshold_at
-from unrote.neighbours.images import Neighbours
+from unrote.neighbours.found import Neighbours
 
 Definition = Literal["l2", "squared-l2"]
 DEFINITIONS: tuple[Definition, ...] = ("l2", "squared-l2")

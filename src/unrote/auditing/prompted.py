@@ -15,7 +15,7 @@ from unrote.auditing.similarity import cosines, distribution
 from unrote.auditing.verdict import percent
 from unrote.data.store import ImageStore
 from unrote.errors import InputError
-from unrote.neighbours.images import Neighbours
+from unrote.neighbours.found import Neighbours
 from unrote.neighbours.streaming import Rows
 
 logger = logging.getLogger("unrote")

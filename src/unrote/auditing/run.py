@@ -23,7 +23,7 @@ from unrote.encoders import Encoder, features
 from unrote.encoders.cache import pixels_digest
 from unrote.encoders.random_conv import RandomConvEncoder
 from unrote.errors import InputError
-from unrote.neighbours.images import Neighbours
+from unrote.neighbours.found import Neighbours
 from unrote.neighbours.orbit import BRIGHTNESS, IDENTITY, SCALES, Transform, orbit
 from unrote.scanning.duplicates import near_clusters, shared_clusters
 

@@ -20,7 +20,7 @@ from unrote.auditing.similarity import (
 )
 from unrote.encoders.base import Encoder
 from unrote.errors import InputError
-from unrote.neighbours.images import MEMORY_BYTES
+from unrote.neighbours.found import MEMORY_BYTES
 from unrote.neighbours.streaming import Rows
 from unrote.seeding import derive_seed
 

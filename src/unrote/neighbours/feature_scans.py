@@ -10,6 +10,7 @@ from torch import Tensor
 from unrote.errors import InputError
 from unrote.neighbours.direct import least, squared_distances
 from unrote.neighbours.products import dense_product
+from unrote.neighbours.reduction import Reduction
 from unrote.neighbours.running_top import EMPTY, RunningTop, below
 from unrote.neighbours.scans import IntegerScan, State
 
@@ -31,18 +32,31 @@ class HalfBounds:
     and how far rounding moved each row is measured. Products of bfloat16 are summed in float32 and rounded to bfloat16
     once, which moves them by less than 2⁻⁸ of themselves: little where the distance is near the threshold.
 
+    With a ``reduction``, rows are reduced first, all of the above holds of what they are reduced to, and each row's
+    slack is taken off its half norm.
+
     Args:
         queries: float32 [g, D].
         box: float32 [2, D], low and high, that holds the queries. With ``coarse``, references are projected on a cube
             around it, which takes them no farther from any query; outside they would be rounded too coarsely.
         device: where the products are computed.
+        reduction: of scaled rows; None leaves them as they are.
     """
 
-    def __init__(self, queries: np.ndarray, box: np.ndarray, device: torch.device, *, coarse: bool):
+    def __init__(
+        self,
+        queries: np.ndarray,
+        box: np.ndarray,
+        device: torch.device,
+        *,
+        coarse: bool,
+        reduction: Reduction | None = None,
+    ):
         self.centre = torch.from_numpy(queries).mean(0, dtype=torch.float64).float().numpy()
         largest = float(np.abs(box.astype(np.float64) - self.centre).max(initial=0.0))
         self.scale = 2.0 ** -min(max(math.frexp(largest)[1], -126), 126)
-        self.values, self.device, self.coarse = queries.shape[1], device, coarse
+        self.device, self.coarse, self.reduction = device, coarse, reduction
+        self.values = queries.shape[1] if reduction is None else reduction.values
         # Cut against overflow; the queries lie within.
         self.limit = 1.0 if coarse else 2.0**40
         self.width = -(-(self.values + 2 * PIECES) // 32) * 32
@@ -95,11 +109,15 @@ class HalfBounds:
         """Write the values of ``rows`` into ``prepared``; (1 − c)½‖row‖² and how far rounding moved each."""
         halves = torch.empty(len(rows), dtype=torch.float64, device=self.device)
         errors = torch.zeros_like(halves)
-        step = max(1, (1 << 17) // self.values)  # a piece stays in the processor's cache through all passes
+        slack = torch.zeros_like(halves)
+        # A piece stays in the processor's cache through all passes; a product wants more of it.
+        step = max(1, (1 << (17 if self.reduction is None else 20)) // rows.shape[1])
         for start in range(0, len(rows), step):
             piece = slice(start, start + step)
             scaled = torch.from_numpy(rows[piece] - self.centre).to(self.device)
             scaled.mul_(self.scale).clamp_(-self.limit, self.limit)
+            if self.reduction is not None:
+                scaled, slack[piece] = self.reduction(scaled)
             prepared[piece, : self.values] = scaled
             if self.coarse:
                 rounded = prepared[piece, : self.values].float()
@@ -109,7 +127,8 @@ class HalfBounds:
         if self.coarse:
             # The sum in float32 is off by at most D · 2⁻²³ of itself; centring rounded the values, too.
             errors.sqrt_().mul_(1 + self.values * 2.0**-23).add_(2.0**-22 * halves.sqrt())
-        return halves.mul_((1 - self.margin) / 2), errors
+        # The slack need not be small beside the halves, so it has a share of their margin.
+        return halves.mul_((1 - self.margin) / 2).sub_(slack, alpha=1 + 2 * self.margin), errors
 
     def _fill(self, columns: Tensor, numbers: Tensor) -> None:
         """Write ``numbers`` float64 [n] into columns [n, PIECES] whose sum they are."""
@@ -123,7 +142,7 @@ class FloatScan:
     """The ``slots`` references with the least lower bounds of their distance to float32 queries.
 
     Args:
-        queries, box, device, coarse: see :class:`HalfBounds`.
+        queries, box, device, coarse, reduction: see :class:`HalfBounds`.
         slots: how many to keep per query.
         num_references: N.
         tile: how many queries at once.
@@ -139,10 +158,11 @@ class FloatScan:
         tile: int,
         device: torch.device,
         coarse: bool = False,
+        reduction: Reduction | None = None,
     ):
         if num_references > 2**32:
             raise InputError(f"{num_references} references are more than one search numbers: search parts of them")
-        self.half = HalfBounds(queries, box, device, coarse=coarse)
+        self.half = HalfBounds(queries, box, device, coarse=coarse, reduction=reduction)
         self.tile, self.num_references = tile, num_references
         self.top = RunningTop(len(queries), slots, device)
         self.greatest = torch.zeros((), dtype=torch.float64, device=device)
@@ -285,9 +305,17 @@ class RangeScan:
     directly, a block at a time, so this needs no guard; it is slow where very many references are equally far.
     """
 
-    def __init__(self, queries: np.ndarray, limits: np.ndarray, num: int, tile: int, device: torch.device):
+    def __init__(
+        self,
+        queries: np.ndarray,
+        limits: np.ndarray,
+        num: int,
+        tile: int,
+        device: torch.device,
+        reduction: Reduction | None = None,
+    ):
         self.queries, self.num = queries, num
-        self.half = HalfBounds(queries, bounding_box(queries), device, coarse=False)
+        self.half = HalfBounds(queries, bounding_box(queries), device, coarse=False, reduction=reduction)
         # A tile in which everything is near makes lists of all its pairs: keep it small.
         self.tile = min(tile, 256)
         # Two factors, as the square of the scale can be beyond float64.

@@ -8,22 +8,17 @@ query is searched again: every reference whose bound does not exceed that n-th d
 
 import hashlib
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 
-from unrote.neighbours.direct import least, squared_distances
-from unrote.neighbours.feature_scans import FloatScan, QuantisedScan, RangeScan, bounding_box, checked, widest
-from unrote.neighbours.images import MEMORY_BYTES, Neighbours
-from unrote.neighbours.products import bfloat16_pays, float32_products, int8_is_exact
+from unrote.neighbours.direct import least, rounding, squared_distances
+from unrote.neighbours.feature_scans import RangeScan, checked
+from unrote.neighbours.found import MEMORY_BYTES, Neighbours
+from unrote.neighbours.passes import WAYS, Passes, slots_of
+from unrote.neighbours.products import float32_products
 from unrote.neighbours.streaming import Blocks, Rows, Saved, Stream, release
 from unrote.ranks import Ranks
-
-Way = Literal["int8", "bfloat16", "float32"]
-WAYS: tuple[Way, ...] = ("int8", "bfloat16", "float32")
-# Candidates kept per neighbour asked for (and 16 more): the coarser the bounds, the more references they cannot tell.
-KEPT = {"int8": 3.5, "bfloat16": 4.0, "float32": 1.5}
 
 
 @torch.no_grad()
@@ -60,9 +55,9 @@ def nearest_features(
     """
     assert queries.shape[1:] == references.shape[1:] and len(references) > 0 and num > 0
     num, count, values = min(num, len(references)), len(references), references.shape[1]
-    sizes = Blocks.within(memory_bytes, values, slots_of("bfloat16", num, count), 8, 10)
+    sizes = Blocks.within(memory_bytes, values, slots_of("reduced", num, count), 8, 10)
     ranks, device = Ranks.here(distributed=distributed), torch.device(device)
-    saved = Saved.keyed(resume, ranks, queries, references, "features/3", num, sizes.group)
+    saved = Saved.keyed(resume, ranks, queries, references, "features/4", num, sizes.group)
     groups = range(0, len(queries), sizes.group)
     squared, indices = np.zeros((len(queries), num)), np.zeros((len(queries), num), dtype=np.int64)
     again = 0
@@ -97,11 +92,11 @@ class _Group:
 
     def run(self) -> tuple[np.ndarray, np.ndarray]:
         """Squared distances float64 and indices int64, each [g, num]."""
-        way, box = fast_way(self.queries, self.references, self.num, self.device)
+        passes = Passes(self.queries, self.references, self.num, self.stream.block, self.device)
         # Processes need not find the same: the first decides.
-        way = WAYS[int(next(self.stream.ranks.shares({"way": np.array([WAYS.index(way)])}))["way"][0])]
-        slots = slots_of(way, self.num, self.count)
-        scan = scan_of(way, self.queries, box, self.num, slots, self.count, self.tile, self.device)
+        found = {"way": np.array([WAYS.index(passes.fastest())])}
+        way = WAYS[int(next(self.stream.ranks.shares(found))["way"][0])]
+        scan = passes.scan(way, self.queries, self.num, slots_of(way, self.num, self.count), self.tile)
         self.stream.run(f"{way}-{self.name}", scan)
         bounds, candidates = (part.cpu().numpy() for part in scan.candidates())
         squared, indices = self._decide(bounds, candidates)
@@ -110,7 +105,9 @@ class _Group:
         lost = np.flatnonzero(~(np.sqrt(squared[:, -1]) * (1 + 1e-9) < dropped))
         self.searched_again = len(lost)
         if len(lost):
-            again = RangeScan(self.queries[lost], squared[lost, -1], self.num, self.tile, self.device)
+            # Few are compared sooner than all references are reduced again.
+            reduction = passes.reduction if way == "reduced" and len(lost) > passes.reduction.values else None
+            again = RangeScan(self.queries[lost], squared[lost, -1], self.num, self.tile, self.device, reduction)
             what = hashlib.sha256(lost.tobytes() + squared[lost, -1].tobytes()).hexdigest()[:16]
             self.stream.run(f"RangeScan-{self.name}-{what}", again)
             squared[lost], indices[lost] = again.squared, again.indices
@@ -130,59 +127,22 @@ class _Group:
         return squared, indices
 
     def _nearest(self, span: range, bounds: np.ndarray, candidates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        rows = np.repeat(np.arange(span.start, span.stop), self.num)
-        first = candidates[:, : self.num].reshape(-1)
-        found = (rows, self._squared(rows, first), first)
-        farthest = np.sqrt(found[1].reshape(-1, self.num).max(1, initial=0.0)) * (1 + 1e-9)
-        places, columns = np.nonzero(bounds[:, self.num :] <= farthest[:, None])
-        more = candidates[places, columns + self.num]
-        rows = places + span.start
-        _, squared, indices = least(found, (rows, self._squared(rows, more), more), self.num)
+        """Float32 tells most of them apart, and float64 the rest."""
+        low, high = np.full(bounds.shape, np.inf), np.full(bounds.shape, np.inf)
+        farthest = np.full(len(bounds), np.inf)
+        # Some at a time: each time fewer of the rest can be as near as the farthest that is kept.
+        for start in range(0, bounds.shape[1], self.num):
+            part = bounds[:, start : start + self.num]
+            places, columns = np.nonzero((part <= np.sqrt(farthest)[:, None] * (1 + 1e-9)) & (part < np.inf))
+            columns += start
+            squared = self._squared(places + span.start, candidates[places, columns], np.float32)
+            low[places, columns], high[places, columns] = rounding(squared, self.queries.shape[1])
+            farthest = np.partition(high, self.num - 1)[:, self.num - 1]
+        places, columns = np.nonzero((low <= farthest[:, None]) & (low < np.inf))
+        rows, indices = places + span.start, candidates[places, columns]
+        none = (rows[:0], np.empty(0), indices[:0])
+        _, squared, indices = least(none, (rows, self._squared(rows, indices, np.float64), indices), self.num)
         return squared.reshape(-1, self.num), indices.reshape(-1, self.num)
 
-    def _squared(self, rows: np.ndarray, indices: np.ndarray) -> np.ndarray:
-        return squared_distances(self.queries, self.references, rows, indices)
-
-
-def slots_of(way: Way, num: int, count: int) -> int:
-    """How many candidates a scan keeps for each query."""
-    return min(int(KEPT[way] * num) + 16, count)
-
-
-def scan_of(
-    way: Way, queries: np.ndarray, box: np.ndarray, num: int, slots: int, count: int, tile: int, device: torch.device
-) -> FloatScan | QuantisedScan:
-    """The scan that is called so."""
-    if way == "int8":
-        return QuantisedScan(queries, box, num, slots, count, tile, device)
-    return FloatScan(queries, box, slots, count, tile=tile, device=device, coarse=way == "bfloat16")
-
-
-def fast_way(queries: np.ndarray, references: Rows, num: int, device: torch.device) -> tuple[Way, np.ndarray]:
-    """The fastest pass that pays, and a box for it: a guess from a sample, about speed only.
-
-    A pass pays if so few references lie within the error of its rounding that the slots hold them.
-    """
-    count = len(references)
-    starts = np.linspace(0, max(0, count - 128), 16).astype(np.int64)
-    sample = checked(np.concatenate([references[start : start + 128] for start in starts]))
-    release(references)
-    box = bounding_box(queries, sample)
-    there = {"int8": int8_is_exact(device.type), "bfloat16": bfloat16_pays(device.type)}
-    if not 1e-30 < widest(box) < 1e30:
-        return "float32", box
-    some = queries[np.linspace(0, len(queries) - 1, 64).astype(np.int64)]
-    rank = min(len(sample), max(16, num * len(sample) // count))
-    centre = queries.mean(0)
-    pairs = torch.cdist(torch.from_numpy(some - centre), torch.from_numpy(sample - centre))
-    distances = pairs.kthvalue(rank).values
-    for way in WAYS[:2]:
-        if there[way]:
-            slots = min(int(KEPT[way] * rank) + 16, len(sample))
-            trial = scan_of(way, some, box, rank, slots, count, len(some), device)
-            for start in (0, len(sample) // 4):  # the first part gives the second its limits
-                trial.add(start, sample[start : len(sample) // 4 if start == 0 else None])
-            within = (trial.candidates()[0].cpu() <= distances[:, None]).sum(1).double().median()
-            if float(within) <= 0.7 * KEPT[way] * rank:
-                return way, box
-    return "float32", box
+    def _squared(self, rows: np.ndarray, indices: np.ndarray, dtype: type[np.float32] | type[np.float64]) -> np.ndarray:
+        return squared_distances(self.queries, self.references, rows, indices, dtype)

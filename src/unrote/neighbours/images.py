@@ -6,45 +6,36 @@ block size, thread count, process count or order of summation can change a resul
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from unrote.neighbours.features import nearest_features
+from unrote.neighbours.found import MEMORY_BYTES, Neighbours
 from unrote.neighbours.orbit import IDENTITY, Transform
-from unrote.neighbours.products import float32_products
+from unrote.neighbours.products import float32_products, int8_is_exact
+from unrote.neighbours.reduction import Reduction
 from unrote.neighbours.scans import IntegerScan
 from unrote.neighbours.streaming import Blocks, Rows, Saved, Stream, release
 from unrote.ranks import Ranks
 
 Images = Rows  # uint8 [N, H, W, C]
-MEMORY_BYTES = 1 << 29
 
 
-@dataclass(frozen=True)
-class Neighbours:
-    """The nearest references of each query, nearest first; all arrays [G, n].
+class Flat:
+    """Images uint8 [N, ...] read as features: float32 [N, D]."""
 
-    Attributes:
-        squared: squared L2 distance. Of images in pixel levels (0..255), exact integers, int64; of features float64.
-        indices: positions among the references. int64.
-        transforms: positions in the orbit of the transform that brings the reference nearest. int16.
-        unit: what a distance is divided by: 255 for images.
-        searched_again: how many queries the fast pass over features could not settle; they were searched again.
-    """
+    def __init__(self, rows: Rows):
+        self.rows = rows
+        self.shape = (len(rows), int(np.prod(rows.shape[1:])))
 
-    squared: np.ndarray
-    indices: np.ndarray
-    transforms: np.ndarray
-    unit: float = 255.0
-    searched_again: int = 0
+    def __len__(self) -> int:
+        return len(self.rows)
 
-    @property
-    def distances(self) -> np.ndarray:
-        """L2 distances, of images with pixels in [0, 1]. float64 [G, n]."""
-        distances: np.ndarray = np.sqrt(self.squared) / self.unit
-        return distances
+    def __getitem__(self, rows: slice | NDArray[np.int64], /) -> np.ndarray:
+        return np.asarray(self.rows[rows]).reshape(-1, self.shape[1]).astype(np.float32)
 
 
 @torch.no_grad()
@@ -87,6 +78,20 @@ def nearest_images(
     assert queries.shape[1:] == references.shape[1:] and len(references) > 0 and num > 0
     num, count = min(num, len(references)), len(references)
     values = int(np.prod(references.shape[1:]))
+    plain = tuple(transforms) == (IDENTITY,) and margin == 0
+    if plain and not int8_is_exact(torch.device(device).type) and Reduction.pays(len(queries), count, values):
+        # Pixels are float32 numbers, too, and float64 holds the squared distances of whole numbers as they are.
+        found = nearest_features(
+            Flat(queries),
+            Flat(references),
+            num,
+            memory_bytes=memory_bytes,
+            device=device,
+            distributed=distributed,
+            resume=resume,
+            progress=progress,
+        )
+        return Neighbours(found.squared.astype(np.int64), found.indices, found.transforms)
     bases = len({view.unmoved for view in transforms})
     sizes = Blocks.within(memory_bytes, values, num, 2, 6 + bases)
     ranks = Ranks.here(distributed=distributed)

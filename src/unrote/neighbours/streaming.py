@@ -135,6 +135,7 @@ class Stream:
 
 def release(rows: Rows) -> None:
     """Give the pages of a read-only memory map back: they would count as this process's memory as long as it runs."""
+    rows = getattr(rows, "rows", rows)  # a view of one
     if isinstance(rows, np.memmap) and rows.mode == "r" and hasattr(mmap, "MADV_DONTNEED"):
         base = rows.base
         while isinstance(base, np.ndarray):
