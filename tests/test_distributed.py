@@ -184,7 +184,7 @@ def test_a_machine_disappears_and_torchrun_goes_on_with_the_other(tmp_path, data
         for pid in found:
             os.kill(pid, signal.SIGKILL)
         second.communicate(timeout=60)
-        _, errors = first.communicate(timeout=150)
+        _, errors = first.communicate(timeout=400)
     finally:
         for process in (first, second):
             process.kill()
