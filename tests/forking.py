@@ -1,15 +1,18 @@
-"""Training in several real processes that need not import everything first: forked from a server that has.
+"""Real processes that need not import everything first: forked from a server that has.
 
-They find each other by the same environment variables as under torchrun, but nothing ends the others when one fails:
+Several find each other by the same environment variables as under torchrun, but nothing ends the others when one fails:
 they have to notice by themselves.
 """
 
 import ctypes
 import multiprocessing
 import os
+import runpy
 import signal
 import socket
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +31,81 @@ def free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return int(found.getsockname()[1])
+
+
+def variables_of(world: int) -> list[dict[str, str]]:
+    """What torchrun would set in the environment of each of W processes."""
+    common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
+
+
+class Command:
+    """W processes of one command, with what tests need of :class:`subprocess.Popen`.
+
+    Args:
+        words: what would follow ``python``: ``-m MODULE`` or a script, and arguments.
+        world: W.
+        cwd: where it runs; by default here.
+        variables: of the environment, besides this process's own.
+    """
+
+    def __init__(self, words: Sequence[object], world: int = 1, *, cwd: Path | None = None, **variables: str) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        self._outputs = [Path(self._folder.name, name) for name in ("stdout", "stderr")]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        given = list(map(str, words)), str(cwd or Path.cwd()), self._outputs
+        ranks = variables_of(world) if world > 1 else [{}]
+        own = [environment | rank | variables for rank in ranks]
+        self.processes = [CONTEXT.Process(target=_run, args=(*given, each)) for each in own]
+        for process in self.processes:
+            process.start()
+
+    @property
+    def pids(self) -> list[int]:
+        """By rank."""
+        return [process.pid for process in self.processes]
+
+    def poll(self) -> int | None:
+        """The first exit code that is not 0, or 0; None while any runs."""
+        codes = [process.exitcode for process in self.processes]
+        return None if None in codes else next(filter(None, codes), 0)
+
+    def kill(self, number: int = signal.SIGKILL, ranks: Sequence[int] | None = None) -> None:
+        """Send a signal to all, or to these."""
+        for rank in range(len(self.processes)) if ranks is None else ranks:
+            if self.processes[rank].is_alive():
+                os.kill(self.processes[rank].pid, number)
+
+    def finish(self, timeout: float = 120) -> subprocess.CompletedProcess:
+        """Wait for the end; what is there after so many seconds is killed, and that is an error."""
+        late = _join(self.processes, timeout)
+        self.kill()
+        _join(self.processes, timeout)
+        out, errors = (path.read_text() if path.exists() else "" for path in self._outputs)
+        assert not late, f"ranks {late} took more than {timeout} s:\n{errors}"
+        return subprocess.CompletedProcess([], self.poll(), out, errors)
+
+
+def _join(processes: Sequence[Any], seconds: float) -> list[int]:
+    """Wait for them; the ranks of those that are still there after so long."""
+    end = time.monotonic() + seconds
+    for process in processes:
+        process.join(max(0.0, end - time.monotonic()))
+    return [rank for rank, process in enumerate(processes) if process.is_alive()]
+
+
+def _run(words: list[str], cwd: str, outputs: list[Path], variables: dict[str, str]) -> None:
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(variables)
+    for number, path in enumerate(outputs, 1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), number)
+    if words[0] == "-m":
+        sys.argv = words[1:]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = words
+        runpy.run_path(words[0], run_name="__main__")
 
 
 class Job:
@@ -56,12 +134,10 @@ class Job:
     ) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         self._logs = [out.parent / f"{out.name}.{rank}.log" for rank in range(world)]
-        common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         self.processes = []
-        for rank, log in enumerate(self._logs):
-            own = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | variables
+        for rank, (own, log) in enumerate(zip(variables_of(world), self._logs, strict=True)):
             host = hosts[rank] if hosts else None
-            arguments = (host, own, log, out, method, settings or {}, limit if rank == 0 else None)
+            arguments = (host, own | variables, log, out, method, settings or {}, limit if rank == 0 else None)
             self.processes.append(CONTEXT.Process(target=_work, args=arguments))
         for process in self.processes:
             process.start()
@@ -78,10 +154,7 @@ class Job:
 
     def wait(self, seconds: float = 120) -> list[int]:
         """Exit codes of all; those that are still there after so long are killed, and that is an error."""
-        end = time.monotonic() + seconds
-        for process in self.processes:
-            process.join(max(0.0, end - time.monotonic()))
-        late = [rank for rank, process in enumerate(self.processes) if process.is_alive()]
+        late = _join(self.processes, seconds)
         self.kill(late)
         for process in self.processes:
             process.join()

@@ -3,7 +3,9 @@
 import torch
 
 import toy  # noqa: F401
+import unrote.cli
 import unrote.models.pixels
+import unrote.sampling
 import unrote.training.loop  # noqa: F401
 
 torch.set_num_threads(1)

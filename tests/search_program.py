@@ -1,4 +1,4 @@
-"""A search in a process of its own, for test_search_processes: alone or under torchrun, resumable, and killable.
+"""A search in a process of its own, for test_search_processes: alone or as one of several, resumable, and killable.
 
 Usage: search_program.py images|features OUT RESUME KILL_AT. Kills itself (SIGKILL) at the KILL_AT-th read of the last
 process; 0 for never. Writes the result and the number of reads of every process.
@@ -37,10 +37,10 @@ class Rows:
 def data(kind: str) -> tuple[np.ndarray, np.ndarray]:
     random = np.random.default_rng(5)
     if kind == "images":
-        return (random.integers(0, 256, (n, 6, 6, 1), dtype=np.uint8) for n in (40, 3000))
-    queries, references = (random.normal(size=(n, 24)).astype(np.float32) for n in (40, 3000))
-    references[700:1000] = queries[3]  # more copies than the fast pass keeps: this query is searched again
-    references[2900] = queries[4] + np.float32(1e-6)
+        return (random.integers(0, 256, (n, 6, 6, 1), dtype=np.uint8) for n in (40, 1000))
+    queries, references = (random.normal(size=(n, 24)).astype(np.float32) for n in (40, 1000))
+    references[300:600] = queries[3]  # more copies than the fast pass keeps: this query is searched again
+    references[900] = queries[4] + np.float32(1e-6)
     return queries, references
 
 

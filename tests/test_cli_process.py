@@ -14,8 +14,9 @@ import pytest
 import yaml
 from PIL import Image
 
+from forking import Command
 from unrote import __version__
-from unrote.config import fields_of, preset_names, preset_values
+from unrote.config import fields_of
 
 TINY = [
     *("--set", "model.block_out_channels=[32, 32]", "--set", "training.mixed_precision=no"),
@@ -119,11 +120,10 @@ def home(tmp_path_factory):
 @pytest.fixture(scope="module")
 def demo(home):
     """The demo, which runs beside the other tests."""
-    process = start(["-m", "unrote", "demo", "--toy", "--out", "shown"], home)
+    command = ["-m", "unrote", "demo", "--toy", "--out", "shown"]
+    process = Command(command, cwd=home, UNROTE_CACHE=str(home / "cache"), UNROTE_DATA=str(home / "sets"))
     yield process
-    if process.poll() is None:
-        process.kill()
-        process.communicate()
+    process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -169,13 +169,8 @@ def answers(home, trained):
         "audit mixed": ["audit", "mixed", *SMALL_AUDIT],
         "audit mixed at 8": ["audit", "mixed", *SMALL_AUDIT, "--resolution", "8"],
         "env": ["env"],
-        **{f"preset {name}": preset_dry_run(name) for name in preset_names()},
     }
     return unrote_each(home, commands)
-
-
-def preset_dry_run(name):
-    return ["train", "--preset", name, "--data", "emoji", "--out", f"preset-{name}", "--dry-run", "--json"]
 
 
 # What loads nothing heavy.
@@ -210,37 +205,46 @@ def test_the_console_script_is_the_same_program(home):
 # Wrong use: exit code 2, what is wrong, and the nearest right thing.
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["trian"], ["'trian'", "did you mean 'train'"]),
-        (["config", "shwo"], ["'shwo'", "did you mean 'show'"]),
-        (["data", "lst"], ["'lst'", "did you mean 'list'"]),
-        (["train", "--out", "x", "--epoch", "3"], ["--epoch", "--epochs"]),
-        (["train"], ["--out"]),
-        (["train", "--out", "x", "--epochs", "many"], ["--epochs", "many"]),
-        (["sample"], ["RUN|PIPELINE"]),
-        (["audit", "x"], ["--train"]),
-        (["config", "show", "--set", "gate.skip_ration=1"], ["gate.skip_ration", "did you mean 'gate.skip_ratio'"]),
-        (["config", "show", "--set", "gate.skip_ratio"], ["--set gate.skip_ratio", "key=value"]),
-        (["config", "show", "--set", "gate.skip_ratio=-1"], ["gate.skip_ratio", "greater than 0", "-1"]),
-        (["config", "show", "--set", "method=agc"], ["--method"]),
-        (["config", "show", "--method", "iet-acg"], ["'iet-acg'", "did you mean 'iet-agc'", "standard"]),
-        (["config", "show", "--preset", "cifar"], ["'cifar'", "did you mean 'cifar10'", "unrote presets"]),
-        (["config", "show", "--config", "nowhere.yaml"], ["nowhere.yaml"]),
-        (["config", "validate", "wrong.yaml"], ["wrong.yaml", "training.epoch", "did you mean 'training.epochs'"]),
-        (["config", "validate", "list.yaml"], ["list.yaml", "mapping"]),
-        (["config", "validate", "broken.yaml"], ["broken.yaml", "YAML"]),
-        (["data", "get", "cifar"], ["cifar10"]),
-    ],
-    ids=" ".join,
-)
-def test_wrong_use(home, arguments, words):
+WRONG = [
+    (["trian"], ["'trian'", "did you mean 'train'"]),
+    (["config", "shwo"], ["'shwo'", "did you mean 'show'"]),
+    (["data", "lst"], ["'lst'", "did you mean 'list'"]),
+    (["train", "--out", "x", "--epoch", "3"], ["--epoch", "--epochs"]),
+    (["train"], ["--out"]),
+    (["train", "--out", "x", "--epochs", "many"], ["--epochs", "many"]),
+    (["sample"], ["RUN|PIPELINE"]),
+    (["audit", "x"], ["--train"]),
+    (["config", "show", "--set", "gate.skip_ration=1"], ["gate.skip_ration", "did you mean 'gate.skip_ratio'"]),
+    (["config", "show", "--set", "gate.skip_ratio"], ["--set gate.skip_ratio", "key=value"]),
+    (["config", "show", "--set", "gate.skip_ratio=-1"], ["gate.skip_ratio", "greater than 0", "-1"]),
+    (["config", "show", "--set", "method=agc"], ["--method"]),
+    (["config", "show", "--method", "iet-acg"], ["'iet-acg'", "did you mean 'iet-agc'", "standard"]),
+    (["config", "show", "--preset", "cifar"], ["'cifar'", "did you mean 'cifar10'", "unrote presets"]),
+    (["config", "show", "--config", "nowhere.yaml"], ["nowhere.yaml"]),
+    (["config", "validate", "wrong.yaml"], ["wrong.yaml", "training.epoch", "did you mean 'training.epochs'"]),
+    (["config", "validate", "list.yaml"], ["list.yaml", "mapping"]),
+    (["config", "validate", "broken.yaml"], ["broken.yaml", "YAML"]),
+    (["data", "get", "cifar"], ["cifar10"]),
+]
+
+
+@pytest.fixture(scope="module")
+def wrong(home):
+    """What each of :data:`WRONG` says; all in one process."""
     (home / "wrong.yaml").write_text("training: {epoch: 3}\n")
     (home / "list.yaml").write_text("- 1\n")
     (home / "broken.yaml").write_text("a: [1\n")
-    assert_refused(unrote(home, *arguments), *words)
+    return unrote_each(home, {" ".join(arguments): arguments for arguments, _ in WRONG})
+
+
+@pytest.mark.parametrize(("arguments", "words"), WRONG, ids=" ".join)
+def test_wrong_use(home, wrong, arguments, words):
+    assert_refused(wrong[" ".join(arguments)], *words)
     assert not (home / "x").exists()
+
+
+def test_wrong_use_in_a_process_of_its_own(home):
+    assert_refused(unrote(home, "trian"), "'trian'", "did you mean 'train'")
 
 
 @pytest.mark.parametrize(
@@ -336,18 +340,6 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(home, answers):
     assert not (home / "dry").exists()
 
 
-@pytest.mark.parametrize("name", preset_names())
-def test_every_preset_fits_the_embedded_emoji(home, answers, name):
-    result = answers[f"preset {name}"]
-    assert result.code == 0, result.err
-    plan = json.loads(result.out)
-    data = preset_values(name).get("data", {})
-    side = data.get("resolution", 32)
-    assert plan["shape"] == [side, side, data.get("channels", 3)]
-    assert plan["config"]["preset"] == name
-    assert not (home / f"preset-{name}").exists()
-
-
 def test_one_image_can_be_audited(home, answers):
     assert answers["audit one"].code == 0, answers["audit one"].err
     summary = json.loads((home / "one-report" / "report.json").read_text())
@@ -374,11 +366,11 @@ print(image.size, image.mode)
 
 
 def test_demo(home, demo, answers):
-    result = finish(demo)
-    assert result.code == 0, result.err
+    result = demo.finish(300)
+    assert result.returncode == 0, result.stderr
     page = home / "shown" / "report.html"
-    assert "The evidence: shown/report.html" in result.out
-    assert "of the samples of ordinary training are near-copies" in result.out
+    assert "The evidence: shown/report.html" in result.stdout
+    assert "of the samples of ordinary training are near-copies" in result.stdout
     text = page.read_text()
     assert "iet-agc+" in text and "standard" in text
     assert names_in(home / "shown" / "standard" / "model")

@@ -1,15 +1,13 @@
 """Every command of the README and of docs/ runs, at toy size, and every Python block."""
 
-import os
 import re
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from doc_commands import NOT_RUN, PAGES, PROCESSES, blocks, commands_of, parsed, written_by
+from forking import Command
 from launching import in_process
 
 COMMANDS = {page.name: commands_of(page) for page in PAGES if commands_of(page)}
@@ -43,12 +41,10 @@ def place(world, request, tmp_path, monkeypatch):
     return folder
 
 
-def by_torchrun(command):
-    """Its exit code, run by the launcher of the line in fewer processes."""
+def in_processes(command):
+    """How a line for torchrun ends in fewer processes; the launcher itself is parsed below, and run elsewhere."""
     assert command.launcher[0] == "torchrun"
-    options = [*command.launcher[1:], "--nproc-per-node", str(PROCESSES)]
-    words = [sys.executable, "-m", "torch.distributed.run", *options, "-m", "unrote", *command.toy]
-    return subprocess.run(words, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300, check=False).returncode
+    return Command(["-m", "unrote", *command.toy], PROCESSES).finish(300)
 
 
 @pytest.mark.parametrize("page", COMMANDS)
@@ -57,8 +53,11 @@ def test_the_commands_of_a_page_run(page, place, monkeypatch, capfd):
         if command.reason is not None:
             continue
         assert command.arguments is not None, f"{page}: neither a command of unrote nor in NOT_RUN: {command.line}"
-        code = by_torchrun(command) if command.launcher else in_process(command.toy, monkeypatch)
-        said = "".join(capfd.readouterr())
+        if command.launcher:
+            done = in_processes(command)
+            code, said = done.returncode, done.stderr
+        else:
+            code, said = in_process(command.toy, monkeypatch), "".join(capfd.readouterr())
         assert code == 0, f"{page}: {command.line}\n{said[-3000:]}"
 
 
@@ -71,7 +70,8 @@ def test_what_is_not_run_is_parsed(page):
             parsed(command.arguments)
         if command.launcher:
             launcher = command.launcher[command.launcher.index("torchrun") + 1 :]
-            get_args_parser().parse_args([*launcher, "-m", "unrote"])
+            words = [*launcher, "-m", "unrote", *command.arguments]
+            assert get_args_parser().parse_args(words).training_script_args == list(command.arguments), command.line
 
 
 def test_every_reason_is_needed():

@@ -1,23 +1,20 @@
 """What happens to long jobs happens to several real processes: afterwards the result is that of one calm process."""
 
-import json
 import os
 import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from forking import INTERRUPTED, UNUSABLE, Job
+from launching import program
 from toy import assert_same_run
 from unrote.config import METHODS
 from unrote.training.run import Run
 
-INJECTION = Path(__file__).resolve().parent.parent / "benchmarks" / "fault_injection.py"
 MANY = {"training.epochs": 8, "training.checkpointing_steps": 2}
 """26 steps in 4 rounds."""
 
@@ -63,13 +60,10 @@ def test_the_number_of_processes_changes_nothing(tmp_path, method):
 
 def test_some_random_kills(tmp_path):
     """The benchmark that kills hundreds of times, a few times."""
-    out, seed = tmp_path / "faults.json", random.randrange(10**6)
-    command = [sys.executable, INJECTION, "--kills", "3", "--seed", str(seed), "--out", out]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
-    assert result.returncode == 0, f"seed {seed}: {result.stdout}{result.stderr}"
-    found = json.loads(out.read_text())
-    assert found["jobs_that_differ"] == 0
-    assert found["kills"] >= 3
+    seed = random.randrange(10**6)
+    found = program("benchmarks/fault_injection").inject(tmp_path, kills=2, seed=seed, minutes=5)
+    assert found["jobs_that_differ"] == found["jobs_with_leftovers"] == 0, f"seed {seed}: {found}"
+    assert found["kills"] >= 2
     assert found["undisturbed_two_processes_equal"]
 
 

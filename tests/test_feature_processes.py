@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from forking import CONTEXT, free_port
-from launching import launch
+from forking import CONTEXT, Command, variables_of
 from toy import toy_images
 from unrote.encoders.base import Encoder
 from unrote.encoders.cache import features
@@ -45,11 +44,10 @@ def work(variables: dict[str, str], cache: Path | None, out: Path, encoder: type
 def extract(world: int, cache: Path | None, out: Path, dies: int | None = None) -> list[int]:
     """Exit codes."""
     out.mkdir()
-    common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     encoders = [Mortal if rank == dies else RandomConvEncoder for rank in range(world)]
     processes = [
-        CONTEXT.Process(target=work, args=(common | {"RANK": str(rank)}, cache, out, encoder))
-        for rank, encoder in enumerate(encoders)
+        CONTEXT.Process(target=work, args=(variables, cache, out, encoder))
+        for variables, encoder in zip(variables_of(world), encoders, strict=True)
     ]
     for process in processes:
         process.start()
@@ -95,7 +93,7 @@ def test_an_audit_by_two_processes(tmp_path):
     for world in (1, 2):
         sets = [tmp_path / "generated.npz", "--train", tmp_path / "train.npz", "--holdout", tmp_path / "holdout.npz"]
         command = ["-m", "unrote", "audit", *sets, "--out", tmp_path / str(world), "--max-shift", "1"]
-        result = launch(world, command, UNROTE_CACHE=str(tmp_path / f"cache-{world}"))
+        result = Command(command, world, UNROTE_CACHE=str(tmp_path / f"cache-{world}")).finish()
         assert result.returncode == 0, result.stderr
         assert result.stdout.count("report.html") == 1, "one process speaks for all"
     for name in ("report.json", "pairs.csv"):

@@ -17,6 +17,7 @@ pytest.importorskip("peft")
 
 from safetensors.torch import load_file
 
+from forking import Command
 from test_text_to_image import SETTINGS, captioned, explicit, tuned
 from tiny_pipelines import tiny_flux, tiny_stable_diffusion_3
 from toy import assert_same_run, final_state, largest_difference, log_of, stop_in_step, summary_of
@@ -282,16 +283,15 @@ def test_the_command_tunes_and_samples(tmp_path, folders):
     words += ["--method", "iet-agc+", "--set", "model.train=lora", "--json"]
     fixed = {key: value for key, value in SETTINGS.items() if not isinstance(value, list)}
     words += [word for key, value in fixed.items() for word in ("--set", f"{key}={value}")]
-    command = [sys.executable, "-m", "unrote", *map(str, words)]
-    plan = json.loads(subprocess.run([*command, "--dry-run"], check=True, capture_output=True).stdout)
-    done = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+    command = ["-m", "unrote", *words]
+    plan, done = (json.loads(Command([*command, *more]).finish().stdout) for more in (["--dry-run"], []))
     assert done["samples_seen"] == plan["samples_seen"] == 54
     layers = load_file(tmp_path / "run" / "model" / "pytorch_lora_weights.safetensors")
     assert plan["parameters"] == sum(tensor.numel() for tensor in layers.values())
     assert plan["frozen_bytes"] > 0 and plan["activation_bytes"] > 0 and plan["cache_bytes"] > 0
-    command = [sys.executable, "-m", "unrote", "sample", str(tmp_path / "run"), "--num", "2", "--steps", "2"]
     (tmp_path / "prompts.txt").write_text("red cat\n")
-    subprocess.run([*command, "--prompts", str(tmp_path / "prompts.txt")], check=True, capture_output=True)
+    words = ["sample", tmp_path / "run", "--num", "2", "--steps", "2", "--prompts", tmp_path / "prompts.txt"]
+    assert Command(["-m", "unrote", *words]).finish().returncode == 0
     assert len(list((tmp_path / "run" / "samples").glob("*.png"))) == 2
 
 

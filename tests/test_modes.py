@@ -14,6 +14,7 @@ from unrote.config import load_config
 from unrote.data.store import in_memory_store
 from unrote.models.denoiser import build_unet
 from unrote.models.making import make_task
+from unrote.models.pretrained import load_pretrained
 from unrote.models.sizing import size_of
 from unrote.training.modes import operations_of
 from unrote.training.plan import make_plan
@@ -105,3 +106,14 @@ def test_passes_are_counted(tmp_path, base):
     plan = make_plan(config_of(base), images, tmp_path / "run")
     assert plan.flops == plan.samples_seen * operations_of(config_of(base), size_of(config_of(base), images))
     assert "computing" not in str(plan), "nothing to say of so little"
+
+
+def test_reading_a_caption_is_counted_in_passes_of_the_denoiser(base, tmp_path):
+    config, images = config_of(base), captioned()
+    size, encoder = size_of(config, images), load_pretrained(str(base)).text_encoder
+    operations = 2 * 77 * sum(weight.numel() for weight in encoder.parameters())
+    assert 1 <= size.reading * size.forward.flops / size.batch / operations < 1.3, "and the files' headers"
+    look = {"monitor__every": 1, "monitor__samples": 4, "monitor__steps": 5, "monitor__max_overhead": 1.0}
+    config = config_of(base, **look, monitor__guidance_scale=1)
+    looks = make_plan(config, images, tmp_path / "run").looks
+    assert looks.overhead == pytest.approx(looks.count * 4 * (5 + size.reading + 4) / (3 * 18 * config.training.epochs))

@@ -218,16 +218,18 @@ def test_looks_are_rarer_where_they_would_cost_too_much():
 
 
 def test_a_look_with_text_is_counted_with_guidance_and_decoding():
-    def plan(**changed):
+    def plan(reading=0.0, **changed):
         settings = {"monitor.every": 1, "monitor.samples": 10, "monitor.steps": 20, "model.pretrained": "base"}
         changed = {key.replace("__", "."): value for key, value in changed.items()}
         config = load_config(method="standard", overrides=settings | {"training.mixed_precision": "no"} | changed)
-        return plan_looks(config, 1_000, 100)
+        return plan_looks(config, 1_000, 100, reading)
 
     passes = 10 * (2 * 20 + 4)
     assert plan().overhead == pytest.approx(plan().count * passes / 300_000)
     assert 0.045 < plan().overhead <= 0.05
     assert plan(monitor__guidance_scale=1).overhead == pytest.approx(plan(monitor__guidance_scale=1).count * 240 / 3e5)
+    slow = plan(reading=30)
+    assert slow.overhead == pytest.approx(slow.count * (passes + 10 * 2 * 30) / 3e5) and slow.overhead <= 0.05
     assert plan(model__train="lora").overhead == pytest.approx(plan(model__train="lora").count * passes / 200_000)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from launching import tool
+from launching import program
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
@@ -39,7 +39,7 @@ def test_a_notebook_was_run_from_top_to_bottom(path):
 def test_a_notebook_runs(path, tmp_path, module_cache, monkeypatch):
     # The kernel is a process of its own: it finds the package where this one does.
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]))
-    again = tool("run_notebooks").run(path, tmp_path)
+    again = program("tools/run_notebooks").run(path, tmp_path)
     if path.stem == SAME_EVERYWHERE:
         assert said(again) == said(nbformat.read(path, as_version=4))
 
@@ -48,7 +48,7 @@ def test_a_notebook_runs(path, tmp_path, module_cache, monkeypatch):
 def test_a_page_has_all_of_its_notebook(path):
     pytest.importorskip("mkdocs")
     notebook = nbformat.read(path, as_version=4)
-    page = tool("docs_notebooks").as_markdown(json.loads(path.read_text("utf-8")), path.stem)
+    page = program("tools/docs_notebooks").as_markdown(json.loads(path.read_text("utf-8")), path.stem)
     for cell in notebook.cells:
         assert cell.source in page
         for output in cell.get("outputs", []):

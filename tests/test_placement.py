@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from launching import launch
+from forking import Command
 from toy import SETTINGS, toy_images
 from unrote.api import plan
 from unrote.cli import cli
@@ -132,7 +132,7 @@ SIZE = {
 
 @pytest.mark.parametrize(("world", "shards"), [(2, 4), (3, 2)])
 def test_memory_is_as_planned(tmp_path, world, shards):
-    result = launch(world, [PROGRAM, tmp_path, json.dumps(SIZE | {"ensemble.num_shards": shards})])
+    result = Command([PROGRAM, tmp_path, json.dumps(SIZE | {"ensemble.num_shards": shards})], world).finish()
     assert result.returncode == 0, result.stderr
     lines = [json.loads(line) for line in result.stdout.splitlines()]
     assert sorted(line["rank"] for line in lines) == list(range(world))

@@ -1,8 +1,6 @@
 """Sampling with prompts: image i is a function of model, prompt, seed and i, and what plain diffusers gives."""
 
 import json
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -15,6 +13,7 @@ pytest.importorskip("transformers")
 from click.testing import CliRunner
 from diffusers import DDIMScheduler, DiffusionPipeline
 
+from forking import Command
 from tiny_pipelines import tiny_stable_diffusion, tiny_stable_diffusion_xl
 from toy import toy_images, toy_run
 from unrote.api import train
@@ -301,15 +300,15 @@ def test_killed_and_given_again_the_command_ends_as_undisturbed(folder, tmp_path
     rows = [{"text": text, "file_name": f"{number}.png"} for number, text in enumerate(PROMPTS)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = ["--steps", "20", "--batch-size", "1", "--num", "16", "--device", "cpu"]
-    command = [sys.executable, "-m", "unrote", "sample", str(folder), "--prompts", str(file), "--out", str(out)]
-    process = subprocess.Popen([*command, *settings], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = ["-m", "unrote", "sample", folder, "--prompts", file, "--out", out, *settings]
+    process = Command(command)
     while len(list(out.glob("[0-9]*.png"))) < 2 and process.poll() is None:
         time.sleep(0.005)
     process.kill()
-    process.wait()
+    process.finish()
     made = len(list(out.glob("[0-9]*.png")))
     assert 2 <= made < 16 and not (out / "samples.jsonl").exists()
-    subprocess.run([*command, *settings], check=True, capture_output=True)
+    assert Command(command).finish().returncode == 0
     whole = sample(folder, 16, prompts=file, out=tmp_path / "whole", steps=20, batch_size=1)
     assert_levels_apart(pixels_in(out), pixels_in(whole), 0)
     assert (out / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()

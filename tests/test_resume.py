@@ -1,24 +1,22 @@
 """The command, killed or stopped at random moments and given again, ends as an undisturbed run does, bit for bit."""
 
 import json
-import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 import yaml
 
+from forking import Command
 from toy import SETTINGS, assert_same_run, toy_images
 from unrote.training.run import Run
 
 SEED = 20261124
 METHODS = ("standard", "iet-agc+")
-FAST = {"training.checkpointing_steps": 3, "training.epochs": 60, "training.log_every_steps": 2}
+FAST = {"training.checkpointing_steps": 3, "training.epochs": 16, "training.log_every_steps": 2}
 
 
 @pytest.fixture(scope="module")
@@ -31,19 +29,16 @@ def data(tmp_path_factory):
 def start(out, data, method, **changed):
     """The training command in a process of its own."""
     settings = SETTINGS | FAST | {key.replace("__", "."): value for key, value in changed.items()}
-    command = [sys.executable, "-m", "unrote", "train", "--data", str(data), "--out", str(out), "--method", method]
+    command = ["-m", "unrote", "train", "--data", str(data), "--out", str(out), "--method", method]
     for key, value in settings.items():
         command += ["--set", f"{key}={yaml.safe_dump(value, default_flow_style=True).splitlines()[0]}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "UNROTE_CACHE": str(out.parent / "cache")}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return Command(command, UNROTE_CACHE=str(out.parent / "cache"))
 
 
 def finish(out, data, method, **changed):
-    """Run the command to its end; what it said on stderr."""
-    process = start(out, data, method, **changed)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    return errors
+    """Run the command to its end."""
+    done = start(out, data, method, **changed).finish(300)
+    assert done.returncode == 0, done.stderr
 
 
 def wait_for_steps(out, process, steps):
@@ -73,8 +68,8 @@ def undisturbed(tmp_path_factory, data):
     processes = {method: start(folder / method, data, method) for method in METHODS}
 
     def of(method):
-        process = processes[method]
-        assert process.wait(timeout=300) == 0, process.stderr.read()
+        done = processes[method].finish(300)
+        assert done.returncode == 0, done.stderr
         return Run(folder / method)
 
     return of
@@ -85,11 +80,11 @@ def test_killed_at_random_moments_it_ends_the_same(method, tmp_path, data, undis
     draw, out, kills = random.Random(f"{SEED} {method}"), tmp_path / "run", 0
     for _ in range(2):
         process = start(out, data, method)
-        if wait_for_steps(out, process, steps_of(out) + draw.randint(2, 40)):
+        if wait_for_steps(out, process, steps_of(out) + draw.randint(2, 20)):
             time.sleep(draw.uniform(0, 0.05))
-            process.send_signal(signal.SIGKILL)
+            process.kill()
             kills += 1
-        process.communicate(timeout=300)
+        process.finish(300)
     assert kills > 0, f"seed {SEED}"
     finish(out, data, method)
     assert_same_run(Run(out), undisturbed(method))
@@ -100,9 +95,9 @@ def test_asked_to_stop_it_writes_a_checkpoint_first(number, tmp_path, data, undi
     out = tmp_path / "run"
     process = start(out, data, "iet-agc+", training__checkpointing_steps=10_000)
     assert wait_for_steps(out, process, 4)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and "goes on" in errors and "Traceback" not in errors
+    process.kill(number)
+    done = process.finish()
+    assert done.returncode == 130 and "goes on" in done.stderr and "Traceback" not in done.stderr
     assert len(list((out / "checkpoints").glob("*.json"))) == 1
     finish(out, data, "iet-agc+", training__checkpointing_steps=10_000)
     assert_same_run(Run(out), undisturbed("iet-agc+"))
@@ -110,9 +105,8 @@ def test_asked_to_stop_it_writes_a_checkpoint_first(number, tmp_path, data, undi
 
 def test_another_configuration_or_other_images_are_refused(tmp_path, data, undisturbed):
     out = undisturbed("standard").path
-    process = start(out, data, "standard", training__learning_rate=0.5)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 2 and "training.learning_rate: " in errors and "0.5" in errors
+    done = start(out, data, "standard", training__learning_rate=0.5).finish()
+    assert done.returncode == 2 and "training.learning_rate: " in done.stderr and "0.5" in done.stderr
     copy = tmp_path / "run"
     shutil.copytree(out, copy)
     images = toy_images().images.copy()
@@ -120,19 +114,17 @@ def test_another_configuration_or_other_images_are_refused(tmp_path, data, undis
     backup = data.read_bytes()
     try:
         np.savez(data, images=images)
-        process = start(copy, data, "standard")
-        _, errors = process.communicate(timeout=60)
+        done = start(copy, data, "standard").finish()
     finally:
         data.write_bytes(backup)
-    assert process.returncode == 2 and "not those the run was started on" in errors
+    assert done.returncode == 2 and "not those the run was started on" in done.stderr
 
 
 def test_a_second_process_in_the_same_folder_is_refused(tmp_path, data):
     out = tmp_path / "run"
     first = start(out, data, "standard", training__epochs=100_000)
     assert wait_for_steps(out, first, 2)
-    second = start(out, data, "standard", training__epochs=100_000)
-    _, errors = second.communicate(timeout=60)
+    second = start(out, data, "standard", training__epochs=100_000).finish()
     first.kill()
-    first.communicate(timeout=60)
-    assert second.returncode == 2 and "another process" in errors
+    first.finish()
+    assert second.returncode == 2 and "another process" in second.stderr

@@ -1,11 +1,10 @@
 """Sampling by several processes: the files are those of one process, also after one of them was killed."""
 
-import os
 import time
 
 import pytest
 
-from launching import finish, launch, start, workers
+from forking import Command
 from toy import toy_run
 from unrote.sampling import sample
 
@@ -45,7 +44,7 @@ def alone(run, tmp_path_factory):
 
 def test_the_number_of_processes_changes_nothing(run, alone, tmp_path):
     out = tmp_path / "samples"
-    result = launch(2, command(run, out))
+    result = Command(command(run, out), 2).finish()
     assert result.returncode == 0, result.stderr
     assert files_in(out) == alone
     assert result.stdout.count("22 images") == 1, "only one process says so"
@@ -53,16 +52,16 @@ def test_the_number_of_processes_changes_nothing(run, alone, tmp_path):
 
 def test_after_a_kill_any_number_of_processes_goes_on(run, alone, tmp_path):
     out = tmp_path / "samples"
-    process = start(2, command(run, out))
+    process = Command(command(run, out), 2, UNROTE_PEER_TIMEOUT="10")
     while process.poll() is None and not list(out.glob("0*.png")):
         time.sleep(0.01)
-    os.kill(workers(process.pid)[1], 9)
-    assert finish(process).returncode != 0
+    process.kill(ranks=[1])
+    assert process.finish().returncode != 0
     assert not (out / "samples.jsonl").exists()
     # What is whole stays as it is.
     kept = {path: path.stat().st_mtime_ns for path in out.glob("[0-9]*.png")}
     first = {path: kept[path] for path in sorted(kept)[: len(kept) // 4 * 4] if int(path.stem) < 4}
-    assert launch(3, command(run, out)).returncode == 0
+    assert Command(command(run, out), 3).finish().returncode == 0
     found = {name: content for name, content in files_in(out).items() if not name.startswith(".")}
     assert found == alone
     assert all(path.stat().st_mtime_ns == written for path, written in first.items())
@@ -70,7 +69,7 @@ def test_after_a_kill_any_number_of_processes_goes_on(run, alone, tmp_path):
 
 def test_one_file_is_written_by_one_process(run, tmp_path):
     sample(run, 9, out=tmp_path / "1.npz", steps=4, batch_size=4)
-    assert launch(2, command(run, tmp_path / "2.npz", num=9)).returncode == 0
+    assert Command(command(run, tmp_path / "2.npz", num=9), 2).finish().returncode == 0
     assert (tmp_path / "2.npz").read_bytes() == (tmp_path / "1.npz").read_bytes()
     assert (tmp_path / "2.samples.jsonl").read_text() == (tmp_path / "1.samples.jsonl").read_text()
 
@@ -78,13 +77,13 @@ def test_one_file_is_written_by_one_process(run, tmp_path):
 def test_processes_that_were_told_different_things(tmp_path):
     script = tmp_path / "agreeing.py"
     script.write_text(AGREEING)
-    result = launch(3, [script])
+    result = Command([script], 3).finish()
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("rank 2: was given other settings or another model than rank 0") == 3
 
 
 def test_a_launcher_without_addresses(run, tmp_path):
-    result = launch(1, command(run, tmp_path / "samples"), WORLD_SIZE="2")
+    result = Command(command(run, tmp_path / "samples"), WORLD_SIZE="2").finish()
     assert result.returncode == 2
     assert "WORLD_SIZE is 2" in result.stderr
     assert "start them with torchrun or accelerate launch" in result.stderr

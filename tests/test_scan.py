@@ -2,8 +2,6 @@
 
 import io
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -12,6 +10,7 @@ from PIL import Image
 
 import unrote
 from browser import Browser
+from forking import Command
 from unrote.cli import cli
 from unrote.config import load_config
 from unrote.data import in_memory_store
@@ -247,7 +246,7 @@ def test_the_list_of_a_scan_trains_resumes_and_is_watched(tmp_path):
     train = ["train", "--data", str(tmp_path), "--resolution", "8", "--method", "agc", "--out", str(out),
              "--epochs", "2", "--batch-size", "5", "--set", f"data.include={keep}", "--device", "cpu",
              "--set", "model.block_out_channels=[32, 32]", "--set", "training.mixed_precision=no"]  # fmt: skip
-    subprocess.run([sys.executable, "-m", "unrote", *train], capture_output=True, check=True)
+    assert Command(["-m", "unrote", *train]).finish().returncode == 0
     assert json.loads((out / "data.json").read_text())["count"] == 10
     assert CliRunner().invoke(cli, train, catch_exceptions=False).exit_code == 0  # goes on from its end
     listed = keep.read_text()

@@ -1,13 +1,11 @@
 """Searches shared by several processes, and searches that were killed: the result is that of one calm process."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from forking import Command
 from unrote.errors import InputError
 from unrote.neighbours.features import nearest_features
 from unrote.neighbours.streaming import Saved
@@ -18,10 +16,7 @@ PROGRAM = Path(__file__).with_name("search_program.py")
 
 def run(kind: str, out: Path, world: int, resume: Path | None = None, kill_at: int = 0) -> int:
     out.mkdir(exist_ok=True)
-    launcher = [] if world == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-    command = [sys.executable, *launcher, str(PROGRAM), kind, str(out), str(resume or "-"), str(kill_at)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, timeout=120, check=False).returncode
+    return Command([PROGRAM, kind, out, resume or "-", kill_at], world).finish().returncode
 
 
 def result(out: Path, rank: int = 0) -> dict[str, np.ndarray]:

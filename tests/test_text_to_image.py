@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from safetensors.torch import load_file
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
+from forking import Command
 from tiny_pipelines import tiny_stable_diffusion, tiny_stable_diffusion_xl
 from toy import assert_same_run, final_state, largest_difference, log_of, stop_in_step, summary_of, toy_images
 from unrote.api import train
@@ -393,13 +393,13 @@ def test_the_command_tunes_a_folder_of_captioned_pictures(tmp_path, base):
     words += ["--method", "iet-agc+", "--set", "model.train=lora", "--json"]
     fixed = {key: value for key, value in SETTINGS.items() if not isinstance(value, list)}
     words += [word for key, value in fixed.items() for word in ("--set", f"{key}={value}")]
-    command = [sys.executable, "-m", "unrote", *map(str, words)]
-    planned = subprocess.run([*command, "--dry-run"], capture_output=True, text=True)
+    command = ["-m", "unrote", *words]
+    planned = Command([*command, "--dry-run"]).finish()
     assert planned.returncode == 0, planned.stderr
     plan = json.loads(planned.stdout)
     assert not (tmp_path / "run").exists()
     for _ in range(2):
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = Command(command).finish()
         assert done.returncode == 0, done.stderr
     summary, run = json.loads(done.stdout), Run(tmp_path / "run")
     assert (summary["samples_seen"], summary["steps"]) == (plan["samples_seen"], plan["steps"]) == (54, plan["steps"])
@@ -421,12 +421,11 @@ def test_the_papers_recipe_is_planned_on_a_folder_in_that_layout(tmp_path, base)
             archive.writestr(f"laion/raw_images/{index}.png", content.getvalue())
             table[f"laion/raw_images/{index}.png"] = [f"a picture of {index}", "a picture"]
         archive.writestr("laion/laion_combined_captions.json", json.dumps(table))
-    here = os.environ | {"UNROTE_DATA": str(tmp_path / "data"), "HF_HUB_OFFLINE": "1"}
+    here = {"UNROTE_DATA": str(tmp_path / "data"), "HF_HUB_OFFLINE": "1"}
     words = ["data", "get", "laion-10k", "--from", str(tmp_path / "laion-10k.zip")]
-    subprocess.run([sys.executable, "-m", "unrote", *words], check=True, env=here, capture_output=True)
+    assert Command(["-m", "unrote", *words], **here).finish().returncode == 0
     words = ["train", "--preset", "laion-10k", "--method", "iet-agc+", "--out", str(tmp_path / "run"), "--json"]
-    command = [sys.executable, "-m", "unrote", *words, "--dry-run"]
-    found = subprocess.run(command, env=here, capture_output=True, text=True)
+    found = Command(["-m", "unrote", *words, "--dry-run"], **here).finish()
     assert found.returncode == 0, found.stderr
     plan = json.loads(found.stdout)
     assert (plan["images"], plan["shape"], plan["rounds"]) == (12, [256, 256, 3], 25)

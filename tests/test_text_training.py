@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 
@@ -16,6 +14,7 @@ pytest.importorskip("peft")
 from PIL import Image
 from safetensors.torch import load_file
 
+from forking import Command
 from toy import assert_same_run, largest_difference, summary_of, toy_images
 from unrote.api import train
 from unrote.data.store import in_memory_store
@@ -103,19 +102,18 @@ def test_the_command_killed_and_given_again_ends_as_undisturbed(base, tmp_path):
     for index, pixels in enumerate(toy_images(12, side=16).images):
         Image.fromarray(pixels).save(tmp_path / "pictures" / f"{index}.png")
         (tmp_path / "pictures" / f"{index}.txt").write_text(["red cat", "a dog", "cat"][index % 3])
-    settings = SETTINGS | EVERY | {"training.epochs": 30, "training.checkpointing_steps": 7, "data.resolution": 16}
+    settings = SETTINGS | EVERY | {"training.epochs": 12, "training.checkpointing_steps": 7, "data.resolution": 16}
     words = ["train", "--pretrained", base, "--data", tmp_path / "pictures", "--method", "iet-agc+"]
     words += [
         word for key, value in settings.items() for word in ("--set", f"{key}={json.dumps(value).strip(chr(34))}")
     ]
-    command = [sys.executable, "-m", "unrote", *map(str, words), "--out"]
+    command = ["-m", "unrote", *words, "--out"]
     out = tmp_path / "killed"
-    process = subprocess.Popen([*command, out], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process, calm = Command([*command, out]), Command([*command, tmp_path / "whole"])
     while not list(out.glob("checkpoints/*.json")) and process.poll() is None:
         time.sleep(0.002)
     process.kill()
-    process.wait()
+    process.finish()
     assert list(out.glob("checkpoints/*.json")) and not Run(out).finished
-    subprocess.run([*command, out], check=True, capture_output=True)
-    subprocess.run([*command, tmp_path / "whole"], check=True, capture_output=True)
+    assert Command([*command, out]).finish().returncode == calm.finish().returncode == 0
     assert_same_run(Run(out), Run(tmp_path / "whole"))

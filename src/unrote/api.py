@@ -58,8 +58,8 @@ def train_config(config: Config, images: ImageStore, out: Path | str, device: st
     """Train ``config`` on ``images``; see :func:`train`."""
     run, where = Run(Path(out)), pick_device(device)
     config = settled(config, run, where)
-    make_plan(config, images, run.path)
-    _train(config, images, run, where)
+    looks = make_plan(config, images, run.path).looks
+    _train(config, images, run, where, looks)
     return run
 
 

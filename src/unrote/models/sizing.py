@@ -66,6 +66,8 @@ class Size:
     """The finished model on disk."""
     views: ViewCache | None = None
     """How a pretrained model gets augmented views; None without."""
+    reading: float = 0.0
+    """Passes of the denoiser that a text encoder's reading of one caption costs: at most, where its files are here."""
 
     def frozen(self, training: TrainingConfig) -> int:
         """Bytes of weights that are only read under these settings."""
@@ -100,6 +102,7 @@ def _pixels_size(config: Config, images: ImageStore) -> Size:
 
 def _pretrained_size(config: Config, images: ImageStore) -> Size:
     from unrote.models.adapters import add_adapters
+    from unrote.models.families import CLIP_LENGTH
     from unrote.models.pretrained import describe
     from unrote.models.text_to_image import check_images
 
@@ -133,12 +136,21 @@ def _pretrained_size(config: Config, images: ImageStore) -> Size:
         cache += 0 if config.text.varies else 4 * texts * sum(values[0].numel() for values in text.values())
     copies = 1 + config.training.use_ema
     model = 4 * trained * copies if lora else 4 * whole * copies + 2 * _folder_bytes(source)
-    return Size(trained, frozen, halved, forward, batch, cache, model, views)
+    reading = batch * _reading_flops(source, family.t5_length or CLIP_LENGTH) / forward.flops
+    return Size(trained, frozen, halved, forward, batch, cache, model, views, reading)
 
 
 def _folder_bytes(source: str) -> int:
     """The files of a pipeline here; 0 of one that is not here yet."""
     return sum(path.stat().st_size for path in Path(source).rglob("*") if path.is_file())
+
+
+def _reading_flops(source: str, tokens: int) -> float:
+    """Operations of a pipeline's text encoders for one text: two for each weight and token, embeddings included.
+
+    0 of one that is not in a folder here: of the released ones it is few passes in a hundred of their denoiser's.
+    """
+    return 2 * tokens * sum(path.stat().st_size for path in Path(source).glob("text_encoder*/*.safetensors")) / 4
 
 
 def _part_of_batch(config: Config, images: ImageStore) -> int:

@@ -38,12 +38,13 @@ class Looks:
         return f"{self.count} looks, {often or only}: {self.overhead:.1%} of training's work"
 
 
-def plan_looks(config: Config, images_per_round: float, rounds: int) -> Looks | None:
+def plan_looks(config: Config, images_per_round: float, rounds: int, reading: float = 0.0) -> Looks | None:
     """As ``monitor.every`` asks, or rarer, so that all looks together stay within ``monitor.max_overhead``.
 
-    A look costs samples · steps forward passes, with guidance twice as many, and the decoding of latents; a run costs 2
-    or 3 passes for each of ``images_per_round`` · ``rounds`` samples. Both are known before the run begins: what is
-    looked at does not depend on the clock, and a run that goes on looks where an undisturbed one does.
+    A look costs samples · steps forward passes, with guidance twice as many, the decoding of latents and ``reading``
+    passes for each text; a run costs 2 or 3 passes for each of ``images_per_round`` · ``rounds`` samples. All are known
+    before the run begins: what is looked at does not depend on the clock, and a run that goes on looks where an
+    undisturbed one does.
 
     Returns:
         The plan; None where nothing is monitored.
@@ -54,7 +55,7 @@ def plan_looks(config: Config, images_per_round: float, rounds: int) -> Looks | 
     monitor = config.monitor
     if not monitor.every:
         return None
-    look, run = look_passes(config), training_passes(config) * images_per_round * rounds
+    look, run = look_passes(config, reading), training_passes(config) * images_per_round * rounds
     most = math.floor(monitor.max_overhead * run / look + 1e-9)
     if most < 1:
         raise InputError(
@@ -67,13 +68,13 @@ def plan_looks(config: Config, images_per_round: float, rounds: int) -> Looks | 
     return Looks(every, monitor.every, count, count * look / run)
 
 
-def look_passes(config: Config) -> float:
-    """Forward passes of one look."""
+def look_passes(config: Config, reading: float) -> float:
+    """Forward passes of one look; with guidance the empty text is read for each image, too."""
     monitor = config.monitor
     if config.model.pretrained is None:
         return monitor.samples * monitor.steps
     guided = 2 if monitor.guidance_scale > 1 else 1
-    return monitor.samples * (guided * monitor.steps + DECODING)
+    return monitor.samples * (guided * (monitor.steps + reading) + DECODING)
 
 
 def training_passes(config: Config) -> float:

@@ -27,6 +27,7 @@ from unrote.training.budget import Counter, Progress, make_budget, total
 from unrote.training.checkpoints import Checkpoints
 from unrote.training.distributed import Single, is_finished, launched
 from unrote.training.journal import Journal
+from unrote.training.looks import Looks
 from unrote.training.monitor import make_monitor
 from unrote.training.output import save_model, write_outputs
 from unrote.training.reference import reference_of
@@ -68,12 +69,19 @@ class Meter:
         self._sums.copy_(state["sums"])
 
 
-def train(config: Config, images: ImageStore, run: Run, device: torch.device) -> None:
+def train(config: Config, images: ImageStore, run: Run, device: torch.device, looks: Looks | None) -> None:
     """Train until the budget is used up, from the newest checkpoint if there is one, and write the outputs.
 
     A run that was interrupted and goes on gives the same weights, ledger and log as an undisturbed one, bit for bit on
     the same machine with the same number of threads; so does a run in several processes, and one that goes on in more
     or fewer processes than before. With more processes than proxies it is the same to rounding, and not bit for bit.
+
+    Args:
+        config: of the run.
+        images: what it trains on.
+        run: its folder.
+        device: where it computes.
+        looks: when the monitor looks; None for never.
 
     Raises:
         InputError: if the folder holds another run, the loss is no longer finite, or another process has failed.
@@ -85,10 +93,12 @@ def train(config: Config, images: ImageStore, run: Run, device: torch.device) ->
             logger.info("%s is finished; nothing to do", run.path)
             return
         with torch.random.fork_rng():
-            _train(config, images, run, device, peers)
+            _train(config, images, run, device, looks, peers)
 
 
-def _train(config: Config, images: ImageStore, run: Run, device: torch.device, peers: Single) -> None:
+def _train(
+    config: Config, images: ImageStore, run: Run, device: torch.device, looks: Looks | None, peers: Single
+) -> None:
     training = config.training
     torch.manual_seed(derive_seed(config.seed, "init"))
     with peers.one_per_machine_first():
@@ -134,7 +144,7 @@ def _train(config: Config, images: ImageStore, run: Run, device: torch.device, p
     progress = Progress(budget, training.batch_size)
     streams = [SampleStream(config.seed, k) for k in range(config.num_shards)]
 
-    monitor = make_monitor(config, images, run, task, step.ema, budget)
+    monitor = make_monitor(config, images, run, task, step.ema, looks, budget.num_rounds)
     checkpoints = Checkpoints(run.path / "checkpoints", ensemble.slots, training.checkpoints_total_limit, peers)
     state = checkpoints.load_newest()
     stood = {k: Counter() for k in ensemble.mine}

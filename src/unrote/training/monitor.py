@@ -25,7 +25,7 @@ from unrote.seeding import generator
 from unrote.tensorfiles import load_state, save_state
 from unrote.training.ema import EMA
 from unrote.training.journal import Journal
-from unrote.training.looks import Looks, plan_looks
+from unrote.training.looks import Looks
 from unrote.training.looks_chart import looks_chart
 from unrote.training.run import Run
 
@@ -173,21 +173,19 @@ class Monitor:
 
 
 def make_monitor(
-    config: Config, images: ImageStore, run: Run, task: Task, ema: EMA | None, budget: Any
+    config: Config, images: ImageStore, run: Run, task: Task, ema: EMA | None, plan: Looks | None, last: int
 ) -> Monitor | None:
-    """The monitor that ``config`` asks for; None where it asks for none.
+    """The monitor of a run of ``last`` rounds that looks as planned; None where nothing is.
 
     Raises:
-        InputError: the held-out images can't be read or are of another size, a look costs too much, or its steps can't
-            be spread evenly.
+        InputError: the held-out images can't be read or are of another size, or a look's steps can't be spread evenly.
     """
-    plan = plan_looks(config, budget.local, budget.num_rounds)
     if plan is None:
         return None
     if isinstance(task.loss, DenoisingLoss) and task.loss.num_timesteps % config.monitor.steps:
         raise InputError(f"monitor.steps: must divide the model's {task.loss.num_timesteps} timesteps")
-    logger.log(logging.WARNING if plan.count == 1 < budget.num_rounds else logging.INFO, "monitor: %s", plan)
-    return Monitor(config, images, run, task, ema, plan, budget.num_rounds)
+    logger.log(logging.WARNING if plan.count == 1 < last else logging.INFO, "monitor: %s", plan)
+    return Monitor(config, images, run, task, ema, plan, last)
 
 
 def prompts_of(images: ImageStore, config: Config) -> list[str]:

@@ -226,7 +226,7 @@ def make_plan(
         flops=operations_of(config, size) * budget.total,
         views=size.views,
         modes=modes_of(config, images, size) if only_plan and config.model.pretrained is not None else (),
-        looks=plan_looks(config, budget.local, budget.num_rounds),
+        looks=plan_looks(config, budget.local, budget.num_rounds, size.reading),
     )
     if plan.disk_bytes > plan.free_disk_bytes:
         problem = (
