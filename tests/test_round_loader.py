@@ -101,7 +101,7 @@ def test_left_at_its_last_batch_a_round_is_whole(end, caplog):
             break
     loader.finish()
     assert ensemble.round_index == 1
-    assert_equal(weights(model), ensemble.slots.get("global")["model"])
+    assert_equal(weights(model), ensemble.slots.get("global")["model"].whole())
     assert not caplog.text
 
 
