@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -21,6 +20,13 @@ from unrote.files import atomic_path
 _SKELETON = "unrote.state"
 SMALL = 1 << 20
 """Tensors are read, averaged and sent together up to so many bytes: each time costs a round trip."""
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64, "BOOL": torch.bool,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
+}  # fmt: skip
 
 Form = tuple[torch.dtype, torch.Size]
 
@@ -51,27 +57,22 @@ class Stored:
     def at(path: Path) -> "Stored":
         """What :func:`save_state` wrote; reading fails if the file is gone by then.
 
-        Not by mapping the file: what was read of one stays in memory with it.
+        Not by safetensors, which maps the file: what was read of a mapping stays in memory with it.
 
         Raises:
             OSError: if there is no such file.
             InputError: if it is not whole or not ours.
         """
         try:
-            with safe_open(path, framework="pt") as file:
-                skeleton = json.loads(file.metadata()[_SKELETON])
-                forms = {name: _form(file.get_tensor(name)) for name in _names(skeleton)}
-            with path.open("rb") as file:
-                size = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(size))
-            begins = {name: 8 + size + header[name]["data_offsets"][0] for name in forms}
-        except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+            skeleton, found = _header(path)
+            forms = {name: found[name][1] for name in _names(skeleton)}
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(f"{path}: is no state that unrote wrote, or is damaged ({reason})") from None
 
         def read(names: Sequence[str]) -> dict[str, Tensor]:
             with path.open("rb") as file:
-                return {name: _read(file, begins[name], *forms[name]) for name in names}
+                return {name: _read(file, *found[name]) for name in names}
 
         return Stored(skeleton, forms, read)
 
@@ -168,6 +169,23 @@ def clone_state(state: Any) -> Any:
     return type(state)(map(clone_state, state)) if isinstance(state, list | tuple) else state
 
 
+def _header(path: Path) -> tuple[Any, dict[str, tuple[int, Form]]]:
+    """The structure of the state in a file, and by name where its tensors begin and what they are."""
+    length = path.stat().st_size
+    with path.open("rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        if start > length:
+            raise ValueError("it is too short")
+        header = json.loads(file.read(start - 8))
+    skeleton, found = json.loads(header.pop("__metadata__")[_SKELETON]), {}
+    for name, entry in header.items():
+        form, (begin, end) = (_DTYPES[entry["dtype"]], torch.Size(entry["shape"])), entry["data_offsets"]
+        if not 0 <= begin <= end <= length - start or end - begin != form[0].itemsize * form[1].numel():
+            raise ValueError("it is too short" if end > length - start else "sizes do not match")
+        found[name] = start + begin, form
+    return skeleton, found
+
+
 def _form(tensor: Tensor) -> Form:
     return tensor.dtype, tensor.shape
 
@@ -177,8 +195,8 @@ def _copied(tensor: Tensor) -> Tensor:
     return copy.copy_(tensor)
 
 
-def _read(file: BinaryIO, begin: int, dtype: torch.dtype, shape: torch.Size) -> Tensor:
-    tensor = torch.empty(shape, dtype=dtype)
+def _read(file: BinaryIO, begin: int, form: Form) -> Tensor:
+    tensor = torch.empty(form[1], dtype=form[0])
     file.seek(begin)
     if file.readinto(bytes_of(tensor).numpy()) != tensor.nbytes:  # type: ignore[attr-defined]
         raise InputError(f"{file.name}: has become shorter")
