@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from unrote.errors import InputError
@@ -27,6 +26,7 @@ _DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
     "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
 }  # fmt: skip
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 Form = tuple[torch.dtype, torch.Size]
 
@@ -57,7 +57,7 @@ class Stored:
     def at(path: Path) -> "Stored":
         """What :func:`save_state` wrote; reading fails if the file is gone by then.
 
-        Not by safetensors, which maps the file: what was read of a mapping stays in memory with it.
+        Not by safetensors, which maps the file, so that what was read of it stays in memory with the mapping.
 
         Raises:
             OSError: if there is no such file.
@@ -134,10 +134,20 @@ def save_state(path: Path, state: Any, *, durable: bool = True) -> None:
     """
     tensors: dict[str, Tensor] = {}
     skeleton = _flatten(state, "", tensors)
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    _unshare_(tensors)
-    with atomic_path(path, durable=durable) as temporary:
-        save_file(tensors, temporary, metadata={_SKELETON: json.dumps(skeleton)})
+    header: dict[str, Any] = {"__metadata__": {_SKELETON: json.dumps(skeleton)}}
+    end = 0
+    # Large numbers first, so that each lies at a multiple of its size.
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].itemsize)
+    for name, tensor in ordered:
+        begin, end = end, end + tensor.nbytes
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    content = json.dumps(header).encode()
+    content += b" " * (-len(content) % 8)
+    with atomic_path(path, durable=durable) as temporary, temporary.open("wb") as file:
+        file.write(len(content).to_bytes(8, "little") + content)
+        for _, tensor in ordered:
+            # One at a time: safetensors' own writer has them all on the CPU and contiguous at once.
+            file.write(bytes_of(tensor.cpu().contiguous()).numpy().data)
 
 
 def load_state(path: Path, parts: Sequence[str] | None = None) -> Any:
@@ -230,16 +240,6 @@ def _is_channels_last(tensor: Tensor) -> bool:
     if tensor.ndim != 4 or tensor.is_contiguous():
         return False
     return tensor.is_contiguous(memory_format=torch.channels_last)
-
-
-def _unshare_(tensors: dict[str, Tensor]) -> None:
-    """Copy tensors that lie in the memory of an earlier one, such as tied weights: safetensors refuses them."""
-    seen = set()
-    for name, tensor in tensors.items():
-        storage = tensor.untyped_storage().data_ptr()
-        if storage in seen:
-            tensors[name] = tensor.clone()
-        seen.add(storage)
 
 
 def _names(skeleton: dict[str, Any]) -> Iterator[str]:
