@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -78,6 +79,8 @@ class Stored:
 
     def parts(self, names: Sequence[str]) -> "Stored":
         """Of a dict, only the entries ``names``."""
+        if "dict" not in self.skeleton:
+            raise InputError("a state has no parts, or is damaged")
         return self._under({"dict": [[key, value] for key, value in self.skeleton["dict"] if key in names]})
 
     def __getitem__(self, name: str) -> "Stored":
@@ -189,10 +192,12 @@ def _header(path: Path) -> tuple[Any, dict[str, tuple[int, Form]]]:
         header = json.loads(file.read(start - 8))
     skeleton, found = json.loads(header.pop("__metadata__")[_SKELETON]), {}
     for name, entry in header.items():
-        form, (begin, end) = (_DTYPES[entry["dtype"]], torch.Size(entry["shape"])), entry["data_offsets"]
-        if not 0 <= begin <= end <= length - start or end - begin != form[0].itemsize * form[1].numel():
-            raise ValueError("it is too short" if end > length - start else "sizes do not match")
-        found[name] = start + begin, form
+        dtype, shape, (begin, end) = _DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+        if end > length - start:
+            raise ValueError("it is too short")
+        if any(type(n) is not int or n < 0 for n in (*shape, begin)) or end - begin != dtype.itemsize * prod(shape):
+            raise ValueError("sizes do not match")
+        found[name] = start + begin, (dtype, torch.Size(shape))
     return skeleton, found
 
 
