@@ -49,7 +49,8 @@ class Rank:
         samples_per_round: what its proxies see between two averagings.
         steps: optimizer steps of its proxies in the whole run.
         device_bytes: what training needs where it computes: state, weights that are only read, activations.
-        host_bytes: the most that it needs in the memory of the host; of a process that computes on the CPU, of all.
+        host_bytes: the most that it needs in the memory of the host, but for tensors under way between files and model;
+            of a process that computes on the CPU, of all.
     """
 
     first: int
