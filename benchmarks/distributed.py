@@ -32,9 +32,10 @@ from unrote.config import load_config
 from unrote.data.store import in_memory_store
 from unrote.files import write_json
 from unrote.method.ensemble import ShardEnsemble
+from unrote.method.peers import Alone
 from unrote.method.shards import redistribute, split_shards
 from unrote.models.denoiser import build_unet
-from unrote.tensorfiles import load_state, save_state, weighted_average
+from unrote.tensorfiles import Stored, save_state, weighted_average
 from unrote.training.checkpoints import Checkpoints
 from unrote.training.distributed import launched
 from unrote.training.probe import measure
@@ -145,7 +146,8 @@ def averaging(folder: Path) -> dict[str, Any]:
     written = clock.read()
     del state
     clock = Clock()
-    weighted_average((load_state(path, ["model", "ema"]) for _ in range(count)), [1 / count] * count)
+    proxy = Stored.at(path).parts(["model", "ema"])
+    Alone().average([proxy] * count, [1 / count] * count, weighted_average).whole()
     added = over(clock.read(), count)
     shards = split_shards(PAPER["images"], count, "iid")
     clock = Clock()
@@ -183,17 +185,17 @@ def transport(folder: Path) -> dict[str, float]:
 def exchange(folder: Path) -> None:
     """What each of the two processes does; the first says what it took it."""
     torch.set_num_threads(1)
-    state = {part: tensors for part, tensors in paper_state().items() if part in ("model", "ema")}
+    state = Stored.of({part: tensors for part, tensors in paper_state().items() if part in ("model", "ema")})
     with launched([]) as peers:
         peers.mine([1, 1])
-        peers.average([state], [0.5, 0.5], weighted_average)
+        peers.average([state], [0.5, 0.5], weighted_average).whole()
         peers.gather(None)
         clock = Clock()
-        peers.average([state], [0.5, 0.5], weighted_average)
+        peers.average([state], [0.5, 0.5], weighted_average).whole()
         together = clock.read()
         if peers.rank == 0:
             clock = Clock()
-            weighted_average([state] * 2, [0.5, 0.5])
+            Alone().average([state] * 2, [0.5, 0.5], weighted_average).whole()
             # What two proxies take without a network is no transport.
             alone = clock.read()
             write_json(folder / "exchange.json", {kind: max(0.0, together[kind] - alone[kind]) for kind in alone})

@@ -218,7 +218,7 @@ class Inputs:
             Checkpoints(self.run / "checkpoints", slots, 2).load_newest()
             for part in sorted((self.run / "proxies").iterdir()):
                 slots.load_state_dict({"files": {"proxy": part.name}, "version": 9})
-                slots.get("proxy")
+                slots.get("proxy").whole()
         finally:
             for other, content in self.originals.items():
                 (self.run / other).write_bytes(content)

@@ -181,7 +181,7 @@ def test_equals_k_explicit_models(where, redistribution, optimizer_state, tmp_pa
     assert (ledger.moves > 0).any() == (redistribution is not None)
     assert_equal_state(trainer.gate.ledger.state_dict(), ledger.state_dict())
     for k, proxy in enumerate(proxies):
-        state = ensemble.slots.get(f"proxy-{k}")
+        state = ensemble.slots.get(f"proxy-{k}").whole()
         assert_equal_state(state["bank"], proxy.gate.bank.state_dict())
         assert state["steps"] == {"steps": proxy.steps}
         assert state["schedule"]["last_epoch"] == proxy.schedule.last_epoch

@@ -166,7 +166,7 @@ def test_a_script_of_somebody_else_and_its_diffs(name, photos, pretrained, tmp_p
 
 
 def assert_saved_is_the_aggregate(name, out, ensemble):
-    saved, kept = weights_in(out), ensemble.slots.get("global")
+    saved, kept = weights_in(out), ensemble.slots.get("global").whole()
     # The first script saves the averaged weights.
     wanted = kept["ema"]["shadow_params"] if name == "unconditional" else list(kept["model"].values())
     key = lambda tensor: (list(tensor.shape), float(tensor.sum()))  # noqa: E731
@@ -196,7 +196,7 @@ AT_THE_END = """
 
     known = {"shards": [shard.tolist() for shard in ensemble.shards], "rounds": ensemble.round_index}
     known |= {name: getattr(gate.ledger, name).tolist() for name in ("visits", "moves")}
-    known["weights"] = [float(p.double().sum()) for p in ensemble.slots.get("global")["model"].values()]
+    known["weights"] = [float(p.double().sum()) for p in ensemble.slots.get("global")["model"].whole().values()]
     (Path(args.output_dir) / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(known))
     accelerator.end_training()
 """

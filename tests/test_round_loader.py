@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.utils.data import DataLoader
 
 from unrote import Ledger, LossGate, Redistribution, ShardEnsemble, augment_near_threshold
-from unrote.tensorfiles import beside, clone_state
+from unrote.tensorfiles import Stored, clone_state
 
 N, T, K = 14, 5, 3
 DATA = torch.linspace(-1, 1, N * 4).view(N, 4)
@@ -101,7 +101,7 @@ def test_left_at_its_last_batch_a_round_is_whole(end, caplog):
             break
     loader.finish()
     assert ensemble.round_index == 1
-    assert_equal(weights(model), ensemble.slots.get("global")["model"])
+    assert_equal(weights(model), ensemble.slots.get("global")["model"].whole())
     assert not caplog.text
 
 
@@ -173,7 +173,7 @@ def test_weights_in_parts_are_refused(process_group):
 
 def test_an_average_of_somebody_else_stays_on_its_device():
     old = {"shadow": [torch.empty(2, device="meta")], "step": 3, "decay": torch.ones(1)}
-    found = beside(old, {"shadow": [torch.ones(2)], "step": 4, "decay": torch.zeros(1)})
+    found = Stored.of({"shadow": [torch.ones(2)], "step": 4, "decay": torch.zeros(1)}).into(old)
     assert found["shadow"][0].device.type == "meta"
     assert found["step"] == 4
     assert torch.equal(found["decay"], torch.zeros(1))

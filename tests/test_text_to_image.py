@@ -205,13 +205,10 @@ def test_the_product_average_is_the_nearest_of_its_rank():
         states = []
         for _ in range(3):
             down, up = torch.randn(rank, into, generator=draw), torch.randn(out, rank, generator=draw)
-            states.append({"model": dict(zip(name, (down, up), strict=True)), "ema": {}})
+            states.append(dict(zip(name, (down, up), strict=True)))
         weights = [0.5, 0.3, 0.2]
-        average = average_products(iter(states), weights)["model"]
-        mean = sum(
-            w * s["model"][name[1]].double() @ s["model"][name[0]].double()
-            for w, s in zip(weights, states, strict=True)
-        )
+        average = average_products(iter(states), weights)
+        mean = sum(w * s[name[1]].double() @ s[name[0]].double() for w, s in zip(weights, states, strict=True))
         u, s, v = torch.linalg.svd(mean, full_matrices=False)
         nearest = u[:, :rank] * s[:rank] @ v[:rank]
         assert average[name[0]].shape == (rank, into) and average[name[1]].shape == (out, rank)

@@ -1,24 +1,127 @@
-"""One safetensors file for a nested state: dicts, lists and tuples of tensors and plain values."""
+"""One safetensors file for a nested state: dicts, lists and tuples of tensors and plain values.
+
+States are read and averaged in bundles of tensors, so that none need be whole in memory beside the live one.
+"""
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from unrote.errors import InputError
 from unrote.files import atomic_path
 
 _SKELETON = "unrote.state"
-MESSAGE = 1 << 28
-"""The most bytes that are sent at once."""
 SMALL = 1 << 20
-"""Tensors are sent together up to so many bytes: a message costs a round trip, copying them next to nothing."""
+"""Tensors are read, averaged and sent together up to so many bytes: each time costs a round trip."""
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64, "BOOL": torch.bool,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
+}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+Form = tuple[torch.dtype, torch.Size]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A nested state that lies somewhere and is read in bundles of tensors.
+
+    Attributes:
+        skeleton: its structure in terms of JSON, with plain values and the names of tensors.
+        forms: type and shape of each tensor by name, in their order.
+        read: from names to these tensors, contiguous on the CPU and shared with nothing.
+    """
+
+    skeleton: Any
+    forms: Mapping[str, Form]
+    read: Callable[[Sequence[str]], dict[str, Tensor]]
+
+    @staticmethod
+    def of(state: Any) -> "Stored":
+        """What lies in memory."""
+        tensors: dict[str, Tensor] = {}
+        skeleton = _flatten(state, "", tensors)
+        forms = {name: _form(tensor) for name, tensor in tensors.items()}
+        return Stored(skeleton, forms, lambda names: {name: _copied(tensors[name]) for name in names})
+
+    @staticmethod
+    def at(path: Path) -> "Stored":
+        """What :func:`save_state` wrote; reading fails if the file is gone by then.
+
+        Not by safetensors, which maps the file, so that what was read of it stays in memory with the mapping.
+
+        Raises:
+            OSError: if there is no such file.
+            InputError: if it is not whole or not ours.
+        """
+        try:
+            skeleton, found = _header(path)
+            forms = {name: found[name][1] for name in _names(skeleton)}
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise InputError(f"{path}: is no state that unrote wrote, or is damaged ({reason})") from None
+
+        def read(names: Sequence[str]) -> dict[str, Tensor]:
+            with path.open("rb") as file:
+                return {name: _read(file, *found[name]) for name in names}
+
+        return Stored(skeleton, forms, read)
+
+    def parts(self, names: Sequence[str]) -> "Stored":
+        """Of a dict, only the entries ``names``."""
+        if "dict" not in self.skeleton:
+            raise InputError("a state has no parts, or is damaged")
+        return self._under({"dict": [[key, value] for key, value in self.skeleton["dict"] if key in names]})
+
+    def __getitem__(self, name: str) -> "Stored":
+        """Of a dict, the value of one entry."""
+        return self._under(dict(self.skeleton["dict"])[name])
+
+    def _under(self, skeleton: Any) -> "Stored":
+        return replace(self, skeleton=skeleton, forms={name: self.forms[name] for name in _names(skeleton)})
+
+    def digest(self) -> str:
+        """Hex SHA-256 of all but the tensors' content."""
+        return hashlib.sha256(repr((self.skeleton, list(self.forms.items()))).encode()).hexdigest()
+
+    def bundles(self) -> list[list[str]]:
+        """Names of tensors that are read at once, in order: those that are small; the two factors of an adapter."""
+        found: list[list[str]] = []
+        room, before = -1, None
+        for name, (dtype, shape) in self.forms.items():
+            room -= dtype.itemsize * shape.numel()
+            owner = name.partition("/lora_")[0]
+            if room < 0 and owner != before:
+                found.append([])
+                room = SMALL - dtype.itemsize * shape.numel()
+            found[-1].append(name)
+            before = owner
+        return found
+
+    @torch.no_grad()
+    def into(self, live: Any) -> Any:
+        """The state; where ``live`` has a tensor of the same form, that tensor, overwritten."""
+
+        def tensors() -> Iterator[Tensor]:
+            for names in self.bundles():
+                found = self.read(names)
+                yield from map(found.pop, names)
+
+        return _unflatten(self.skeleton, tensors(), live)
+
+    def whole(self) -> Any:
+        """The state, tensors on the CPU."""
+        return self.into(None)
 
 
 def save_state(path: Path, state: Any, *, durable: bool = True) -> None:
@@ -34,9 +137,20 @@ def save_state(path: Path, state: Any, *, durable: bool = True) -> None:
     """
     tensors: dict[str, Tensor] = {}
     skeleton = _flatten(state, "", tensors)
-    _unshare_(tensors)
-    with atomic_path(path, durable=durable) as temporary:
-        save_file(tensors, temporary, metadata={_SKELETON: json.dumps(skeleton)})
+    header: dict[str, Any] = {"__metadata__": {_SKELETON: json.dumps(skeleton)}}
+    end = 0
+    # Large numbers first, so that each lies at a multiple of its size.
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].itemsize)
+    for name, tensor in ordered:
+        begin, end = end, end + tensor.nbytes
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    content = json.dumps(header).encode()
+    content += b" " * (-len(content) % 8)
+    with atomic_path(path, durable=durable) as temporary, temporary.open("wb") as file:
+        file.write(len(content).to_bytes(8, "little") + content)
+        for _, tensor in ordered:
+            # One at a time: safetensors' own writer has them all on the CPU and contiguous at once.
+            file.write(bytes_of(tensor.cpu().contiguous()).numpy().data)
 
 
 def load_state(path: Path, parts: Sequence[str] | None = None) -> Any:
@@ -46,68 +160,8 @@ def load_state(path: Path, parts: Sequence[str] | None = None) -> Any:
         OSError: if there is no such file.
         InputError: if it is not whole or not ours.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            skeleton = json.loads(file.metadata()[_SKELETON])
-            if parts is not None:
-                skeleton = {"dict": [[key, value] for key, value in skeleton["dict"] if key in parts]}
-            return _unflatten(skeleton, file.get_tensor)
-    except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path}: is no state that unrote wrote, or is damaged ({reason})") from None
-
-
-def messages_of(state: Any) -> Iterator[Tensor]:
-    """``state`` as uint8 tensors to be sent one after another; large ones lie in the state's own memory."""
-    tensors: dict[str, Tensor] = {}
-    skeleton = _flatten(state, "", tensors)
-    forms = {name: [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for name, tensor in tensors.items()}
-    description = torch.frombuffer(bytearray(json.dumps([skeleton, forms]).encode()), dtype=torch.uint8)
-    yield torch.tensor([len(description)]).view(torch.uint8)
-    yield description
-    for group in _grouped(tensors.values()):
-        content = torch.cat(group) if len(group) > 1 else group[0]
-        yield from _parts(content)
-
-
-def state_of_messages(receive: Callable[[Tensor], object]) -> Any:
-    """The state that :func:`messages_of` was given, tensors on the CPU.
-
-    Args:
-        receive: fills a uint8 tensor with the next message; they come in order.
-    """
-    length = torch.zeros(8, dtype=torch.uint8)
-    receive(length)
-    description = torch.empty(int(length.view(torch.int64)), dtype=torch.uint8)
-    receive(description)
-    skeleton, forms = json.loads(description.numpy().tobytes())
-    tensors = {name: torch.empty(shape, dtype=getattr(torch, dtype)) for name, (dtype, shape) in forms.items()}
-    for group in _grouped(tensors.values()):
-        sizes = [len(content) for content in group]
-        content = torch.empty(sum(sizes), dtype=torch.uint8) if len(group) > 1 else group[0]
-        for part in _parts(content):
-            receive(part)
-        if len(group) > 1:
-            for own, received in zip(group, torch.split(content, sizes), strict=True):
-                own.copy_(received)
-    return _unflatten(skeleton, tensors.__getitem__)
-
-
-def _parts(content: Tensor) -> list[Tensor]:
-    return [content[start : start + MESSAGE] for start in range(0, len(content), MESSAGE)]
-
-
-def _grouped(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
-    """The bytes of contiguous CPU tensors, smallest first, those together that fit in one small message."""
-    groups: list[list[Tensor]] = []
-    room = 0
-    for content in sorted((tensor.view(-1).view(torch.uint8) for tensor in tensors if tensor.numel()), key=len):
-        room -= len(content)
-        if room < 0:
-            groups.append([])
-            room = SMALL - len(content)
-        groups[-1].append(content)
-    return groups
+    stored = Stored.at(path)
+    return (stored if parts is None else stored.parts(parts)).whole()
 
 
 def weights_hash(*models: Any) -> str:
@@ -115,42 +169,65 @@ def weights_hash(*models: Any) -> str:
     digest = hashlib.sha256()
     for name, tensor in (row for model in models for row in sorted(model.state_dict().items())):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        digest.update(bytes_of(tensor.detach().cpu().contiguous()).numpy().data)
     return digest.hexdigest()
 
 
 def clone_state(state: Any) -> Any:
     """A copy of a nested state whose tensors lie on the CPU and are shared with nothing."""
-    return _map_tensors(state, lambda tensor: tensor.detach().to("cpu", copy=True))
-
-
-def _map_tensors(state: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """A copy of a nested state with ``change`` applied to its tensors, in the order of :func:`_leaves`."""
     if isinstance(state, Tensor):
-        return change(state)
+        return state.detach().to("cpu", copy=True)
     if isinstance(state, dict):
-        return {key: _map_tensors(value, change) for key, value in state.items()}
-    if isinstance(state, list | tuple):
-        return type(state)(_map_tensors(value, change) for value in state)
-    return state
+        return {key: clone_state(value) for key, value in state.items()}
+    return type(state)(map(clone_state, state)) if isinstance(state, list | tuple) else state
 
 
-def beside(old: Any, state: Any) -> Any:
-    """``state`` with its tensors on the devices of those of ``old``, a state of the same structure."""
-    if isinstance(old, Tensor) and isinstance(state, Tensor):
-        return state.to(old.device)
-    if isinstance(old, dict) and isinstance(state, dict):
-        return {key: beside(old.get(key), value) for key, value in state.items()}
-    if isinstance(old, list | tuple) and isinstance(state, list | tuple) and len(old) == len(state):
-        return type(state)(beside(*pair) for pair in zip(old, state, strict=True))
-    return state
+def _header(path: Path) -> tuple[Any, dict[str, tuple[int, Form]]]:
+    """The structure of the state in a file, and by name where its tensors begin and what they are."""
+    length = path.stat().st_size
+    with path.open("rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        if start > length:
+            raise ValueError("it is too short")
+        header = json.loads(file.read(start - 8))
+    skeleton, found = json.loads(header.pop("__metadata__")[_SKELETON]), {}
+    for name, entry in header.items():
+        dtype, shape, (begin, end) = _DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+        if end > length - start:
+            raise ValueError("it is too short")
+        if any(type(n) is not int or n < 0 for n in (*shape, begin)) or end - begin != dtype.itemsize * prod(shape):
+            raise ValueError("sizes do not match")
+        found[name] = start + begin, (dtype, torch.Size(shape))
+    return skeleton, found
+
+
+def _form(tensor: Tensor) -> Form:
+    return tensor.dtype, tensor.shape
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype)
+    return copy.copy_(tensor)
+
+
+def _read(file: BinaryIO, begin: int, form: Form) -> Tensor:
+    tensor = torch.empty(form[1], dtype=form[0])
+    file.seek(begin)
+    if file.readinto(bytes_of(tensor).numpy()) != tensor.nbytes:  # type: ignore[attr-defined]
+        raise InputError(f"{file.name}: has become shorter")
+    return tensor
+
+
+def bytes_of(tensor: Tensor) -> Tensor:
+    """uint8 [n], a contiguous tensor's own memory."""
+    return tensor.view(-1).view(torch.uint8)
 
 
 def _flatten(state: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(state, Tensor):
         # The number keeps apart what a path can't: the keys 1 and "1", or "a/b" and a dict in a dict.
-        unique = f"{len(tensors)}{name}"
-        tensors[unique] = state.detach().contiguous()
+        unique = name if name and name not in tensors else f"{len(tensors)}{name}"
+        tensors[unique] = state.detach()
         return {"channels_last" if _is_channels_last(state) else "tensor": unique}
     if isinstance(state, dict):
         # Pairs, since JSON would turn the whole-number keys of an optimizer's state into strings.
@@ -170,41 +247,50 @@ def _is_channels_last(tensor: Tensor) -> bool:
     return tensor.is_contiguous(memory_format=torch.channels_last)
 
 
-def _unshare_(tensors: dict[str, Tensor]) -> None:
-    """Copy tensors that lie in the memory of an earlier one, such as tied weights: safetensors refuses them."""
-    seen = set()
-    for name, tensor in tensors.items():
-        storage = tensor.untyped_storage().data_ptr()
-        if storage in seen:
-            tensors[name] = tensor.clone()
-        seen.add(storage)
+def _names(skeleton: dict[str, Any]) -> Iterator[str]:
+    """Of the tensors, in order."""
+    ((kind, content),) = skeleton.items()
+    if kind in ("tensor", "channels_last"):
+        yield content
+    elif kind == "dict":
+        yield from (name for _, value in content for name in _names(value))
+    elif kind in ("list", "tuple"):
+        yield from (name for value in content for name in _names(value))
 
 
-def _unflatten(skeleton: dict[str, Any], get: Callable[[str], Tensor]) -> Any:
+def _unflatten(skeleton: dict[str, Any], tensors: Iterator[Tensor], live: Any) -> Any:
     ((kind, content),) = skeleton.items()
     match kind:
-        case "tensor":
-            return get(content)
-        case "channels_last":
-            return get(content).contiguous(memory_format=torch.channels_last)
+        case "tensor" | "channels_last":
+            return _placed(next(tensors), live, channels_last=kind == "channels_last")
         case "dict":
-            return {key: _unflatten(value, get) for key, value in content}
-        case "list":
-            return [_unflatten(value, get) for value in content]
-        case "tuple":
-            return tuple(_unflatten(value, get) for value in content)
+            old = live if isinstance(live, dict) else {}
+            return {key: _unflatten(value, tensors, old.get(key)) for key, value in content}
+        case "list" | "tuple":
+            olds = live if isinstance(live, list | tuple) and len(live) == len(content) else [None] * len(content)
+            values = [_unflatten(value, tensors, old) for value, old in zip(content, olds, strict=True)]
+            return values if kind == "list" else tuple(values)
         case _:
             return content
 
 
-def weighted_average(states: Any, weights: list[float]) -> Any:
-    """``Σ_k w_k s_k`` over nested states of equal structure, accumulated in float64 in the order of the states.
+def _placed(tensor: Tensor, live: Any, *, channels_last: bool) -> Tensor:
+    """``tensor`` in the memory of ``live`` if that has its form, or else on its device."""
+    if not isinstance(live, Tensor):
+        return tensor.contiguous(memory_format=torch.channels_last) if channels_last else tensor
+    if _form(tensor) == _form(live) and _is_channels_last(live) == channels_last:
+        return live.copy_(tensor)
+    return _placed(tensor, None, channels_last=channels_last).to(live.device)
 
-    Floating-point tensors are averaged and keep their type; everything else is the first state's. Only one state is
-    held at a time, beside the sums.
+
+def weighted_average(states: Iterable[Mapping[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:
+    """``Σ_k w_k s_k`` over states of equal names and shapes, accumulated in float64 in the order of the states.
+
+    Floating-point tensors are averaged and keep their type; others are the first state's. Only one state is held at a
+    time, beside the sums.
 
     Args:
-        states: an iterable of K states on the CPU.
+        states: K states on the CPU.
         weights: K weights that sum to 1.
 
     Raises:
@@ -216,41 +302,31 @@ def weighted_average(states: Any, weights: list[float]) -> Any:
         sums.add(next(remaining, None), weight)
     if next(remaining, None) is not None:
         raise ValueError(f"there are more states than the {len(weights)} weights")
-    return sums.rounded()
+    return {name: total.to(sums.dtypes[name]) for name, total in sums.totals.items()}
 
 
 class _Sums:
-    """A nested state of float64 sums."""
+    """Sums in float64, and the types of what was added."""
 
     def __init__(self) -> None:
-        self._state: Any = None
-        self._dtypes: list[torch.dtype] = []
+        self.totals: dict[str, Tensor] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
 
-    def add(self, state: Any, weight: float) -> None:
-        """``sums += weight * state``."""
+    def add(self, state: Mapping[str, Tensor] | None, weight: float) -> None:
+        """``totals += weight * state``."""
         if state is None:
             raise ValueError("there are fewer states than weights")
-        if self._state is None:
-            self._dtypes = [leaf.dtype for leaf in _leaves(state)]
-            self._state = _map_tensors(state, lambda leaf: _weighted(leaf, weight))
+        if not self.dtypes:
+            self.dtypes = {name: tensor.dtype for name, tensor in state.items()}
+            self.totals = {name: _weighted(tensor, weight) for name, tensor in state.items()}
             return
-        for total, leaf in zip(_leaves(self._state), _leaves(state), strict=True):
+        if state.keys() != self.totals.keys():
+            raise ValueError("a state has other tensors than the first")
+        for name, total in self.totals.items():
             if total.is_floating_point():
-                total += _weighted(leaf, weight)
-
-    def rounded(self) -> Any:
-        """The sums in the types that the states had."""
-        dtypes = iter(self._dtypes)
-        return _map_tensors(self._state, lambda total: total.to(next(dtypes)))
+                total += _weighted(state[name], weight)
 
 
 def _weighted(leaf: Tensor, weight: float) -> Tensor:
     # In place: a second tensor of float64 costs more time than the arithmetic.
     return leaf.detach().to(torch.float64, copy=True).mul_(weight) if leaf.is_floating_point() else leaf.clone()
-
-
-def _leaves(state: Any) -> list[Tensor]:
-    if isinstance(state, Tensor):
-        return [state]
-    children = state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else ()
-    return [leaf for child in children for leaf in _leaves(child)]

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -14,24 +14,15 @@ from unrote.method.gate import LossGate
 from unrote.method.ledger import Ledger
 from unrote.method.loader import RoundLoader, Shard
 from unrote.method.outer import OuterOptimizer
+from unrote.method.parts import Groups, Moments, Stateful, check_whole, put_back, take
 from unrote.method.peers import Alone, Average, Peers
 from unrote.method.shards import Split, Topology, redistribute, split_shards
 from unrote.method.slots import FolderSlots, MemorySlots
-from unrote.tensorfiles import beside, load_state, weighted_average
+from unrote.tensorfiles import clone_state, load_state, weighted_average
 
 OptimizerState = Literal["per-proxy", "reset", "average"]
 COMMON = ("global", "initial", "velocity")
 """States that belong to all proxies."""
-
-
-class Stateful(Protocol):
-    """Anything whose state can be taken and put back."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state."""
-
-    def load_state_dict(self, state: dict[str, Any], /) -> object:
-        """Put the state back."""
 
 
 @dataclass(frozen=True)
@@ -41,32 +32,6 @@ class Redistribution:
     fraction: float = 0.25
     topology: Topology = "ring"
     every: int = 1
-
-
-class _Moments:
-    """An optimizer's moments without its learning rates, which go on with each proxy's schedule."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self._optimizer = optimizer
-
-    def state_dict(self) -> dict[str, Any]:
-        return self._optimizer.state_dict()["state"]  # type: ignore[no-any-return]
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._optimizer.load_state_dict(self._optimizer.state_dict() | {"state": state})
-
-
-class _Groups:
-    """An optimizer's learning rates and other settings without its moments."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self._optimizer = optimizer
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"param_groups": self._optimizer.state_dict()["param_groups"]}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._optimizer.load_state_dict(self._optimizer.state_dict() | state)
 
 
 class ShardEnsemble:
@@ -103,7 +68,8 @@ class ShardEnsemble:
         outer: how far a round moves the aggregate of the weights; by default to the proxies' average. Moving averages
             (``ema``) and moments are averaged as they are.
         folder: keep proxies that are not live in files there, not in memory.
-        average: of the proxies' states under weights that sum to 1, instead of the mean of every number.
+        average: of the proxies' tensors under weights that sum to 1, instead of the mean of every number; called for
+            some of them at a time, see :data:`unrote.method.peers.Average`.
         peers: the processes among which the proxies are dealt out. The result does not depend on how many they are.
 
     Raises:
@@ -132,7 +98,7 @@ class ShardEnsemble:
         average: Average = weighted_average,
         peers: Peers | None = None,
     ) -> None:
-        _check_whole(model, optimizer)
+        check_whole(model, optimizer)
         trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if not trained & {id(p) for p in model.parameters()}:
             raise ValueError("the optimizer holds no parameter of this model: build it from model.parameters()")
@@ -162,9 +128,9 @@ class ShardEnsemble:
         self._average = average
         self._averaged: dict[str, Stateful] = {"model": model} | ({} if ema is None else {"ema": ema})
         self._kept: dict[str, Stateful] = dict(kept or {}) | ({} if gate is None else gate.of_proxy())
-        self._moments = _Moments(optimizer)
+        self._moments = Moments(optimizer)
         if optimizer_state == "average":
-            self._averaged["moments"], self._kept["groups"] = self._moments, _Groups(optimizer)
+            self._averaged["moments"], self._kept["groups"] = self._moments, Groups(optimizer)
         else:
             self._kept["optimizer"] = optimizer
         names = [f"{kind}-{k}" for kind in ("proxy", "live") for k in self._held]
@@ -174,8 +140,8 @@ class ShardEnsemble:
         # What belongs to all is kept by the first process; the others have it in memory.
         self._common = self._files if self._peers.rank == 0 else MemorySlots()
         if num_shards > 1:
-            self._common.put("global", _take(self._averaged))
-            self._common.put("initial", _take(self._kept))
+            self._common.put("global", take(self._averaged))
+            self._common.put("initial", take(self._kept))
 
     @property
     def redistribution(self) -> Redistribution | None:
@@ -228,7 +194,7 @@ class ShardEnsemble:
         Raises:
             ValueError: if the model has been wrapped since by what holds weights in parts.
         """
-        _check_whole(self._model, self._optimizer)
+        check_whole(self._model, self._optimizer)
         complete = False
         try:
             while self.phase < self.num_phases:
@@ -283,12 +249,13 @@ class ShardEnsemble:
 
     def _activate(self) -> None:
         """Make proxy k live: θ̄ at the start of a round, its own weights in a second half-round or amid its turn."""
-        begun = self._slots.get(f"live-{self.proxy}") if self.num_shards > 1 else {}
-        if begun:
-            _put(self._averaged | self._kept, begun)
-            self._rows = begun["rows"]
+        name = f"live-{self.proxy}"
+        if self.num_shards > 1 and name in self._slots:
+            begun = self._slots.get(name)
+            put_back(self._averaged | self._kept, begun)
+            self._rows = begun["rows"].whole()
             if not self._held:
-                self._slots.drop(f"live-{self.proxy}")  # it was for going on, and takes memory
+                self._slots.drop(name)  # it was for going on, and takes memory
         else:
             self._begin()
         self._live = True
@@ -297,10 +264,11 @@ class ShardEnsemble:
         if self.num_shards > 1:
             name = f"proxy-{self.proxy}"
             if self.phase == 0:
-                _put(self._kept, self._slots.get(name, list(self._kept)) or self._common.get("initial"))
-                _put(self._averaged, self._common.get("global"))
+                own = name in self._slots
+                put_back(self._kept, self._slots.get(name) if own else self._common.get("initial"))
+                put_back(self._averaged, self._common.get("global"))
             else:
-                _put(self._averaged | self._kept, self._slots.get(name))
+                put_back(self._averaged | self._kept, self._slots.get(name))
         if self.phase == 0 and self._optimizer_state == "reset":
             self._moments.load_state_dict({})
         if self.gate is not None and self.gate.ledger is not None:
@@ -308,7 +276,7 @@ class ShardEnsemble:
 
     def _retire(self) -> None:
         if self.num_shards > 1:
-            self._slots.put(f"proxy-{self.proxy}", _take(self._averaged | self._kept))
+            self._slots.put(f"proxy-{self.proxy}", take(self._averaged | self._kept))
             self._slots.drop(f"live-{self.proxy}")
         self._live = False
         self._ended.add(self.proxy)
@@ -343,21 +311,25 @@ class ShardEnsemble:
         """``θ̄ ← Σ_k (|D_k|/N) θ_k``, accumulated in float64 in the order of k."""
         if self.num_shards > 1:
             parts = list(self._averaged)
-            proxies = (self._slots.get(f"proxy-{k}", parts) for k in self._held)
+            proxies = [self._slots.get(f"proxy-{k}", parts) for k in self._mine]
             sizes = [len(shard) for shard in self.shards]
             weights = [size / sum(sizes) for size in sizes]
-            average = self._peers.average(proxies, weights, self._average)
+            put_back(self._averaged, self._peers.average(proxies, weights, self._average))
             if self._outer is not None:
-                start, velocity = self._common.get("global", ["model"])["model"], self._common.get("velocity")
-                average["model"], velocity = self._outer.step(start, average["model"], velocity)
-                self._common.put("velocity", velocity)
-            self._common.put("global", average)
-            _put(self._averaged, average)
+                self._step_out(self._outer)
+            self._common.put("global", take(self._averaged))
         self.round_index, self.phase, self.proxy = self.round_index + 1, 0, 0
+
+    def _step_out(self, outer: OuterOptimizer) -> None:
+        start, average = self._common.get("global")["model"].whole(), clone_state(self._model.state_dict())
+        velocity = self._common.get("velocity").whole() if "velocity" in self._common else {}
+        moved, velocity = outer.step(start, average, velocity)
+        self._common.put("velocity", velocity)
+        self._model.load_state_dict(moved)
 
     def _abandon(self) -> None:
         if self.num_shards > 1:
-            _put(self._averaged, self._common.get("global"))
+            put_back(self._averaged, self._common.get("global"))
         self.phase, self.proxy, self._live, self._ended = 0, 0, False, set()
 
     def state_dict(self) -> dict[str, Any]:
@@ -388,7 +360,7 @@ class ShardEnsemble:
         Every process must ask for it at once. Needs ``folder``. The ledger of each process then is that of all.
         """
         if self._held and (self._live or self.num_shards == 1):
-            self._slots.put(f"live-{self.proxy}", _take(self._averaged | self._kept) | {"rows": self._rows})
+            self._slots.put(f"live-{self.proxy}", take(self._averaged | self._kept) | {"rows": self._rows})
         self._share_ledger()
         own = {"ended": sorted(self._ended), "slots": self._files.state_dict()}
         everyone = self._peers.gather(own)
@@ -405,36 +377,14 @@ class ShardEnsemble:
         self._fetch(self._slots, [f"{kind}-{k}" for kind in ("proxy", "live") for k in self._mine], state)
         if self.num_shards == 1:
             live = self._slots.get("live-0")
-            _put(self._averaged | self._kept, live)
-            self._rows = live["rows"]
+            put_back(self._averaged | self._kept, live)
+            self._rows = live["rows"].whole()
             return
         self._live = False
-        _put(self._averaged, self._common.get("global"))
+        put_back(self._averaged, self._common.get("global"))
 
     def _fetch(self, slots: MemorySlots | FolderSlots, names: Iterable[str], state: dict[str, Any]) -> None:
         """What other processes hold: from their files into memory."""
         assert isinstance(self._files, FolderSlots)
         for name in (name for name in names if slots is not self._files and name in state["slots"]["files"]):
             slots.put(name, load_state(self._files.folder / state["slots"]["files"][name]))
-
-
-def _check_whole(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Refuse models and optimizers that hold a part of the weights only: there is no whole state to swap or average."""
-    kinds = {kind.__name__ for part in model.modules() for kind in type(part).__mro__}
-    split = sorted(kinds & {"FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine"})
-    split += [name for name in (kind.__name__ for kind in type(optimizer).__mro__) if name.startswith("DeepSpeed")]
-    if split:
-        raise ValueError(
-            f"ShardEnsemble can't swap and average the weights of a {split[0]}, which holds a part of them in each "
-            "process: use DistributedDataParallel, or one process, or the gate alone (LossGate works under both)"
-        )
-
-
-def _take(parts: Mapping[str, Stateful]) -> dict[str, Any]:
-    return {name: part.state_dict() for name, part in parts.items()}
-
-
-def _put(parts: Mapping[str, Stateful], states: Mapping[str, Any]) -> None:
-    for name, part in parts.items():
-        # Modules and optimizers bring what they load to their device; an average of somebody else's may just take it.
-        part.load_state_dict(beside(part.state_dict(), states[name]) if name == "ema" else states[name])

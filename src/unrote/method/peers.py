@@ -1,11 +1,15 @@
 """The processes among which the proxies of an ensemble are dealt out."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from torch import Tensor
 
-Average = Callable[[Iterable[dict[str, Any]], list[float]], dict[str, Any]]
+from unrote.tensorfiles import Stored
+
+Average = Callable[[Iterable[Mapping[str, Tensor]], Sequence[float]], dict[str, Tensor]]
+"""From some tensors of K states, by name, and K weights to their averages; for every tensor in turn."""
 
 
 class Peers(Protocol):
@@ -38,8 +42,11 @@ class Peers(Protocol):
     def sum(self, numbers: Tensor) -> Tensor:
         """The sum of everybody's ``numbers``, int64 on the CPU, of equal shapes."""
 
-    def average(self, states: Iterable[dict[str, Any]], weights: list[float], average: Average) -> dict[str, Any]:
-        """``average`` of the states of all proxies, in their order; ``states`` are those that this process holds."""
+    def average(self, states: Sequence[Stored], weights: Sequence[float], average: Average) -> Stored:
+        """``average`` of the states of all proxies, in their order; ``states`` are those that this process trains.
+
+        It is made while it is read, which every process does at once, from the first tensor to the last.
+        """
 
 
 class Alone:
@@ -62,6 +69,6 @@ class Alone:
         """The own ones."""
         return numbers
 
-    def average(self, states: Iterable[dict[str, Any]], weights: list[float], average: Average) -> dict[str, Any]:
+    def average(self, states: Sequence[Stored], weights: Sequence[float], average: Average) -> Stored:
         """Of the own ones, which are all."""
-        return average(states, weights)
+        return replace(states[0], read=lambda names: average((state.read(names) for state in states), weights))

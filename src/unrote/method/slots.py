@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from unrote.tensorfiles import clone_state, load_state, save_state
+from unrote.tensorfiles import Stored, clone_state, save_state
 
 
 class MemorySlots:
@@ -14,14 +14,20 @@ class MemorySlots:
         self._states: dict[str, Any] = {}
 
     def put(self, name: str, state: dict[str, Any]) -> None:
-        """Keep a copy of ``state`` under ``name``."""
-        self._states[name] = clone_state(state)
+        """Keep a copy of ``state`` under ``name``, in the memory of the one before."""
+        self._states[name] = Stored.of(state).into(self._states.get(name))
 
-    def get(self, name: str, parts: Sequence[str] | None = None) -> dict[str, Any]:
-        """A copy of the state under ``name``, or of its ``parts`` only; empty if there is none."""
-        state = self._states.get(name, {})
-        # A copy, since an optimizer takes the tensors it is given as its own and changes them in place.
-        return {part: clone_state(value) for part, value in state.items() if parts is None or part in parts}
+    def __contains__(self, name: str) -> bool:
+        return name in self._states
+
+    def get(self, name: str, parts: Sequence[str] | None = None) -> Stored:
+        """The state under ``name``, or its ``parts`` only; to be read before the next one is put.
+
+        Raises:
+            KeyError: if there is none.
+        """
+        stored = Stored.of(self._states[name])
+        return stored if parts is None else stored.parts(parts)
 
     def drop(self, name: str) -> None:
         """Forget the state under ``name``, if there is one."""
@@ -72,12 +78,17 @@ class FolderSlots:
         if file is not None and file not in self.pinned:
             (self.folder / file).unlink(missing_ok=True)
 
-    def get(self, name: str, parts: Sequence[str] | None = None) -> dict[str, Any]:
-        """The newest state under ``name``, or only its ``parts``; empty if there is none."""
-        if name not in self._files:
-            return {}
-        state: dict[str, Any] = load_state(self.folder / self._files[name], parts)
-        return state
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
+    def get(self, name: str, parts: Sequence[str] | None = None) -> Stored:
+        """The newest state under ``name``, or only its ``parts``; to be read before the next one is put.
+
+        Raises:
+            KeyError: if there is none.
+        """
+        stored = Stored.at(self.folder / self._files[name])
+        return stored if parts is None else stored.parts(parts)
 
     def files(self) -> list[str]:
         """Names of the files that hold the current states."""

@@ -1,6 +1,6 @@
 """Low-rank adapters by peft: adding, averaging over proxies, saving."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -55,24 +55,22 @@ def add_adapters(denoiser: Any, config: LoraConfig) -> Adapters:
     return Adapters(denoiser)
 
 
-def average_products(states: Iterable[dict[str, Any]], weights: list[float]) -> dict[str, Any]:
+def average_products(states: Iterable[Mapping[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:
     """The mean ``Σ_k w_k B_k A_k`` of the weight changes, cut back to the rank; what is no adapter is averaged plainly.
 
     The mean of K products of rank r has rank up to K·r; its r largest singular values are kept, which is the nearest
     such product (Eckart and Young 1936). Both factors get the square roots of the singular values.
 
     Args:
-        states: of K proxies: parts by name, in them tensors by name, adapters named as :class:`Adapters` does.
+        states: of K proxies: tensors by name, adapters named as :class:`Adapters` does, both factors of each.
         weights: K weights that sum to 1.
     """
     proxies = list(states)
-    average: dict[str, Any] = weighted_average(proxies, weights)
-    for part in (name for name, tensors in average.items() if isinstance(tensors, dict)):
-        for down in [name for name in average[part] if isinstance(name, str) and "/lora_A/" in name]:
-            up = down.replace("/lora_A/", "/lora_B/")
-            pairs = [(proxy[part][up], proxy[part][down]) for proxy in proxies]
-            found = _nearest_product(pairs, weights)
-            average[part][up], average[part][down] = found
+    average = weighted_average(proxies, weights)
+    for down in (name for name in list(average) if "/lora_A/" in name):
+        up = down.replace("/lora_A/", "/lora_B/")
+        pairs = [(proxy[up], proxy[down]) for proxy in proxies]
+        average[up], average[down] = _nearest_product(pairs, weights)
     return average
 
 

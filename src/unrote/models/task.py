@@ -1,6 +1,6 @@
 """What differs between kinds of models in the one training loop."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -67,8 +67,8 @@ class Task(Protocol):
     def unsteered(self, condition: Condition) -> Condition:
         """The same with the empty text."""
 
-    def average(self, states: Iterable[dict[str, Any]], weights: list[float]) -> dict[str, Any]:
-        """The average of the proxies' states (parts by name, tensors of ``trained`` by name) under ``weights``."""
+    def average(self, states: Iterable[Mapping[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:
+        """The average of the proxies' tensors by name under ``weights``; of some of them at a time."""
 
     def save(self, folder: Path) -> None:
         """Write the model, with the weights that it has now, so that diffusers loads it without this package."""

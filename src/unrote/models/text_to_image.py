@@ -154,11 +154,10 @@ class TextToImage:
         height, width = self._images.images.shape[1:3]
         return self._family.condition(outputs, self.denoiser.config, (height, width))
 
-    def average(self, states: Iterable[dict[str, Any]], weights: list[float]) -> dict[str, Any]:
+    def average(self, states: Iterable[Mapping[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:
         """The mean of every number; or of the products of adapters, see :func:`average_products`."""
         product = self._config.model.train == "lora" and self._config.model.lora.average == "product"
-        average: dict[str, Any] = (average_products if product else weighted_average)(states, weights)
-        return average
+        return (average_products if product else weighted_average)(states, weights)
 
     def save(self, folder: Path) -> None:
         """Write the whole pipeline, or ``pytorch_lora_weights.safetensors``."""

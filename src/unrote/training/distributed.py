@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import timedelta
 from itertools import chain
 from typing import Any
@@ -28,15 +29,13 @@ from unrote.errors import InputError, first_line
 from unrote.files import temporary_path
 from unrote.method.assignment import assign, sharing, teams_of
 from unrote.method.peers import Alone, Average
-from unrote.training.reachable import Reachable, lives, machine
+from unrote.tensorfiles import Stored
+from unrote.training.reachable import TIMEOUT, Reachable, lives, machine, patience
 from unrote.training.run import Run
 from unrote.training.team import Team, form
 from unrote.training.transport import broadcast, receive, send
 
 logger = logging.getLogger("unrote")
-
-TIMEOUT = "UNROTE_PEER_TIMEOUT"
-"""Environment variable: after so many seconds without a sign of life a process is given up. Default 1800."""
 
 
 class Single(Alone):
@@ -194,21 +193,29 @@ class Group(Single):
             dist.all_reduce(numbers)
         return numbers
 
-    def average(self, states: Iterable[dict[str, Any]], weights: list[float], average: Average) -> dict[str, Any]:
-        """Gathered and averaged by the first process in the order of the proxies, so that rounding is one process's."""
-        with self._named("averaging the proxies"):
-            averaged = None
-            if self.rank > 0:
-                for state in states:
-                    send(state, 0)
-            else:
-                senders = [team.start for team in self._teams[1:] for _ in self._blocks[team.start]]
-                averaged = average(chain(states, map(self._receive, senders)), weights)
-            return broadcast(averaged, first=self.rank == 0)  # type: ignore[no-any-return]
+    def average(self, states: Sequence[Stored], weights: Sequence[float], average: Average) -> Stored:
+        """Gathered and averaged by the first process in the order of the proxies, so that rounding is one process's.
 
-    def _receive(self, sender: int) -> Any:
-        with self._named(f"receiving a proxy from process {sender} of {self.size}"):
-            return receive(sender)
+        Raises:
+            InputError: if proxies differ in what they consist of.
+        """
+        if len(set(self.gather(states[0].digest()))) > 1:
+            raise InputError("the proxies differ in what they consist of, so they can't be averaged")
+        senders = [team.start for team in self._teams[1:] for _ in self._blocks[team.start]]
+
+        def read(names: Sequence[str]) -> dict[str, Tensor]:
+            forms = {name: states[0].forms[name] for name in names}
+            with self._named("averaging the proxies"):
+                averaged = None
+                own = (state.read(names) for state in states)
+                if self.rank == 0:
+                    averaged = average(chain(own, (receive(forms, sender) for sender in senders)), weights)
+                elif self.leads:
+                    for tensors in own:
+                        send(tensors, 0)
+                return broadcast(averaged, forms)
+
+        return replace(states[0], read=read)
 
     def fail(self, reason: str) -> None:
         """Tell the others to stop because of ``reason``."""
@@ -369,7 +376,7 @@ def launched(stop: list[int]) -> Iterator[Single]:
 
 
 def _join(stop: list[int]) -> Group:
-    timeout = _timeout()
+    timeout = patience()
     if dist.is_initialized():
         raise InputError("torch.distributed is initialized already: train without it, each process will join by itself")
     limit = timedelta(seconds=timeout)
@@ -387,14 +394,3 @@ def _join(stop: list[int]) -> Group:
     group = Group(shared, rank, size, timeout, stop)
     group.introduce()
     return group
-
-
-def _timeout() -> float:
-    text = os.environ.get(TIMEOUT, "1800")
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 1 <= seconds < 1e9:
-        raise InputError(f"{TIMEOUT}: must be a number of seconds, at least 1, not {text!r}")
-    return seconds

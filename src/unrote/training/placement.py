@@ -36,15 +36,6 @@ class StateSize:
         """While a proxy is live: what it takes along, and gradients."""
         return self.kept + self.weights
 
-    def averaging(self, held: int = 0) -> int:
-        """While proxies are averaged, in the memory of the host, beside the live model; counted in ``averaged``.
-
-        2 for sums in float64 and 1 for the proxy that is added, then for the result. Of several processes the first has
-        the same; the others have the average before, the one that comes and its copy. ``held``: proxies that are kept
-        until all are there, as averaging products of adapters does.
-        """
-        return self.averaged * (3 + held)
-
 
 @dataclass(frozen=True)
 class Rank:
@@ -58,7 +49,8 @@ class Rank:
         samples_per_round: what its proxies see between two averagings.
         steps: optimizer steps of its proxies in the whole run.
         device_bytes: what training needs where it computes: state, weights that are only read, activations.
-        host_bytes: the most that it needs in the memory of the host; of a process that computes on the CPU, of all.
+        host_bytes: the most that it needs in the memory of the host, but for tensors under way between files and model;
+            of a process that computes on the CPU, of all.
     """
 
     first: int
@@ -133,22 +125,15 @@ def place(
     sizes, count = budget.sizes, len(budget.sizes)
     blocks = assign(sizes, world)
     teams = teams_of(blocks)
-    products = config.model.train == "lora" and config.model.lora.average == "product"
 
     def rank_of(rank: int, team: range, block: range) -> Rank:
         seen = sum(budget.target(k, 0, 1.0) for k in block)
         steps = sum(math.ceil(budget.target(k, budget.num_rounds, 1.0) / config.training.batch_size) for k in block)
-        averaging = size.averaging(count * products * (rank == 0)) if count > 1 else 0
         kept = math.ceil(activations * _part(config, len(team)))
         leads = rank == team.start
-        # Of the next proxy when it comes, and of the first process's average in the others.
-        waiting = (size.kept if count > 1 else 0) + (size.averaged if rank else 0)
         device = size.training() + frozen + kept
-        host = max(averaging, waiting)
-        if cpu:
-            # All is the host's, and freed memory stays with the process (training/heap.py), in pieces too small for
-            # what comes: activations, gradients, and the moments that gave way to those of the next proxy.
-            host += device + (2 * size.weights if count > 1 else 0)
+        # Proxies come, go and are averaged tensor by tensor. The others than the first process have the average.
+        host = (device if cpu else 0) + (size.averaged if rank and count > 1 else 0)
         # Who does not hold its proxy in files has it in memory.
         host += (size.kept if count > 1 and not leads else 0) + (min(size.weights, BUCKET) if len(team) > 1 else 0)
         return Rank(block.start, len(block), len(team), leads, seen, steps, device, host)

@@ -92,6 +92,7 @@ class Plan:
         frozen = f"{_size(self.frozen_bytes)} weights that are only read + " if self.frozen_bytes else ""
         cached = f"; {_size(self.cache_bytes)} of latents and texts in the cache" if self.cache_bytes else ""
         apart = f" ({self.reference} kept apart as the gate's reference)" if self.reference else ""
+        host = max(rank.host_bytes for rank in self.placement.ranks)
         return "\n".join(
             [
                 f"data         {self.images:,} images of {height}x{width}, {channels} channels; "
@@ -100,7 +101,7 @@ class Plan:
                 f"shards       {len(self.shard_sizes)} of {size} images{apart}; {self.rounds} rounds",
                 f"budget       {self.samples_seen:,} samples seen in {self.steps:,} optimizer steps",
                 f"memory       {_size(self.state_bytes)} state + {frozen}{_size(self.activation_bytes)} activations "
-                f"(estimate); host {_size(max(rank.host_bytes for rank in self.placement.ranks))} at most",
+                f"(estimate){f'; host {_size(host)} at most' if host else ''}",
                 f"disk         {_size(self.disk_bytes)} needed at most, {_size(self.free_disk_bytes)} free{cached}",
                 f"checkpoint   {_size(self.checkpoint_bytes)}",
                 *self._modes(),

@@ -11,10 +11,11 @@ import torch
 
 from unrote.config import Config
 from unrote.data.store import ImageStore
+from unrote.method.peers import Alone
 from unrote.method.shards import SampleStream, split_shards
 from unrote.models.making import make_task
 from unrote.seeding import derive_seed
-from unrote.tensorfiles import load_state, save_state
+from unrote.tensorfiles import Stored, load_state, save_state
 from unrote.training.step import TrainingStep
 
 STEPS = 20
@@ -85,5 +86,5 @@ def _putting_away(state: dict[str, Any], path: Path, average: Any) -> tuple[floa
     load_state(path)
     read = time.perf_counter()
     parts = [name for name in state if name != "optimizer"]
-    average((load_state(path, parts) for _ in range(2)), [0.5, 0.5])
+    Alone().average([Stored.at(path).parts(parts)] * 2, [0.5, 0.5], average).whole()
     return read - begun, (time.perf_counter() - read) / 2

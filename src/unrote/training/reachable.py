@@ -1,11 +1,17 @@
 """Whether other processes are still there: by their ids on one machine, by the store's answers between machines."""
 
+import os
 import socket
 import threading
 from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from unrote.errors import InputError
+
+TIMEOUT = "UNROTE_PEER_TIMEOUT"
+"""Environment variable: after so many seconds without a sign of life a process is given up. Default 1800."""
 
 
 class Reachable:
@@ -63,3 +69,19 @@ def lives(pid: int) -> bool:
     with suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     return False
+
+
+def patience() -> float:
+    """Seconds after which a process is given up, as the environment says.
+
+    Raises:
+        InputError: if that is no such number.
+    """
+    text = os.environ.get(TIMEOUT, "1800")
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 1 <= seconds < 1e9:
+        raise InputError(f"{TIMEOUT}: must be a number of seconds, at least 1, not {text!r}")
+    return seconds

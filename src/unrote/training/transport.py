@@ -1,27 +1,61 @@
-"""States on their way from process to process by gloo."""
+"""Bundles of tensors on their way from process to process by gloo. Both sides know their names, types and shapes."""
 
-from typing import Any
+from collections.abc import Iterator, Mapping
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from unrote.tensorfiles import messages_of, state_of_messages
+from unrote.tensorfiles import Form, bytes_of
+
+MESSAGE = 1 << 28
+"""The most bytes that are sent at once."""
 
 
-def send(state: Any, receiver: int) -> None:
-    """Send a state to one process, which calls :func:`receive`."""
-    for message in messages_of(state):
+def send(tensors: Mapping[str, Tensor], receiver: int) -> None:
+    """Send tensors on the CPU to one process, which calls :func:`receive`."""
+    for message in _messages(_packed(tensors)):
         dist.send(message, receiver)
 
 
-def receive(sender: int) -> Any:
-    """The state that one process sends."""
-    return state_of_messages(lambda message: dist.recv(message, sender))
+def receive(forms: Mapping[str, Form], sender: int) -> dict[str, Tensor]:
+    """The tensors that one process sends."""
+    content = _room(forms)
+    for message in _messages(content):
+        dist.recv(message, sender)
+    return _unpacked(content, forms)
 
 
-def broadcast(state: Any, *, first: bool) -> Any:
-    """The state of the first process, in all of them; the others bring none."""
-    if not first:
-        return state_of_messages(lambda message: dist.broadcast(message, 0))
-    for message in messages_of(state):
+def broadcast(tensors: Mapping[str, Tensor] | None, forms: Mapping[str, Form]) -> dict[str, Tensor]:
+    """The tensors of the first process, in all of them; the others bring None."""
+    content = _room(forms) if tensors is None else _packed(tensors)
+    for message in _messages(content):
         dist.broadcast(message, 0)
-    return state
+    return _unpacked(content, forms) if tensors is None else dict(tensors)
+
+
+def _packed(tensors: Mapping[str, Tensor]) -> Tensor:
+    contents = [bytes_of(tensor.contiguous()) for tensor in tensors.values()]
+    return torch.cat(contents) if len(contents) > 1 else contents[0]
+
+
+def _room(forms: Mapping[str, Form]) -> Tensor:
+    return torch.empty(sum(_size(form) for form in forms.values()), dtype=torch.uint8)
+
+
+def _unpacked(content: Tensor, forms: Mapping[str, Form]) -> dict[str, Tensor]:
+    parts = torch.split(content, [_size(form) for form in forms.values()])
+    if len(parts) > 1:
+        # A number must begin at a multiple of its size.
+        parts = tuple(part.clone() for part in parts)
+    named = zip(forms.items(), parts, strict=True)
+    return {name: part.view(dtype).view(shape) for (name, (dtype, shape)), part in named}
+
+
+def _size(form: Form) -> int:
+    dtype, shape = form
+    return dtype.itemsize * shape.numel()
+
+
+def _messages(content: Tensor) -> Iterator[Tensor]:
+    return (content[start : start + MESSAGE] for start in range(0, len(content), MESSAGE))
