@@ -78,8 +78,9 @@ def nearest_images(
     assert queries.shape[1:] == references.shape[1:] and len(references) > 0 and num > 0
     num, count = min(num, len(references)), len(references)
     values = int(np.prod(references.shape[1:]))
-    plain = tuple(transforms) == (IDENTITY,) and margin == 0
-    if plain and not int8_is_exact(torch.device(device).type) and Reduction.pays(len(queries), count, values):
+    kind, plain = torch.device(device).type, tuple(transforms) == (IDENTITY,) and margin == 0
+    # A GPU multiplies whole images sooner than the processor measures candidates.
+    if plain and kind == "cpu" and not int8_is_exact(kind) and Reduction.pays(len(queries), count, values):
         # Pixels are float32 numbers, too, and float64 holds the squared distances of whole numbers as they are.
         found = nearest_features(
             Flat(queries),
