@@ -46,7 +46,6 @@ class Passes:
         release(references)
         self.shown, self.sample = np.concatenate(parts[::2]), np.concatenate(parts[1::2])
         self.box = bounding_box(queries, self.sample)
-        self._sizes = (len(queries), self.count, queries.shape[1])
 
     @cached_property
     def reduction(self) -> Reduction:
@@ -56,13 +55,19 @@ class Passes:
 
     def there(self, way: Way) -> bool:
         """Whether this machine and these values have that pass."""
-        kind, bounded = self.device.type, 1e-30 < widest(self.box) < 1e30
-        return {
-            "int8": bounded and int8_is_exact(kind),
-            "reduced": bounded and Reduction.pays(*self._sizes) and self.reduction.usable,
-            "bfloat16": bounded and bfloat16_pays(kind),
-            "float32": True,
-        }[way]
+        kind, sizes = self.device.type, (len(self.queries), self.count, self.queries.shape[1])
+        if way == "float32":
+            return True
+        if not 1e-30 < widest(self.box) < 1e30:
+            return False
+        # Only what is asked for: the checks and the reduction take time.
+        match way:
+            case "int8":
+                return int8_is_exact(kind)
+            case "reduced":
+                return Reduction.pays(*sizes) and self.reduction.usable
+            case "bfloat16":
+                return bfloat16_pays(kind)
 
     def fastest(self) -> Way:
         """The first that pays: so few references lie within the error of its bounds that the slots hold them."""
@@ -75,7 +80,7 @@ class Passes:
         for way in WAYS[:-1]:
             if not self.there(way):
                 continue
-            trial = self.scan(way, some, rank, min(int(KEPT[way] * rank) + 16, len(self.sample)), len(some))
+            trial = self.scan(way, some, rank, slots_of(way, rank, len(self.sample)), len(some))
             for start in (0, half):  # the first part gives the second its limits
                 trial.add(start, self.sample[start : half if start == 0 else None])
             within = (trial.candidates()[0].cpu() <= distances[:, None]).sum(1).double().median()
