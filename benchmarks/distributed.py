@@ -92,7 +92,8 @@ def run_seconds(folder: Path, world: int, copies: int = 1, **settings: Any) -> f
         silent["env"] = os.environ | {"OMP_NUM_THREADS": "1"}
         began = time.perf_counter()
         jobs = [subprocess.Popen([*command, "--out", f"{out}/{copy}"], **silent) for copy in range(copies)]
-        if any([job.wait() for job in jobs]):
+        codes = [job.wait() for job in jobs]
+        if any(codes):
             raise RuntimeError(f"failed: {' '.join(command)}")
         return time.perf_counter() - began
 
