@@ -111,6 +111,8 @@ def _train(
     }
     shards = split_shards(len(images), config.num_shards, **split)
     peers.deal([len(shard) for shard in shards], device.type if training.fsdp else None)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # FSDP parts a model over the current ones
     if training.fsdp and peers.rank == 0 and not peers.parted:
         logger.info("training.fsdp changes nothing: no processes share a proxy, whose weights they would part")
     torch.manual_seed(derive_seed(config.seed, "init"))
