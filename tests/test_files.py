@@ -3,9 +3,11 @@
 import hashlib
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
+import time
 import weakref
 
 import pytest
@@ -24,6 +26,7 @@ from unrote.files import (
     write_json,
     write_text,
 )
+from unrote.method.slots import FolderSlots
 from unrote.tensorfiles import (
     Stored,
     clone_state,
@@ -353,3 +356,31 @@ def test_both_factors_of_an_adapter_are_read_at_once(monkeypatch):
     monkeypatch.setattr(tensorfiles, "SMALL", 1)
     names = [f"{layer}/lora_{factor}/default/weight" for layer in "xy" for factor in "AB"]
     assert list(map(len, Stored.of(dict.fromkeys([*names, "z"], torch.ones(3))).bundles())) == [2, 2, 1]
+
+
+def test_a_state_that_is_expected_is_read_ahead(tmp_path):
+    """The system has it in its cache before it is asked for, though it was evicted."""
+    slots = FolderSlots(tmp_path)
+    slots.put("proxy-0", {"weights": torch.randn(1 << 20)})
+    slots.expect("proxy-1")  # there is none
+    with (tmp_path / slots.files()[0]).open("rb") as file:
+        os.fsync(file.fileno())
+
+        def cached():
+            try:
+                return os.preadv(file.fileno(), [bytearray(4096)], 2 << 20, os.RWF_NOWAIT) == 4096
+            except BlockingIOError:
+                return False
+
+        try:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            evicted = not cached()
+        except (AttributeError, OSError):
+            evicted = False
+        if not evicted:
+            pytest.skip("this system or its file system does not let a file be evicted from the cache")
+        slots.expect("proxy-0")
+        end = time.monotonic() + 10
+        while not cached():
+            assert time.monotonic() < end
+            time.sleep(0.01)

@@ -204,6 +204,8 @@ class ShardEnsemble:
                     self.proxy = k
                     if not self._live:
                         self._activate()
+                    # After the last one's turn comes the first one's, or the average, which begins with it.
+                    self._slots.expect(f"proxy-{k + 1 if k + 1 in self._mine else self._mine.start}")
                     yield Shard(self.dataset, k, self.shards[k])
                     self._retire()
                 self._peers.wait()

@@ -1,6 +1,8 @@
 """Where proxies wait while they are not live: in memory, or in immutable files that checkpoints can refer to."""
 
+import os
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +22,9 @@ class Slots(Protocol):
 
     def drop(self, name: str) -> None:
         """Forget the state under ``name``, if there is one."""
+
+    def expect(self, name: str) -> None:
+        """The state under ``name``, if there is one, will be needed soon: read it meanwhile, without waiting for it."""
 
     def fetch(self, name: str, path: Path) -> None:
         """Have under ``name`` what a process, maybe this one, wrote into a file of a :class:`FolderSlots`."""
@@ -50,6 +55,9 @@ class MemorySlots:
     def drop(self, name: str) -> None:
         """Forget the state under ``name``, if there is one."""
         self._states.pop(name, None)
+
+    def expect(self, name: str) -> None:
+        """It is in memory."""
 
     def fetch(self, name: str, path: Path) -> None:
         """Read the file into memory."""
@@ -111,6 +119,12 @@ class FolderSlots:
         """
         stored = Stored.at(self.folder / self._files[name])
         return stored if parts is None else stored.parts(parts)
+
+    def expect(self, name: str) -> None:
+        """The system reads the file into its cache, from where it is as quick as memory, if it can be asked to."""
+        if name in self._files and hasattr(os, "posix_fadvise"):
+            with suppress(OSError), (self.folder / self._files[name]).open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
     def fetch(self, name: str, path: Path) -> None:
         """The file is here already."""

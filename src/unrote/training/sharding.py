@@ -174,6 +174,11 @@ class TeamSlots:
             self._slots.drop(name)
         self._names.discard(name)
 
+    def expect(self, name: str) -> None:
+        """See :meth:`unrote.method.slots.Slots.expect`."""
+        if self._slots is not None:
+            self._slots.expect(name)
+
     def fetch(self, name: str, path: Path) -> None:
         """See :meth:`unrote.method.slots.Slots.fetch`."""
         if self._slots is not None:
