@@ -191,7 +191,7 @@ def make_plan(
             left_out=reference_of(config, images),
         )
     except ValueError as error:
-        raise InputError(str(error)) from None
+        raise InputError(f"ensemble.{error}") from None  # num_shards, or split
     sizes = tuple(len(shard) for shard in shards)
     budget = make_budget(config, len(images), sizes)
     size, training = size_of(config, images), config.training
