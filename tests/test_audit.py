@@ -232,7 +232,7 @@ def test_calibrated_threshold_keeps_its_rate(planted):
             assert calibrated["below"]["count"] == (below < calibrated["threshold"]).sum() >= 20
 
 
-def test_held_out_duplicates_of_training_images_are_counted_and_set_no_threshold():
+def test_held_out_duplicates_of_training_images_are_counted_and_set_no_threshold(caplog):
     train, holdout = emoji()
     leaky = np.concatenate([holdout[:200], train[:30], np.roll(train[30:40], 1, axis=2)])
     sets = (holdout[200:230], train, leaky)
@@ -245,3 +245,7 @@ def test_held_out_duplicates_of_training_images_are_counted_and_set_no_threshold
     assert exact["threshold"] == 0, "shifted copies among the held-out images leave no room"
     for report in reports:
         assert any("held-out images are duplicates" in note for note in report.summary["certainty"])
+    assert "30 of the 240 held-out images are training images" in caplog.text
+    copies = (in_memory_store(part, source="x") for part in (train[:5], train, train[:60]))
+    with pytest.raises(InputError, match="--holdout x: all of its images are training images"):
+        audit(*copies)

@@ -188,7 +188,15 @@ def test_version(here):
         (["train", "--out", "x", "--set", "model.attention_levels=[1]", "--set", "model.attention_head_dim=48"],
          ["model.attention_head_dim", "divide"]),
         (["train", "--out", "x", "--set", "training.adam_beta1=1"], ["training.adam_beta1", "less than 1"]),
-        (["train", "--out", "x", "--limit", "3", "--set", "ensemble.num_shards=4"], ["between 1 and", "3"]),
+        (["train", "--out", "x", "--limit", "3", "--set", "ensemble.num_shards=4"], ["ensemble.num_shards must", "3"]),
+        (["train", "--out", ""], ["--out", "is empty"]),
+        (["train", "--out", "x", "--data", ""], ['"" names no images']),
+        (["train", "--out", "x", "--dry-run", "--device-memory", "-1"], ["--device-memory", "x>0"]),
+        (["train", "--out", "x", "--set", "gate=3"], ["gate: is a section of settings"]),
+        (["train", "--out", "x", "--set", "model.block_out_channels=32"], ["must be a list, such as [1, 2]"]),
+        (["compare", "x", "--out", "y", "--num", "0"], ["--num", "x>=2"]),
+        (["compare", "x", "--out", "y", "--steps", "0"], ["--steps", "x>=1"]),
+        (["compare", "x", "--out", "y", "--threads", "0"], ["--threads", "x>=1"]),
         (["train", "--out", "x", "--resolution", "30"], ["data.resolution", "multiple of 4"]),
         (["train", "--out", "x", "--resolution", "16", "--limit", "9", "--device", "tpu"], ["--device tpu"]),
         (["sample", "nowhere"], ["nowhere", "no such folder"]),
@@ -217,6 +225,14 @@ def test_a_folder_with_other_things_is_refused(here, pictures, tmp_path):
     assert code == 2
     assert "not a run folder" in errors
     assert files_in(tmp_path) == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("words", [["train", "--data"], ["scan"], ["audit", "--train", "emoji"], ["compare"]])
+def test_a_file_in_place_of_a_folder_is_told_before_anything_is_read(here, tmp_path, words):
+    (tmp_path / "thesis.tex").write_text("precious")
+    code, _, errors = here(*words, "nowhere", "--out", tmp_path / "thesis.tex")
+    assert code == 2
+    assert "--out" in errors and "is a file" in errors
 
 
 def test_a_folder_that_can_not_be_written_is_named(here, pictures):

@@ -109,6 +109,13 @@ def test_several_captions(photos: Path) -> None:
     assert single.more_captions is None and single.subset([1]).fingerprint == store.subset([1]).fingerprint
 
 
+def test_metadata_that_is_not_read_is_named(photos: Path, caplog: pytest.LogCaptureFixture) -> None:
+    picture(photos / "a.png", 1)
+    (photos / "metadata.csv").write_text("file_name,text\na.png,red")
+    assert open_images(photos, resolution=8).captions is None
+    assert "metadata.csv: is not read; captions come from metadata.jsonl" in caplog.text
+
+
 def test_nested_metadata_is_relative_to_its_folder(photos: Path) -> None:
     picture(photos / "sub" / "b.png")
     picture(photos / "a.png", 1)

@@ -93,6 +93,9 @@ def test_unusable_npz(images: np.ndarray, tmp_path: Path) -> None:
     path.write_bytes(content[:300])
     with pytest.raises(InputError, match=r"as \.npz"):
         open_images(path, resolution=8)
+    path.write_bytes(b"no archive")
+    with pytest.raises(InputError, match=r"as \.npz: File is not a zip file"):
+        open_images(path, resolution=8)
 
 
 def hugging_face(images: np.ndarray, **columns: Any) -> datasets.Dataset:

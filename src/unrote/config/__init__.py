@@ -12,6 +12,7 @@ from unrote.config.loading import (
     preset_names,
     preset_values,
     read_yaml,
+    validated,
 )
 from unrote.config.sections import (
     METHODS,
@@ -42,4 +43,5 @@ __all__ = [
     "preset_names",
     "preset_values",
     "read_yaml",
+    "validated",
 ]

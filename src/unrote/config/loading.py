@@ -2,10 +2,10 @@
 
 import difflib
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -15,6 +15,7 @@ from unrote.config.sections import CONFIG_VERSION, METHOD_SETTINGS, METHODS, PAR
 from unrote.errors import InputError
 
 logger = logging.getLogger("unrote")
+_S = TypeVar("_S", bound=Section)
 
 TUNING = ("pretrained", "train", "lora.")
 """Fields of the model that a pretrained one does not bring along."""
@@ -85,10 +86,20 @@ def parse(values: Mapping[str, Any], where: str) -> Config:
             f"{where}: has version {version}, this unrote knows {CONFIG_VERSION} and older: it was written by a newer "
             "one. Upgrade with `pip install --upgrade unrote`"
         )
+    return validated(Config, {key: value for key, value in values.items() if key != "version"}, where)
+
+
+def validated(section: type[_S], values: Mapping[str, Any], where: str) -> _S:
+    """``values`` as a ``section``; ``where`` names them in the error.
+
+    Raises:
+        InputError: naming each wrong key and what is allowed.
+    """
     try:
-        return Config.model_validate({key: value for key, value in values.items() if key != "version"})
+        return section.model_validate(values)
     except ValidationError as error:
-        problems = [_explain(problem) for problem in error.errors()]
+        fields = [row[0] for row in fields_of(section)]
+        problems = [_explain(problem, fields) for problem in error.errors()]
         raise InputError(f"{where}: " + "; ".join(problems)) from None
 
 
@@ -194,11 +205,21 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _explain(problem: Any) -> str:
+_PROBLEMS = {
+    "missing": "is missing",
+    "model_type": "is a section of settings, not a value",
+    "tuple_type": "must be a list, such as [1, 2]",
+}
+"""Where pydantic's words are those of a programmer."""
+
+
+def _explain(problem: Any, fields: Sequence[str]) -> str:
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        fields = [row[0] for row in fields_of()]
         sections = {field.rpartition(".")[0] for field in fields} - {""}
-        return f"there is no key {key!r}{nearest(key, [*fields, *sorted(sections)])}"
+        known = [name for name in [*fields, *sorted(sections)] if not key.startswith(f"{name}.")]
+        return f"there is no key {key!r}{nearest(key, known)}"
+    if problem["type"] in _PROBLEMS:
+        return f"{key}: {_PROBLEMS[problem['type']]}"
     message = problem["msg"].removeprefix("Value error, ")
     return f"{key}: {message}, not {problem['input']!r}" if key else message

@@ -84,6 +84,7 @@ class NpzSource:
         self.description = description
         self.rejected: list[tuple[str, str]] = []
         try:
+            zipfile.ZipFile(path).close()  # of anything else NumPy says that it could be unpickled
             with np.load(path, allow_pickle=False) as archive:
                 self._member = _first_key(archive, IMAGE_KEYS)
                 if self._member is None:

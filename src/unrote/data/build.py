@@ -322,7 +322,8 @@ def _counts(store: ImageStore, source: ImageSource) -> str:
 
 def _nothing_usable(source: ImageSource, quarantined: list[Quarantined]) -> str:
     if not quarantined:
-        return f"{source.description} holds no images ({source.ignored:,} other files)"
+        others = f" ({source.ignored:,} other files)" if source.ignored else ""
+        return f"{source.description} holds no images{others}"
     first = "\n".join(f"  {item.name}: {item.reason}" for item in quarantined[:5])
     more = f"\n  and {len(quarantined) - 5:,} more" if len(quarantined) > 5 else ""
     return f"{source.description}: none of {len(quarantined):,} images is usable:\n{first}{more}"

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import os
 import stat
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ from unrote.data.decode import BadImage, DecodeSettings, decode_file
 from unrote.data.sources import Sample, digest_of
 from unrote.errors import InputError
 
+log = logging.getLogger("unrote")
+
 IMAGE_SUFFIXES = frozenset(
     f".{kind}"
     for kind in (
@@ -21,6 +24,7 @@ IMAGE_SUFFIXES = frozenset(
     )
 )
 METADATA = "metadata.jsonl"
+_NOT_READ = {"metadata.csv", "metadata.parquet"}  # which Hugging Face's imagefolder reads too
 _SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval", "holdout", "held-out"}
 _MAX_CAPTION_BYTES = 1 << 16
 
@@ -60,6 +64,9 @@ class FolderSource:
         self._texts = self._read_metadata(images)
         captions = (str(PurePosixPath(path).with_suffix(".txt")) for path in images)
         self._sidecars = {path: by_path[path] for path in captions if path in by_path}
+        for file in files:
+            if PurePosixPath(file.relative).name in _NOT_READ:
+                log.warning("%s: is not read; captions come from metadata.jsonl", printable(file.relative))
         self.ignored = len(files) - len(self._images) - len(self._sidecars) - len(self._metadata)
 
     def __len__(self) -> int:

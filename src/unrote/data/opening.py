@@ -62,6 +62,8 @@ def _find(data: Any) -> ImageStore | ImageSource:
         name, split = named
         return emoji_store(split) if name == "emoji" else _path_source(downloaded(name, split), f"{name}:{split}")
     if isinstance(data, str | Path):
+        if data == "":
+            raise InputError('"" names no images; write . for the current folder')
         return (
             load_from_hub(str(data))
             if str(data).startswith("hf:")

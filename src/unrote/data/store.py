@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unrote.errors import InputError
+
+log = logging.getLogger("unrote")
 
 Pixels = NDArray[np.uint8]
 Indices = NDArray[np.int64]
@@ -191,6 +194,22 @@ def same_pixels(images: ImageStore, others: ImageStore) -> NDArray[np.bool_]:
     """Which of ``images`` have the pixels of one of ``others``, ``bool [N]``."""
     known = {digest.tobytes() for digest in digests_of(others)}
     return np.array([digest.tobytes() in known for digest in digests_of(images)])
+
+
+def count_trained_on(holdout: ImageStore, train: ImageStore) -> int:
+    """How many of the held-out images are training images; more than none is a warning.
+
+    Raises:
+        InputError: all of them are, so nothing can be told by them.
+    """
+    shared = int(same_pixels(holdout, train).sum())
+    if shared == len(holdout):
+        raise InputError(f"--holdout {holdout.source}: all of its images are training images; give others")
+    if shared:
+        log.warning(
+            "%s of the %s held-out images are training images: they hide copying", f"{shared:,}", f"{len(holdout):,}"
+        )
+    return shared
 
 
 def pixel_digest(image: Pixels) -> bytes:

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from unrote.config import Config, load_config, nearest, read_yaml
+from unrote.config import Config, load_config, nearest, read_yaml, validated
 from unrote.config.base import Section
 from unrote.errors import InputError
 from unrote.guards.spec import parse_guard
@@ -171,10 +171,7 @@ def load_study(path: Path) -> Study:
     Raises:
         InputError: naming the file, the key and what is allowed.
     """
-    try:
-        study = Study.model_validate(read_yaml(path))
-    except ValidationError as error:
-        raise InputError(f"{path}: " + "; ".join(_explain(problem) for problem in error.errors())) from None
+    study = validated(Study, read_yaml(path), str(path))
     for regime in study.regimes:
         for method in study.methods_of(regime):
             try:
@@ -205,11 +202,3 @@ def _check_guards(where: str, guards: tuple[str, ...]) -> None:
             raise ValueError(f"{where}: {spec.name} is for text-to-image models; there are {', '.join(PIXEL_GUARDS)}")
         if "train" in spec.values:
             raise ValueError(f"{where}: {spec.name} compares with the images that the method is trained on; no train=")
-
-
-def _explain(problem: Any) -> str:
-    key = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        return f"there is no key {key!r}"
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"{key}: {message}, not {problem['input']!r}" if key else message

@@ -11,7 +11,7 @@ import torch
 
 from unrote.auditing.memorization import image_identity
 from unrote.data import ImageStore, open_images
-from unrote.data.store import digests_of
+from unrote.data.store import count_trained_on, digests_of
 from unrote.encoders import Encoder
 from unrote.encoders.random_conv import RandomConvEncoder
 from unrote.errors import InputError
@@ -55,7 +55,8 @@ def compare_runs(
         The same as :func:`unrote.study.run.run_study`, every run being a method.
 
     Raises:
-        InputError: there is no held-out set, or a run is not finished or was trained on other images.
+        InputError: there is no held-out set or nothing in it but training images, or a run is not finished or was
+            trained on other images.
     """
     runs = _finished(folders)
     if holdout is None:
@@ -68,7 +69,9 @@ def compare_runs(
         side = first.data["shape"][0]
         images = open_images(train, resolution=side, channels=config.channels)
     side = images.images.shape[1]
-    subjects = _subjects(images, open_images(holdout, resolution=side, channels=config.channels))
+    held_out = open_images(holdout, resolution=side, channels=config.channels)
+    count_trained_on(held_out, images)
+    subjects = _subjects(images, held_out)
     _warn_of_differences(runs, images if train is None else None)
     yardstick = Yardstick(subjects, (*encoders, RandomConvEncoder()), out / "cache")
     cells = []

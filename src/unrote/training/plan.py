@@ -180,18 +180,13 @@ def make_plan(
     Raises:
         InputError: if data and configuration do not fit together, or the disk is too small.
     """
-    labels = _labels(config, images)
+    split, labels, reference = config.ensemble.split, _labels(config, images), reference_of(config, images)
     try:
         shards = split_shards(
-            len(images),
-            config.num_shards,
-            config.ensemble.split,
-            seed=config.seed,
-            labels=labels,
-            left_out=reference_of(config, images),
+            len(images), config.num_shards, split, seed=config.seed, labels=labels, left_out=reference
         )
-    except ValueError as error:
-        raise InputError(f"ensemble.{error}") from None  # num_shards, or split
+    except ValueError as error:  # it begins with the name of the setting
+        raise InputError(f"ensemble.{error}") from None
     sizes = tuple(len(shard) for shard in shards)
     budget = make_budget(config, len(images), sizes)
     size, training = size_of(config, images), config.training
@@ -242,7 +237,8 @@ def _labels(config: Config, images: ImageStore) -> Tensor | None:
     if images.labels is None:
         if config.model.class_conditional:
             raise InputError(
-                f"model.class_conditional: {images.source} has no labels; put the images into one subfolder per class"
+                f"model.class_conditional: {images.source} has no labels; put the images into subfolders, one per "
+                "class, at least two"
             )
         return None
     return torch.from_numpy(images.labels.copy())
