@@ -23,10 +23,12 @@ from unrote.models.denoiser import DenoisingLoss, build_schedule
 from unrote.models.task import Task
 from unrote.seeding import generator
 from unrote.tensorfiles import load_state, save_state
+from unrote.training.budget import Budget
 from unrote.training.ema import EMA
 from unrote.training.journal import Journal
 from unrote.training.looks import Looks
 from unrote.training.looks_chart import looks_chart
+from unrote.training.pace import Pace
 from unrote.training.run import Run
 
 logger = logging.getLogger("unrote")
@@ -47,20 +49,21 @@ class Monitor:
         task: the model.
         ema: its averaged weights, which are looked at if there are any.
         plan: when looks are made.
-        last: the number of rounds, from which looks are counted back.
+        budget: of the run, from whose last round looks are counted back.
 
     Attributes:
         stopped: whether ``monitor.stop_when`` has held.
     """
 
     def __init__(
-        self, config: Config, images: ImageStore, run: Run, task: Task, ema: EMA | None, plan: Looks, last: int
+        self, config: Config, images: ImageStore, run: Run, task: Task, ema: EMA | None, plan: Looks, budget: Budget
     ) -> None:
         from unrote.guards.quick import QuickAudit  # the searches of an audit, which training alone does not need
 
         self._config, self._size = config, images.images.shape[1:3]
         self._settings, self._run, self._task, self._ema = config.monitor, run, task, ema
-        self._plan, self._last = plan, last
+        self._plan, most = plan, config.monitor.max_overhead
+        self.pace = Pace(plan, budget.num_rounds, budget.total, most, run.path / "monitor" / "pace.json")
         rule = config.monitor.stop_when
         self._rule = DEFAULT_RULE if rule is None else parse_stop_rule(rule)
         self._audit = QuickAudit(images, _holdout(config, images))
@@ -71,9 +74,11 @@ class Monitor:
 
     def look(self, rounds: int, samples: int, step: int, journal: Journal) -> None:
         """Look at the model after ``rounds`` rounds if it is due, log what is seen, and decide."""
-        if (self._last - rounds) % self._plan.every:
+        if not self.pace.due(rounds):
             return
         began = time.monotonic()
+        _ = self._denoise
+        settling_in = time.monotonic() - began
         counts, distance = self._audit(self._sampled(), self._rule.measure, self._rule.threshold)
         measured, copied = counts["measured"], counts["copied"]
         share = measured["fraction"]
@@ -87,22 +92,32 @@ class Monitor:
         scalars = {f"monitor/{name}": value for name, value in seen.items()}
         self._draw(None)
         spent = time.monotonic() - began
-        journal.note(record | {"time": round(time.time(), 3), "seconds": round(spent, 3)}, scalars)
+        self.pace.looked(rounds, samples, spent, settling_in)
+        clock = {"time": round(time.time(), 3), "seconds": round(spent, 3), "overhead": round(self.pace.overhead, 4)}
+        journal.note(record | clock, scalars)
         words = ", ".join(f"{name} {value:.4g}" for name, value in seen.items())
         logger.info("look after %s samples: %s (%.1f s)", f"{samples:,}", words, spent)
         if self.stopped:
             logger.info("stopping: monitor.stop_when is %s", self._settings.stop_when)
 
-    def put_back_best(self) -> None:
-        """Give the model the weights to finish with, and write ``monitor.json`` and ``monitor.svg``: what was seen."""
-        used = self._looks[-1]["samples"] if self._looks else None
+    def put_back_best(self, samples: int) -> None:
+        """Give the model the weights to finish with, and write ``monitor.json`` and ``monitor.svg``: what was seen.
+
+        ``samples`` is how many those weights have seen that the model has now.
+        """
+        used = samples
         if self._best is not None and self._best["samples"] != used:
             used = self._best["samples"]
             for name, state in load_state(self._file(used)).items():
                 self._parts()[name].load_state_dict(state)
             logger.info("finishing with the weights after %s samples", f"{used:,}")
-        summary = {"stop_when": self._settings.stop_when, "stopped": self.stopped, "model_samples": used}
-        summary |= {"every": self._plan.every, "planned_overhead": self._plan.overhead, "prompts": self._prompts}
+        summary: dict[str, Any] = {
+            "stop_when": self._settings.stop_when,
+            "stopped": self.stopped,
+            "model_samples": used,
+        }
+        summary |= {"every": self._plan.every, "planned_overhead": self._plan.overhead}
+        summary |= {"overhead": self.pace.overhead, "prompts": self._prompts}
         write_json(self._run.path / "monitor.json", summary | {"looks": self._looks})
         self._draw(used)
 
@@ -120,10 +135,10 @@ class Monitor:
         steps, seed = self._settings.steps, self._config.seed
         if self._prompts is None:
             return Denoiser(self._task.denoiser, build_schedule(self._config.model), "ddim", steps, 0.0, seed)
-        from unrote.text.generation import PromptDenoiser
+        from unrote.text.generation import PromptDenoiser, reading_once
         from unrote.text.prompts import Prompt
 
-        pipeline = self._task.pipeline()  # type: ignore[attr-defined]
+        pipeline = reading_once(self._task.pipeline())  # type: ignore[attr-defined]
         pipeline.scheduler = text_sampler(pipeline.scheduler, None, steps)[1]
         options: dict[str, Any] = {"guidance_scale": self._settings.guidance_scale, "size": self._size}
         return PromptDenoiser(pipeline, [Prompt(text) for text in self._prompts], seed=seed, steps=steps, **options)
@@ -173,9 +188,9 @@ class Monitor:
 
 
 def make_monitor(
-    config: Config, images: ImageStore, run: Run, task: Task, ema: EMA | None, plan: Looks | None, last: int
+    config: Config, images: ImageStore, run: Run, task: Task, ema: EMA | None, plan: Looks | None, budget: Budget
 ) -> Monitor | None:
-    """The monitor of a run of ``last`` rounds that looks as planned; None where nothing is.
+    """The monitor of a run that looks as planned; None where nothing is.
 
     Raises:
         InputError: the held-out images can't be read or are of another size, or a look's steps can't be spread evenly.
@@ -184,8 +199,8 @@ def make_monitor(
         return None
     if isinstance(task.loss, DenoisingLoss) and task.loss.num_timesteps % config.monitor.steps:
         raise InputError(f"monitor.steps: must divide the model's {task.loss.num_timesteps} timesteps")
-    logger.log(logging.WARNING if plan.count == 1 < last else logging.INFO, "monitor: %s", plan)
-    return Monitor(config, images, run, task, ema, plan, last)
+    logger.log(logging.WARNING if plan.count == 1 < budget.num_rounds else logging.INFO, "monitor: %s", plan)
+    return Monitor(config, images, run, task, ema, plan, budget)
 
 
 def prompts_of(images: ImageStore, config: Config) -> list[str]:
