@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import time
 from importlib.util import find_spec
 
 import pytest
@@ -11,31 +10,9 @@ import torch
 import torch.distributed as dist
 
 from forking import CONTEXT, INTERRUPTED, UNUSABLE, Job, free_port
-from toy import final_state, largest_difference, log_of, summary_of, weights_of
-from unrote.training.run import Run
+from sharing import assert_alike, checkpoints_in, finished, until
+from toy import final_state, largest_difference, summary_of, weights_of
 from unrote.training.team import form
-
-TOLERANCE = 1e-5
-"""Of the weights; what the sums' other order made in 13 steps of 2e-4 was up to 3e-7."""
-
-
-def finished(out, world, method, settings):
-    job = Job(out, world, method, settings)
-    assert job.wait(300) == [0] * world, job.messages()
-    return Run(out)
-
-
-def assert_alike(found, expected):
-    """Weights equal to rounding; counts, of samples and of lines, exactly."""
-    for variant in (None, "raw"):
-        assert largest_difference(weights_of(found, variant), weights_of(expected, variant)) < TOLERANCE
-    ledgers = found.read_ledger(), expected.read_ledger()
-    for column in ("visits", "skips", "augmented", "moves"):
-        assert (ledgers[0][column] == ledgers[1][column]).all(), column
-    assert summary_of(found) == summary_of(expected)
-    lines = [[{k: v for k, v in line.items() if k != "loss"} for line in log_of(run)] for run in (found, expected)]
-    assert lines[0] == lines[1]
-
 
 CASES = [
     # A batch of odd size, and one smaller than the team at the end: 26 x 4 = 14 x 7 + 6.
@@ -76,17 +53,6 @@ MANY = {"training.epochs": 8, "training.checkpointing_steps": 2, "ensemble.num_s
 def calm(tmp_path_factory):
     """One undisturbed process."""
     return finished(tmp_path_factory.mktemp("calm") / "run", 1, "iet-agc+", MANY)
-
-
-def until(condition, job, seconds=100):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert job.running and time.monotonic() < end, job.messages()
-        time.sleep(0.005)
-
-
-def checkpoints_in(out):
-    return sorted(int(path.stem) for path in (out / "checkpoints").glob("*.json"))
 
 
 def test_stopped_and_killed_and_gone_on_with_in_more_and_fewer_processes(tmp_path, calm):

@@ -90,9 +90,13 @@ class Stored:
     def _under(self, skeleton: Any) -> "Stored":
         return replace(self, skeleton=skeleton, forms={name: self.forms[name] for name in _names(skeleton)})
 
+    def description(self) -> str:
+        """All but the tensors' content, as JSON; see :func:`described`."""
+        return json.dumps([self.skeleton, [(n, _NAMES[dtype], shape) for n, (dtype, shape) in self.forms.items()]])
+
     def digest(self) -> str:
         """Hex SHA-256 of all but the tensors' content."""
-        return hashlib.sha256(repr((self.skeleton, list(self.forms.items()))).encode()).hexdigest()
+        return hashlib.sha256(self.description().encode()).hexdigest()
 
     def bundles(self) -> list[list[str]]:
         """Names of tensors that are read at once, in order: those that are small; the two factors of an adapter."""
@@ -140,17 +144,17 @@ def save_state(path: Path, state: Any, *, durable: bool = True) -> None:
     header: dict[str, Any] = {"__metadata__": {_SKELETON: json.dumps(skeleton)}}
     end = 0
     # Large numbers first, so that each lies at a multiple of its size.
-    ordered = sorted(tensors.items(), key=lambda item: -item[1].itemsize)
-    for name, tensor in ordered:
+    for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].itemsize):
         begin, end = end, end + tensor.nbytes
         header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     content = json.dumps(header).encode()
     content += b" " * (-len(content) % 8)
     with atomic_path(path, durable=durable) as temporary, temporary.open("wb") as file:
         file.write(len(content).to_bytes(8, "little") + content)
-        for _, tensor in ordered:
+        for name, tensor in tensors.items():
+            file.seek(8 + len(content) + header[name]["data_offsets"][0])
             # One at a time: safetensors' own writer has them all on the CPU and contiguous at once.
-            file.write(bytes_of(tensor.cpu().contiguous()).numpy().data)
+            file.write(bytes_of(whole(tensor).cpu().contiguous()).numpy().data)
 
 
 def load_state(path: Path, parts: Sequence[str] | None = None) -> Any:
@@ -201,13 +205,44 @@ def _header(path: Path) -> tuple[Any, dict[str, tuple[int, Form]]]:
     return skeleton, found
 
 
+def described(description: str) -> tuple[Any, dict[str, Form]]:
+    """Skeleton and forms by what :meth:`Stored.description` gave."""
+    skeleton, forms = json.loads(description)
+    return skeleton, {name: (_DTYPES[dtype], torch.Size(shape)) for name, dtype, shape in forms}
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Of a ``DTensor``, of which each process of a group holds a part, the whole, which all must ask for at once."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """Of a ``DTensor`` what is here, in its own memory; of any other tensor all of it."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def join_in(state: Any) -> None:
+    """Give one's parts of a nested state to another process that keeps the whole, by a file or in memory."""
+    tensors: dict[str, Tensor] = {}
+    _flatten(state, "", tensors)
+    for tensor in tensors.values():
+        whole(tensor)
+
+
+def part_like(tensor: Tensor, live: Any) -> Tensor:
+    """A ``DTensor`` laid out as ``live`` with this process's part of ``tensor``, which all processes have whole."""
+    from torch.distributed.tensor import distribute_tensor  # takes long to import, and few need it
+
+    return distribute_tensor(tensor, live.device_mesh, live.placements, src_data_rank=None)
+
+
 def _form(tensor: Tensor) -> Form:
     return tensor.dtype, tensor.shape
 
 
 def _copied(tensor: Tensor) -> Tensor:
     copy = torch.empty(tensor.shape, dtype=tensor.dtype)
-    return copy.copy_(tensor)
+    return copy.copy_(whole(tensor))
 
 
 def _read(file: BinaryIO, begin: int, form: Form) -> Tensor:
@@ -279,6 +314,9 @@ def _placed(tensor: Tensor, live: Any, *, channels_last: bool) -> Tensor:
     if not isinstance(live, Tensor):
         return tensor.contiguous(memory_format=torch.channels_last) if channels_last else tensor
     if _form(tensor) == _form(live) and _is_channels_last(live) == channels_last:
+        if (mine := own_part(live)) is not live:
+            mine.copy_(own_part(part_like(tensor, live)))
+            return live
         return live.copy_(tensor)
     return _placed(tensor, None, channels_last=channels_last).to(live.device)
 

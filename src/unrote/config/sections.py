@@ -266,6 +266,7 @@ class Config(Section):
             raise ValueError(f"gate.timesteps: {self.gate.timesteps[1]} is beyond the last timestep, {timesteps - 1}")
         self._check_noise(timesteps)
         self._check_privacy()
+        self._check_fsdp()
         if self.redistribution.enabled and not (self.ensemble.enabled and self.ensemble.num_shards > 1):
             raise ValueError(
                 "redistribution.enabled moves samples between shards: enable ensemble, with num_shards > 1"
@@ -296,6 +297,14 @@ class Config(Section):
         parts += ["training.mixed_precision=fp16"] if training.mixed_precision == "fp16" else []
         if parts:
             raise ValueError(f"training.dp_noise_multiplier: DP-SGD does not go with {', '.join(parts)}")
+
+    def _check_fsdp(self) -> None:
+        training = self.training
+        parts = [f"training.{name}" for name in ("compile", "channels_last") if getattr(training, name)]
+        parts += ["training.dp_noise_multiplier"] if training.dp_noise_multiplier is not None else []
+        parts += ["ensemble.outer_learning_rate and outer_momentum"] if self.ensemble.outer else []
+        if training.fsdp and parts:
+            raise ValueError(f"training.fsdp: weights that are held in parts do not go with {', '.join(parts)}")
 
     def _check_noise(self, timesteps: int) -> None:
         training = self.training

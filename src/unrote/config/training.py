@@ -84,6 +84,8 @@ class TrainingConfig(Section):
     """Memory format of weights and images."""
     compile: bool = False
     """Run the model through torch.compile."""
+    fsdp: bool = False
+    """Where several processes share a proxy, each holds a part of its weights and moments (FSDP2), not all of them."""
     log_every_steps: PositiveInt = 50
     """Steps between two lines of log.jsonl."""
     checkpointing_steps: PositiveInt = 500

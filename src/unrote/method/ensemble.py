@@ -17,8 +17,8 @@ from unrote.method.outer import OuterOptimizer
 from unrote.method.parts import Groups, Moments, Stateful, check_whole, put_back, take
 from unrote.method.peers import Alone, Average, Peers
 from unrote.method.shards import Split, Topology, redistribute, split_shards
-from unrote.method.slots import FolderSlots, MemorySlots
-from unrote.tensorfiles import clone_state, load_state, weighted_average
+from unrote.method.slots import FolderSlots, MemorySlots, Slots
+from unrote.tensorfiles import clone_state, weighted_average
 
 OptimizerState = Literal["per-proxy", "reset", "average"]
 COMMON = ("global", "initial", "velocity")
@@ -98,7 +98,9 @@ class ShardEnsemble:
         average: Average = weighted_average,
         peers: Peers | None = None,
     ) -> None:
-        check_whole(model, optimizer)
+        self._peers = peers or Alone()
+        if not self._peers.parted:
+            check_whole(model, optimizer)
         trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if not trained & {id(p) for p in model.parameters()}:
             raise ValueError("the optimizer holds no parameter of this model: build it from model.parameters()")
@@ -114,7 +116,6 @@ class ShardEnsemble:
         self._live = False
         self._ended: set[int] = set()
         self._rows: dict[str, Tensor] = {}
-        self._peers = peers or Alone()
         self._mine = self._peers.mine([len(shard) for shard in self.shards])
         # Of processes that share a proxy one holds it, and answers for it; the others have it in memory.
         self._held = self._mine if self._peers.leads else range(0)
@@ -136,9 +137,9 @@ class ShardEnsemble:
         names = [f"{kind}-{k}" for kind in ("proxy", "live") for k in self._held]
         names += COMMON if self._peers.rank == 0 else []
         self._files = MemorySlots() if folder is None else FolderSlots(folder, names)
-        self._slots = self._files if self._held else MemorySlots()
+        self._slots = self._peers.shared(self._files if self._held else MemorySlots())
         # What belongs to all is kept by the first process; the others have it in memory.
-        self._common = self._files if self._peers.rank == 0 else MemorySlots()
+        self._common = self._peers.shared(self._files if self._peers.rank == 0 else MemorySlots())
         if num_shards > 1:
             self._common.put("global", take(self._averaged))
             self._common.put("initial", take(self._kept))
@@ -194,7 +195,8 @@ class ShardEnsemble:
         Raises:
             ValueError: if the model has been wrapped since by what holds weights in parts.
         """
-        check_whole(self._model, self._optimizer)
+        if not self._peers.parted:
+            check_whole(self._model, self._optimizer)
         complete = False
         try:
             while self.phase < self.num_phases:
@@ -254,7 +256,7 @@ class ShardEnsemble:
             begun = self._slots.get(name)
             put_back(self._averaged | self._kept, begun)
             self._rows = begun["rows"].whole()
-            if not self._held:
+            if not self._held and not self._peers.parted:
                 self._slots.drop(name)  # it was for going on, and takes memory
         else:
             self._begin()
@@ -359,7 +361,8 @@ class ShardEnsemble:
 
         Every process must ask for it at once. Needs ``folder``. The ledger of each process then is that of all.
         """
-        if self._held and (self._live or self.num_shards == 1):
+        holds = self._held or self._peers.parted
+        if holds and (self._live or self.num_shards == 1):
             self._slots.put(f"live-{self.proxy}", take(self._averaged | self._kept) | {"rows": self._rows})
         self._share_ledger()
         own = {"ended": sorted(self._ended), "slots": self._files.state_dict()}
@@ -383,8 +386,8 @@ class ShardEnsemble:
         self._live = False
         put_back(self._averaged, self._common.get("global"))
 
-    def _fetch(self, slots: MemorySlots | FolderSlots, names: Iterable[str], state: dict[str, Any]) -> None:
-        """What other processes hold: from their files into memory."""
+    def _fetch(self, slots: Slots, names: Iterable[str], state: dict[str, Any]) -> None:
+        """Have what is in files of all processes."""
         assert isinstance(self._files, FolderSlots)
-        for name in (name for name in names if slots is not self._files and name in state["slots"]["files"]):
-            slots.put(name, load_state(self._files.folder / state["slots"]["files"][name]))
+        for name in (name for name in names if name in state["slots"]["files"]):
+            slots.fetch(name, self._files.folder / state["slots"]["files"][name])

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from unrote.method.slots import Slots
 from unrote.tensorfiles import Stored
 
 Average = Callable[[Iterable[Mapping[str, Tensor]], Sequence[float]], dict[str, Tensor]]
@@ -21,17 +22,22 @@ class Peers(Protocol):
         rank: which of them this is, 0..size-1; 0 keeps what belongs to all.
         size: W, how many there are.
         leads: whether this process holds the proxies that it trains: of those that share one, the first does.
+        parted: whether each of those that share one has only a part of its weights while it is live.
     """
 
     rank: int
     size: int
     leads: bool
+    parted: bool
 
     def mine(self, sizes: Sequence[int]) -> range:
         """The proxies that this process trains, in turn; earlier processes have earlier ones. ``sizes``: of shards.
 
         Where there are more processes than shards, consecutive ones have the same proxy, and share its batches.
         """
+
+    def shared(self, slots: Slots) -> Slots:
+        """``slots`` of this process; where it is ``parted``, those of the first of its team, in all members."""
 
     def gather(self, message: Any) -> list[Any]:
         """Everybody's ``message`` (what JSON can hold), by rank."""
@@ -52,11 +58,15 @@ class Peers(Protocol):
 class Alone:
     """No other process."""
 
-    rank, size, leads = 0, 1, True
+    rank, size, leads, parted = 0, 1, True, False
 
     def mine(self, sizes: Sequence[int]) -> range:
         """All of them."""
         return range(len(sizes))
+
+    def shared(self, slots: Slots) -> Slots:
+        """The own ones."""
+        return slots
 
     def gather(self, message: Any) -> list[Any]:
         """The own one."""

@@ -2,9 +2,27 @@
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from unrote.tensorfiles import Stored, clone_state, save_state
+from unrote.tensorfiles import Stored, clone_state, load_state, save_state
+
+
+class Slots(Protocol):
+    """Named states."""
+
+    def put(self, name: str, state: dict[str, Any]) -> None:
+        """Keep ``state`` under ``name`` in place of the one before."""
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def get(self, name: str, parts: Sequence[str] | None = None) -> Stored:
+        """The state under ``name``, or its ``parts`` only; to be read before the next one is put."""
+
+    def drop(self, name: str) -> None:
+        """Forget the state under ``name``, if there is one."""
+
+    def fetch(self, name: str, path: Path) -> None:
+        """Have under ``name`` what a process, maybe this one, wrote into a file of a :class:`FolderSlots`."""
 
 
 class MemorySlots:
@@ -32,6 +50,10 @@ class MemorySlots:
     def drop(self, name: str) -> None:
         """Forget the state under ``name``, if there is one."""
         self._states.pop(name, None)
+
+    def fetch(self, name: str, path: Path) -> None:
+        """Read the file into memory."""
+        self._states[name] = load_state(path)
 
     def state_dict(self) -> dict[str, Any]:
         """All states."""
@@ -89,6 +111,9 @@ class FolderSlots:
         """
         stored = Stored.at(self.folder / self._files[name])
         return stored if parts is None else stored.parts(parts)
+
+    def fetch(self, name: str, path: Path) -> None:
+        """The file is here already."""
 
     def files(self) -> list[str]:
         """Names of the files that hold the current states."""

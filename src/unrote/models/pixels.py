@@ -42,7 +42,8 @@ class Pixels:
         self._told = config.augmentation.enabled and config.augmentation.labels
         if self._told:
             tell_of_augmentation(self.denoiser, len(LABELS))
-        self.denoiser.to(device, memory_format=self._memory_format)
+        # A model that is held in parts may be too large for the device.
+        self.denoiser.to("cpu" if config.training.fsdp else device, memory_format=self._memory_format)
         self.trained = self.denoiser
         self.loss: PerSampleLoss = DenoisingLoss(build_schedule(config.model), device, autocast_dtype(config.training))
         self.base: Mapping[str, str] = {}

@@ -55,7 +55,8 @@ class TextToImage:
             # The frozen weights are only read under autocast, which would round them anyway.
             nn.Module.to(self.denoiser, dtype or torch.float32)
             self.trained = add_adapters(self.denoiser, config.model.lora)
-        self.denoiser.to(device, memory_format=self._layout)
+        # A model that is held in parts may be too large for the device.
+        self.denoiser.to("cpu" if config.training.fsdp else device, memory_format=self._layout)
         factor = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
         height, width = (side // factor for side in images.images.shape[1:3])
         self.loss = self._family.loss(pipeline, (height, width), device, dtype)

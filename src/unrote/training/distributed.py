@@ -29,10 +29,12 @@ from unrote.errors import InputError, first_line
 from unrote.files import temporary_path
 from unrote.method.assignment import assign, sharing, teams_of
 from unrote.method.peers import Alone, Average
+from unrote.method.slots import Slots
 from unrote.tensorfiles import Stored
 from unrote.training.reachable import TIMEOUT, Reachable, lives, machine, patience
 from unrote.training.run import Run
-from unrote.training.team import Team, form
+from unrote.training.sharding import TeamSlots
+from unrote.training.team import Parted, Parts, Team, form
 from unrote.training.transport import broadcast, receive, send
 
 logger = logging.getLogger("unrote")
@@ -61,6 +63,14 @@ class Single(Alone):
     def one_per_machine_first(self) -> Iterator[None]:
         """The block is run by one process of each machine before the others, which then find what it cached."""
         yield
+
+    def deal(self, sizes: Sequence[int], parted: str | None = None) -> None:
+        """Deal out the proxies, ``sizes`` being their shards', before anything else is done with them.
+
+        Args:
+            sizes: see :meth:`mine`.
+            parted: the kind of device over which those that share a proxy hold it in parts; None for whole in each.
+        """
 
     def step(self, doing: str) -> bool:
         """Count an optimizer step and look around; whether to stop. ``doing`` says where this process stands."""
@@ -120,8 +130,8 @@ class Group(Single):
             if place and theirs == place and rank != self.rank:
                 self._neighbours[rank] = pid
 
-    def mine(self, sizes: Sequence[int]) -> range:
-        """See :func:`unrote.method.assignment.assign`."""
+    def deal(self, sizes: Sequence[int], parted: str | None = None) -> None:
+        """See :meth:`Single.deal` and :func:`unrote.method.assignment.assign`."""
         self._blocks = assign(sizes, self.size)
         self._teams = teams_of(self._blocks)
         self._own = next(team for team in self._teams if self.rank in team)
@@ -130,10 +140,22 @@ class Group(Single):
             # Here it is noticed if somebody is gone.
             self.gather(None)
             with self._named("forming teams"):
-                self.team = form(self._teams, self.rank, 2 * self._timeout, self._finish)
+                parts = None if parted is None else Parts(parted, self._named, self._explained)
+                self.team = form(self._teams, self.rank, 2 * self._timeout, self._finish, parted=parts)
+            self.parted = isinstance(self.team, Parted)
             if self.rank == 0:
-                logger.info("%s, each on its part of every batch", sharing(self._blocks))
+                weights = "" if parted is None else " and of the weights"
+                logger.info("%s, each on its part of every batch%s", sharing(self._blocks), weights)
+
+    def mine(self, sizes: Sequence[int]) -> range:
+        """See :meth:`unrote.method.peers.Peers.mine`."""
+        if not self._blocks:
+            self.deal(sizes)
         return self._blocks[self.rank]
+
+    def shared(self, slots: Slots) -> Slots:
+        """See :meth:`unrote.method.peers.Peers.shared`."""
+        return TeamSlots(slots if self.leads else None, self.team) if isinstance(self.team, Parted) else slots
 
     def step(self, doing: str) -> bool:
         """See :meth:`Single.step`. Others are listened to once a second."""
@@ -213,6 +235,10 @@ class Group(Single):
                 elif self.leads:
                     for tensors in own:
                         send(tensors, 0)
+                elif self.parted:
+                    # The first one's slots are read by all of its team.
+                    for _ in own:
+                        pass
                 return broadcast(averaged, forms)
 
         return replace(states[0], read=read)
@@ -294,6 +320,17 @@ class Group(Single):
             yield
         except RuntimeError as error:
             raise InputError(self._reason() or f"{what}: another process is gone ({first_line(error)})") from error
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """As :meth:`_named`, around what may fail for reasons of its own."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+                raise
+            with self._named("sharing a step"):
+                raise
 
     def _reason(self) -> str | None:
         # The connection breaks at the moment the other process ends, and it gave its reason before that.

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unrote.tensorfiles import own_part
+
 
 class EMA:
     """``shadow ← d shadow + (1−d) weights`` in one fused call.
@@ -19,8 +21,10 @@ class EMA:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self._decay = decay
         self._names = [name for name, _ in model.named_parameters()]
-        self._weights = [weight.detach() for weight in model.parameters()]
-        self._shadow = [weight.clone() for weight in self._weights]
+        weights = [weight.detach() for weight in model.parameters()]
+        self._averages = [weight.clone() for weight in weights]
+        # Of weights that are held in parts, the parts.
+        self._weights, self._shadow = list(map(own_part, weights)), list(map(own_part, self._averages))
 
     def update(self, step: int) -> None:
         """Fold in the weights after optimizer step ``step`` = 1, 2, …"""
@@ -39,8 +43,8 @@ class EMA:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averaged weights by parameter name."""
-        return dict(zip(self._names, self._shadow, strict=True))
+        return dict(zip(self._names, self._averages, strict=True))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` gave."""
-        torch._foreach_copy_(self._shadow, [state[name] for name in self._names])
+        torch._foreach_copy_(self._shadow, [own_part(state[name]) for name in self._names])

@@ -20,9 +20,10 @@ from unrote.data.store import ImageStore
 from unrote.errors import InputError
 from unrote.method.ensemble import Redistribution, ShardEnsemble
 from unrote.method.outer import OuterOptimizer
-from unrote.method.shards import SampleStream
+from unrote.method.shards import SampleStream, split_shards
 from unrote.models.making import make_task
 from unrote.seeding import derive_seed
+from unrote.tensorfiles import own_part
 from unrote.training.budget import Counter, Progress, make_budget, total
 from unrote.training.checkpoints import Checkpoints
 from unrote.training.distributed import Single, is_finished, launched
@@ -32,6 +33,7 @@ from unrote.training.monitor import make_monitor
 from unrote.training.output import save_model, write_outputs
 from unrote.training.reference import reference_of
 from unrote.training.run import Run
+from unrote.training.sharding import whole_model
 from unrote.training.step import TrainingStep
 
 logger = logging.getLogger("unrote")
@@ -99,18 +101,29 @@ def train(config: Config, images: ImageStore, run: Run, device: torch.device, lo
 def _train(
     config: Config, images: ImageStore, run: Run, device: torch.device, looks: Looks | None, peers: Single
 ) -> None:
-    training = config.training
+    training, reference = config.training, reference_of(config, images)
+    split: dict[str, Any] = {
+        "split": config.ensemble.split,
+        "seed": config.seed,
+        "labels": None if images.labels is None else torch.from_numpy(images.labels.copy()),
+        "left_out": reference,
+    }
+    shards = split_shards(len(images), config.num_shards, **split)
+    peers.deal([len(shard) for shard in shards], device.type if training.fsdp else None)
     torch.manual_seed(derive_seed(config.seed, "init"))
     with peers.one_per_machine_first():
         task = make_task(config, images, device)
     if peers.rank == 0:
         run.keep_base(task.base)
+    # Of the processes, the first writes and samples the model, and those that hold parts of it join in.
+    model = whole_model(task, peers.team, device, first=peers.rank == 0)
 
     proxy, meter = Counter(), Meter(device)
     largest_shard = math.ceil(len(images) / config.num_shards)
     proxy_steps = math.ceil(training.epochs * largest_shard / training.batch_size)
-    reference = reference_of(config, images)
-    step = TrainingStep(config, task, len(images), device, proxy_steps, reference)
+    step = TrainingStep(config, task, len(images), device, proxy_steps, reference, peers.team)
+    if model is not None:
+        model.ema = step.ema
     ledger = step.gate.ledger
     assert ledger is not None
     msr = config.redistribution
@@ -128,23 +141,19 @@ def _train(
             "lr_scheduler": step.lr_scheduler,
             "scaler": step.scaler,
         },
-        split=config.ensemble.split,
-        labels=None if images.labels is None else torch.from_numpy(images.labels.copy()),
-        left_out=reference,
         optimizer_state=config.ensemble.optimizer_state,
         redistribution=Redistribution(msr.fraction, msr.topology, msr.every) if msr.enabled else None,
         outer=OuterOptimizer(*config.ensemble.outer) if config.ensemble.outer else None,
-        seed=config.seed,
         folder=run.path / "proxies",
         average=task.average,
         peers=peers,
+        **split,
     )
-    step.team = peers.team
     budget = make_budget(config, len(images), tuple(len(shard) for shard in ensemble.shards))
     progress = Progress(budget, training.batch_size)
     streams = [SampleStream(config.seed, k) for k in range(config.num_shards)]
 
-    monitor = make_monitor(config, images, run, task, step.ema, looks, budget)
+    monitor = make_monitor(config, images, run, task, model, looks, budget)
     checkpoints = Checkpoints(run.path / "checkpoints", ensemble.slots, training.checkpoints_total_limit, peers)
     state = checkpoints.load_newest()
     stood = {k: Counter() for k in ensemble.mine}
@@ -205,7 +214,8 @@ def _train(
                     # Batches are whole until the very end, so that rounds do not change how ordinary training batches.
                     size = min(training.batch_size, end - proxy.samples)
                     indices = streams[k].take(shard.indices, proxy.samples, size)
-                    losses, skipped = step(indices, proxy=k, step=proxy.steps + 1)
+                    with peers.team.computing():
+                        losses, skipped = step(indices, proxy=k, step=proxy.steps + 1)
                     proxy.count(size)
                     whole = others + proxy
                     meter.add(losses, skipped)
@@ -218,7 +228,7 @@ def _train(
                         record: dict[str, Any] = {"step": whole.steps, "samples": whole.samples, "round": r, "proxy": k}
                         record |= meter.read() | step.gate.readings()
                         record |= {"learning_rate": step.lr_scheduler.get_last_lr()[0]}
-                        if not (math.isfinite(record["loss"]) and _all_finite(task.trained)):
+                        if not (math.isfinite(record["loss"]) and peers.team.every(_all_finite(task.trained))):
                             _go_back(run, ensemble, step, record | {"own_step": proxy.steps}, first=peers.leads)
                             bar.update(proxy.samples + others.samples - whole.samples)
                             continue
@@ -232,25 +242,27 @@ def _train(
                 stood[k] = replace(proxy)
             finished = ensemble.round_index
             before, after = (training.snapshots * n // budget.num_rounds for n in (finished - 1, finished))
-            if after > before and peers.rank == 0:
-                save_model(run.snapshot_folder(progress.whole.samples), task, step.ema)
+            if after > before and model is not None:
+                save_model(run.snapshot_folder(progress.whole.samples), model)
 
             if monitor is not None:
-                if peers.rank == 0:
+                if model is not None:
                     monitor.look(ensemble.round_index, progress.whole.samples, progress.whole.steps, journal)
                 monitor.load_state_dict(peers.gather(monitor.state_dict())[0])
+                if model is not None:
+                    monitor.keep_best(progress.whole.samples)
 
         checkpoint(last=True)
-    if peers.rank == 0:
+    if model is not None:
         if monitor is not None:
             monitor.put_back_best(progress.whole.samples)
-        write_outputs(run, config, images, task, step.ema, ledger, progress.whole.steps)
+        write_outputs(run, config, images, model, ledger, progress.whole.steps)
     # The first process says that all is written; it waits for nobody who hangs.
     peers.gather(None, patient=peers.rank > 0)
 
 
 def _all_finite(model: torch.nn.Module) -> bool:
-    return bool(torch.stack([weight.isfinite().all() for weight in model.parameters()]).all())
+    return bool(torch.stack([own_part(weight).isfinite().all() for weight in model.parameters()]).all())
 
 
 def _go_back(run: Run, ensemble: ShardEnsemble, step: TrainingStep, record: dict[str, Any], *, first: bool) -> None:

@@ -19,17 +19,18 @@ from unrote.config.limits import StopRule, parse_stop_rule
 from unrote.data import ImageStore, open_images
 from unrote.errors import InputError
 from unrote.files import write_json, write_text
+from unrote.method.parts import put_back, take
 from unrote.models.denoiser import DenoisingLoss, build_schedule
 from unrote.models.task import Task
 from unrote.seeding import generator
-from unrote.tensorfiles import load_state, save_state
+from unrote.tensorfiles import Stored, join_in, save_state
 from unrote.training.budget import Budget
-from unrote.training.ema import EMA
 from unrote.training.journal import Journal
 from unrote.training.looks import Looks
 from unrote.training.looks_chart import looks_chart
 from unrote.training.pace import Pace
 from unrote.training.run import Run
+from unrote.training.sharding import WholeModel
 
 logger = logging.getLogger("unrote")
 
@@ -46,8 +47,8 @@ class Monitor:
         config: of the run.
         images: the training images.
         run: where the best weights are kept.
-        task: the model.
-        ema: its averaged weights, which are looked at if there are any.
+        task: the model in training.
+        model: its whole weights, the averaged ones if there are any; None in a process that has no part in looks.
         plan: when looks are made.
         budget: of the run, from whose last round looks are counted back.
 
@@ -56,14 +57,22 @@ class Monitor:
     """
 
     def __init__(
-        self, config: Config, images: ImageStore, run: Run, task: Task, ema: EMA | None, plan: Looks, budget: Budget
+        self,
+        config: Config,
+        images: ImageStore,
+        run: Run,
+        task: Task,
+        model: WholeModel | None,
+        plan: Looks,
+        budget: Budget,
     ) -> None:
         from unrote.guards.quick import QuickAudit  # the searches of an audit, which training alone does not need
 
         self._config, self._size = config, images.images.shape[1:3]
-        self._settings, self._run, self._task, self._ema = config.monitor, run, task, ema
+        self._settings, self._run, self._task, self._model = config.monitor, run, task, model
         self._plan, most = plan, config.monitor.max_overhead
         self.pace = Pace(plan, budget.num_rounds, budget.total, most, run.path / "monitor" / "pace.json")
+        self._settling_in = 0.0
         rule = config.monitor.stop_when
         self._rule = DEFAULT_RULE if rule is None else parse_stop_rule(rule)
         self._audit = QuickAudit(images, _holdout(config, images))
@@ -73,26 +82,30 @@ class Monitor:
         self._best: dict[str, Any] | None = None
 
     def look(self, rounds: int, samples: int, step: int, journal: Journal) -> None:
-        """Look at the model after ``rounds`` rounds if it is due, log what is seen, and decide."""
+        """Look at the model after ``rounds`` rounds if it is due, log what is seen, and decide.
+
+        All that hold a part of it call it; the first of them sees.
+        """
         if not self.pace.due(rounds):
             return
         began = time.monotonic()
-        _ = self._denoise
-        settling_in = time.monotonic() - began
-        counts, distance = self._audit(self._sampled(), self._rule.measure, self._rule.threshold)
+        images = self._sampled()
+        if images is None:
+            return
+        counts, distance = self._audit(images, self._rule.measure, self._rule.threshold)
         measured, copied = counts["measured"], counts["copied"]
         share = measured["fraction"]
         seen = {self._rule.label: share, "copied": copied["fraction"]}
         seen |= {} if distance is None else {"frechet": distance}
         self.stopped = self._settings.stop_when is not None and share > self._rule.greatest
-        kept = self._keep({"samples": samples, "share": share, "frechet": distance})
+        kept = self._is_best({"samples": samples, "share": share, "frechet": distance})
         found = {**seen, "interval": measured["interval"], "kept": kept, "stop": self.stopped}
         record = {"step": step, "samples": samples, "round": rounds, "monitor": found}
         self._looks.append(record)
         scalars = {f"monitor/{name}": value for name, value in seen.items()}
         self._draw(None)
         spent = time.monotonic() - began
-        self.pace.looked(rounds, samples, spent, settling_in)
+        self.pace.looked(rounds, samples, spent, self._settling_in)
         clock = {"time": round(time.time(), 3), "seconds": round(spent, 3), "overhead": round(self.pace.overhead, 4)}
         journal.note(record | clock, scalars)
         words = ", ".join(f"{name} {value:.4g}" for name, value in seen.items())
@@ -108,15 +121,12 @@ class Monitor:
         used = samples
         if self._best is not None and self._best["samples"] != used:
             used = self._best["samples"]
-            for name, state in load_state(self._file(used)).items():
-                self._parts()[name].load_state_dict(state)
+            put_back(self._parts(), Stored.at(self._file(used)))
             logger.info("finishing with the weights after %s samples", f"{used:,}")
-        summary: dict[str, Any] = {
-            "stop_when": self._settings.stop_when,
-            "stopped": self.stopped,
-            "model_samples": used,
-        }
-        summary |= {"every": self._plan.every, "planned_overhead": self._plan.overhead}
+        if not self._whole.first:
+            return
+        summary: dict[str, Any] = {"stop_when": self._settings.stop_when, "stopped": self.stopped}
+        summary |= {"model_samples": used, "every": self._plan.every, "planned_overhead": self._plan.overhead}
         summary |= {"overhead": self.pace.overhead, "prompts": self._prompts}
         write_json(self._run.path / "monitor.json", summary | {"looks": self._looks})
         self._draw(used)
@@ -143,52 +153,78 @@ class Monitor:
         options: dict[str, Any] = {"guidance_scale": self._settings.guidance_scale, "size": self._size}
         return PromptDenoiser(pipeline, [Prompt(text) for text in self._prompts], seed=seed, steps=steps, **options)
 
+    @property
+    def _whole(self) -> WholeModel:
+        assert self._model is not None
+        return self._model
+
     def _sampled(self) -> Any:
-        """The images of a look."""
+        """The images of a look; None in a process that only joins in."""
         import numpy as np
 
         size = min(BATCH if self._prompts is None else PROMPTED_BATCH, self._settings.samples)
         starts = range(0, self._settings.samples, size)
-        self._task.denoiser.eval()
-        averaged = nullcontext() if self._ema is None else self._ema.applied()
         own = nullcontext() if self._prompts is None else self._task.sampled_as()  # type: ignore[attr-defined]
-        with averaged, own:
-            parts = [self._denoise(range(start, start + size)) for start in starts]
+        with self._whole.weights(sampled=True), own:
+            if not self._whole.first:
+                return None
+            self._task.denoiser.eval()
+            began, denoise = time.monotonic(), self._denoise
+            self._settling_in = time.monotonic() - began
+            parts = [denoise(range(start, start + size)) for start in starts]
         return np.concatenate(parts)[: self._settings.samples]
 
-    def _keep(self, look: dict[str, Any]) -> bool:
-        """Keep the weights if no earlier look was better: less beyond what is allowed, then nearer to real images."""
+    def _is_best(self, look: dict[str, Any]) -> bool:
+        """Whether no earlier look was better: less beyond what is allowed, then nearer to real images."""
         if self._settings.keep_best != "pareto" or (
             self._best is not None and self._rank(self._best) <= self._rank(look)
         ):
             return False
         self._best = look
-        save_state(self._file(look["samples"]), {name: part.state_dict() for name, part in self._parts().items()})
-        for file in self._file(0).parent.glob("*.safetensors"):
-            if file != self._file(look["samples"]):
-                file.unlink()
         return True
+
+    def keep_best(self, samples: int) -> None:
+        """Keep the weights if the look after ``samples`` samples was the best; see :meth:`look`."""
+        if self._best is None or self._best["samples"] != samples:
+            return
+        state, kept = take(self._parts()), self._file(samples)
+        if not self._whole.first:
+            join_in(state)
+            return
+        save_state(kept, state)
+        for file in kept.parent.glob("*.safetensors"):
+            if file != kept:
+                file.unlink()
 
     def _rank(self, look: Mapping[str, Any]) -> tuple[float, float]:
         return max(0.0, look["share"] - self._rule.greatest), look["frechet"]
 
     def _parts(self) -> dict[str, Any]:
-        return {"model": self._task.trained} | ({} if self._ema is None else {"ema": self._ema})
+        ema = self._whole.ema
+        return {"model": self._task.trained} | ({} if ema is None else {"ema": ema})
 
     def _file(self, samples: int) -> Path:
         return self._run.path / "monitor" / f"{samples:012d}.safetensors"
 
     def state_dict(self) -> dict[str, Any]:
         """What was seen and decided."""
-        return {"stopped": self.stopped, "looks": list(self._looks), "best": self._best}
+        seen = {"stopped": self.stopped, "looks": list(self._looks), "best": self._best}
+        return seen | {"pace": self.pace.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` gave."""
         self.stopped, self._looks, self._best = state["stopped"], list(state["looks"]), state["best"]
+        self.pace.load_state_dict(state.get("pace", {"decided": []}))  # of an earlier version: as planned
 
 
 def make_monitor(
-    config: Config, images: ImageStore, run: Run, task: Task, ema: EMA | None, plan: Looks | None, budget: Budget
+    config: Config,
+    images: ImageStore,
+    run: Run,
+    task: Task,
+    model: WholeModel | None,
+    plan: Looks | None,
+    budget: Budget,
 ) -> Monitor | None:
     """The monitor of a run that looks as planned; None where nothing is.
 
@@ -200,7 +236,7 @@ def make_monitor(
     if isinstance(task.loss, DenoisingLoss) and task.loss.num_timesteps % config.monitor.steps:
         raise InputError(f"monitor.steps: must divide the model's {task.loss.num_timesteps} timesteps")
     logger.log(logging.WARNING if plan.count == 1 < budget.num_rounds else logging.INFO, "monitor: %s", plan)
-    return Monitor(config, images, run, task, ema, plan, budget)
+    return Monitor(config, images, run, task, model, plan, budget)
 
 
 def prompts_of(images: ImageStore, config: Config) -> list[str]:

@@ -1,6 +1,7 @@
 """What a finished run leaves: a diffusers pipeline, the ledger, the model card."""
 
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 from unrote import __version__
@@ -8,20 +9,23 @@ from unrote.config import Config
 from unrote.data.store import ImageStore
 from unrote.files import atomic_path, write_json, write_text
 from unrote.method.ledger import Ledger
-from unrote.models.task import Task
 from unrote.training.card import model_card
-from unrote.training.ema import EMA
 from unrote.training.privacy import privacy_spent
 from unrote.training.run import Run
+from unrote.training.sharding import WholeModel
 
 
-def write_outputs(
-    run: Run, config: Config, images: ImageStore, task: Task, ema: EMA | None, ledger: Ledger, steps: int
-) -> None:
-    """Write ``model/``, ``ledger.csv``, ``README.md`` and, last, ``run.json``, which says that all is there."""
+def write_outputs(run: Run, config: Config, images: ImageStore, model: WholeModel, ledger: Ledger, steps: int) -> None:
+    """Write ``model/``, ``ledger.csv``, ``README.md`` and, last, ``run.json``, which says that all is there.
+
+    All that hold a part of the model call it; only the first writes.
+    """
     columns = ledger.columns()
-    run.write_ledger(columns, images.names)
-    save_model(run.model_folder, task, ema)
+    if model.first:
+        run.write_ledger(columns, images.names)
+    save_model(run.model_folder, model)
+    if not model.first:
+        return
     visits, skips = int(columns["visits"].sum()), int(columns["skips"].sum())
     card = model_card(config, images, visits, skips)
     for folder in (run.model_folder, run.path):
@@ -37,16 +41,15 @@ def write_outputs(
     write_json(run.path / "run.json", summary | privacy_spent(config.training, len(images), steps))
 
 
-def save_model(folder: Path, task: Task, ema: EMA | None) -> None:
-    """Write a folder that diffusers loads without this package.
+def save_model(folder: Path, model: WholeModel) -> None:
+    """Write a folder that diffusers loads without this package; see :func:`write_outputs`.
 
     Its weights are the averaged ones, and those without averaging lie beside them; without EMA they are the only ones.
     """
-    shutil.rmtree(folder, ignore_errors=True)
-    with atomic_path(folder) as temporary:
-        if ema is None:
-            task.save(temporary)
-            return
-        task.save_raw(temporary)
-        with ema.applied():
-            task.save(temporary)
+    if model.first:
+        shutil.rmtree(folder, ignore_errors=True)
+    with atomic_path(folder) if model.first else nullcontext(folder) as temporary:
+        for averaged in (True,) if model.ema is None else (False, True):
+            with model.weights(averaged=averaged):
+                if model.first:
+                    (model.task.save if averaged else model.task.save_raw)(temporary)

@@ -48,6 +48,14 @@ class Pace:
         """What all looks so far took, as a share of the seconds of the whole training."""
         return float(self._decided[-1]["overhead"]) if self._decided else 0.0
 
+    def state_dict(self) -> dict[str, Any]:
+        """What was decided."""
+        return {"decided": list(self._decided)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """What :meth:`state_dict` gave, in this process or another; what the file had beyond it stays."""
+        self._decided = max(state["decided"], self._decided, key=len)
+
     def looked(self, rounds: int, samples: int, seconds: float, settling_in: float) -> None:
         """A look is over; decide when the next one is due.
 

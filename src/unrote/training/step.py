@@ -17,10 +17,12 @@ from unrote.models.ambient import Ambient
 from unrote.models.denoiser import DenoisingLoss
 from unrote.models.task import Condition, Task, rows_of
 from unrote.seeding import derive_seed, generator
+from unrote.tensorfiles import own_part, whole
 from unrote.text.mitigations import prediction_norm
 from unrote.training.ema import EMA
 from unrote.training.heap import keep_freed_memory
 from unrote.training.privacy import PrivateGradients
+from unrote.training.sharding import hold, load_in_parts
 from unrote.training.team import Team
 from unrote.training.timesteps import timestep_weights
 
@@ -98,9 +100,7 @@ class TrainingStep:
         device: where to compute.
         proxy_steps: how many steps the longest-running proxy takes, for the learning-rate schedule.
         reference: int64 [M], images that are never trained on; if there are any, the bank holds their losses.
-
-    Attributes:
-        team: the ranks that train the same proxy; this one alone until it is set.
+        team: the ranks that train the same proxy; by default this one alone.
     """
 
     def __init__(
@@ -111,10 +111,12 @@ class TrainingStep:
         device: torch.device,
         proxy_steps: int,
         reference: Tensor | None = None,
+        team: Team | None = None,
     ) -> None:
         training, bank = config.training, config.gate.bank
         self.config, self.task, self.device = config, task, device
-        self.retry, self.team = Retry(), Team()
+        self.retry, self.team = Retry(), team or Team()
+        hold(task, self.team, device)
         self.model, self.loss = task.trained, task.loss
         self._reference = torch.empty(0, dtype=torch.int64) if reference is None else reference
         self.gate = LossGate(
@@ -142,6 +144,8 @@ class TrainingStep:
             eps=training.adam_epsilon,
             fused=device.type in ("cpu", "cuda"),
         )
+        if self.team.mesh is not None:
+            load_in_parts(self.optimizer)
         self.lr_scheduler = get_scheduler(
             training.lr_scheduler,
             self.optimizer,
@@ -218,7 +222,10 @@ class TrainingStep:
         noised = self._noise_for(clean, indices, mirrored, draw)
         batch = Batch(indices.to(self.device), clean, condition, untouched, *noised)
         with torch.no_grad():
-            own = [self._errors(self._predict(part, part.condition), part) for part in self._parts(batch, 1)]
+            passed = [
+                (self._errors(self._predict(part, part.condition), part), own) for part, own in self._passes(batch, 1)
+            ]
+        own = [errors for errors, counts in passed if counts]
         (losses,) = self.team.whole(count, torch.cat([torch.empty(0, device=self.device), *own]))
         self.gate.bank.update(batch.whole_timesteps, losses)
 
@@ -281,6 +288,15 @@ class TrainingStep:
         """What this rank computes of a batch, in ``count`` parts; none where there are more ranks than samples."""
         return batch.at(self.team.span(len(batch.indices))).parts(count)
 
+    def _passes(self, batch: Batch, count: int) -> list[tuple[Batch, bool]]:
+        """The parts of :meth:`_parts`, and whether they count.
+
+        Where members must compute at once, whoever has fewer parts than others first computes one that does not.
+        """
+        parts = self._parts(batch, count)
+        others = self.team.passes(len(batch.indices), count) - len(parts)
+        return [(batch.at(slice(0, 1)), False)] * others + [(part, True) for part in parts]
+
     def _whole(self, count: int, judged: list[tuple[Tensor, Decision]]) -> tuple[Tensor, Decision]:
         """Losses and decisions of the whole batch of ``count``, from those of this rank's parts."""
         nothing = torch.empty(0, device=self.device)
@@ -290,7 +306,7 @@ class TrainingStep:
 
     def _train_gated(self, batch: Batch) -> tuple[Tensor, Decision]:
         """AGC: judge and train in one forward pass; skipped samples get no gradient."""
-        count, parts = len(batch.indices), self._parts(batch, self.config.training.gradient_accumulation_steps)
+        count, passes = len(batch.indices), self._passes(batch, self.config.training.gradient_accumulation_steps)
         judged: list[tuple[Tensor, Decision]] = []
 
         def record() -> tuple[Tensor, Decision]:
@@ -298,23 +314,27 @@ class TrainingStep:
             self.gate.record(whole, losses, batch.whole_timesteps, batch.indices, batch.augmented & whole.keep)
             return losses, whole
 
-        for number, part in enumerate(parts, 1):
+        for number, (part, counts) in enumerate(passes, 1):
             loss, decision = self._judge(part)
-            judged.append((loss.detach(), decision))
-            if number == len(parts):
+            judged += [(loss.detach(), decision)] if counts else []
+            if number == len(passes):
                 # Before the last backward pass, so that the wait for what was kept is over when that pass is queued.
                 result = record()
             # The batch's number of kept samples is known only after its last part: then gradients are rescaled below.
-            divisor = self.gate.num_kept.clamp(min=1) if len(parts) == 1 else count
+            divisor = self.gate.num_kept.clamp(min=1) if len(passes) == 1 else count
             weighted = self._weighted(loss, part.timesteps)
             total = gated_sum(weighted, decision.weight) / divisor if self._private is None else weighted.sum()
-            self.scaler.scale(total).backward()  # type: ignore[no-untyped-call]
+            self._backward(total, counts)
             if self._private is not None:
                 self._private.add()
-        if self._private is None and len(parts) > 1:
-            gradients = [p.grad for p in self._parameters if p.grad is not None]
+        if self._private is None and len(passes) > 1:
+            gradients = [own_part(p.grad) for p in self._parameters if p.grad is not None]
             torch._foreach_mul_(gradients, count / self.gate.num_kept.clamp(min=1))
-        return result if parts else record()
+        return result if passes else record()
+
+    def _backward(self, total: Tensor, counts: bool) -> None:
+        factor = self.team.scale * counts
+        self.scaler.scale(total if factor == 1 else total * factor).backward()  # type: ignore[no-untyped-call]
 
     def _train_on_kept(
         self, batch: Batch, indices: Tensor, mirrored: Tensor | None, draw: torch.Generator
@@ -325,8 +345,8 @@ class TrainingStep:
         """
         accumulation = self.config.training.gradient_accumulation_steps
         with torch.no_grad():
-            judged = [self._judge(part) for part in self._parts(batch, accumulation)]
-        loss, decision = self._whole(len(indices), judged)
+            judged = [(self._judge(part), own) for part, own in self._passes(batch, accumulation)]
+        loss, decision = self._whole(len(indices), [found for found, counts in judged if counts])
         strength = self._strength(decision.ratio)
         assert self.gate.ledger is not None
         seen = (batch.clean, batch.condition, indices, mirrored, self.gate.ledger.visits[batch.indices])
@@ -347,13 +367,13 @@ class TrainingStep:
         self.gate.record(decision, loss, batch.whole_timesteps, batch.indices, augmented)
         # One synchronisation a step buys the whole cost of the skipped samples.
         kept = decision.keep.nonzero().flatten()
-        own = kept[self.team.span(len(kept))]
-        if len(own):
-            parts = view.at(own).parts(accumulation)
-            for part, weight in zip(parts, decision.weight[own].tensor_split(len(parts)), strict=True):
-                losses = self._errors(self._predict(part, part.condition), part)
-                total = (self._weighted(losses, part.timesteps) * weight).sum() / self.gate.num_kept.clamp(min=1)
-                self.scaler.scale(total).backward()  # type: ignore[no-untyped-call]
+        passes, weights = self._passes(view.at(kept), accumulation), decision.weight[kept]
+        number = sum(counts for _, counts in passes)
+        own = weights[self.team.span(len(kept))].tensor_split(max(1, number))[:number]
+        for (part, counts), weight in zip(passes, (*(weights[:1],) * (len(passes) - number), *own), strict=True):
+            losses = self._errors(self._predict(part, part.condition), part)
+            total = (self._weighted(losses, part.timesteps) * weight).sum() / self.gate.num_kept.clamp(min=1)
+            self._backward(total, counts)
         return loss, decision
 
     def _update(self, step: int) -> None:
@@ -363,7 +383,7 @@ class TrainingStep:
             parameters = [p for p in self.model.parameters() if p.grad is not None]
             total = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
             # To multiply all gradients by 1 takes as long as to clip them; to look first is a wait on other devices.
-            if self.device.type != "cpu" or not total + 1e-6 <= norm:
+            if self.device.type != "cpu" or not whole(total) + 1e-6 <= norm:
                 nn.utils.clip_grads_with_norm_(parameters, norm, total)
         self.scaler.step(self.optimizer)
         self.scaler.update()

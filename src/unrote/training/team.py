@@ -2,16 +2,20 @@
 
 Every member draws the whole batch: noise, timesteps, augmentation, order. Then it computes its own part, and the losses
 of all parts are brought together, so that everybody decides alike what is skipped, and fills the same bank and ledger.
-Gradients are added up, and everybody takes the same step: weights and optimizer states stay equal to the last bit.
+Gradients are added up, and everybody takes the same step: weights and optimizer states stay equal to the last bit. Or
+each member has only a part of them, see :mod:`unrote.training.sharding`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 BUCKET = 1 << 25
 """Bytes of gradients that are added up at once."""
@@ -22,9 +26,13 @@ class Team:
 
     Attributes:
         salt: what seeds are made of besides proxy and step, where members must not draw alike; nothing for the first.
+        mesh: the ``DeviceMesh`` over which weights are parted; None where each member has all of them.
+        scale: what losses are multiplied by before the backward pass, which may divide gradients by as much.
     """
 
     salt: tuple[int, ...] = ()
+    mesh: Any = None
+    scale: int = 1
 
     def span(self, count: int) -> slice:
         """Which of ``count`` samples this member computes."""
@@ -40,6 +48,18 @@ class Team:
     def agree(self, stop: bool) -> bool:
         """Whether to stop after this step, in all members or in none; ``stop`` is what this one was asked."""
         return stop
+
+    def passes(self, count: int, parts: int) -> int:
+        """How many passes this member makes for ``count`` samples in ``parts``, however few samples it has itself."""
+        return 0
+
+    def every(self, found: bool) -> bool:
+        """Whether it was ``found`` in all members; asked where each sees something else."""
+        return found
+
+    def computing(self) -> AbstractContextManager[None]:
+        """Around a step: if it fails because a member is gone, that is said."""
+        return nullcontext()
 
 
 class Members(Team):
@@ -101,7 +121,71 @@ class Members(Team):
         return self._agreed
 
 
-def form(teams: Sequence[range], rank: int, seconds: float, finish: Callable[[Any], None]) -> Team:
+@dataclass(frozen=True)
+class Parts:
+    """How members of a team are to hold parts of the weights.
+
+    Attributes:
+        device: the kind of device that computes.
+        named: around what members exchange: it says what that was if somebody is gone.
+        explained: see :meth:`Team.computing`.
+    """
+
+    device: str
+    named: Callable[[str], AbstractContextManager[None]]
+    explained: Callable[[], AbstractContextManager[None]]
+
+
+class Parted(Members):
+    """Several ranks, each of which holds a part of the weights, gradients and moments (FSDP2).
+
+    Every pass through the network is one of all members at once, which give each other the weights for it.
+
+    Args:
+        weights: the process group in which they do that.
+        parts: what they hold.
+
+    Attributes:
+        first: the rank that leads.
+        group: of all members, for what they tell each other.
+    """
+
+    def __init__(
+        self, ranks: range, rank: int, group: Any, finish: Callable[[Any], None], weights: Any, parts: Parts
+    ) -> None:
+        super().__init__(ranks, rank, group, finish)
+        # FSDP takes the mean over the members.
+        self.mesh, self.scale = DeviceMesh.from_group(weights, parts.device), len(ranks)
+        self.first, self.group, self.leads = ranks.start, group, rank == ranks.start
+        self.named, self._explained = parts.named, parts.explained
+
+    def add_up(self, parameters: Sequence[nn.Parameter]) -> None:
+        """FSDP has done it."""
+
+    def passes(self, count: int, parts: int) -> int:
+        """As many as the member with most samples."""
+        return min(parts, -(-count // self._size))
+
+    def every(self, found: bool) -> bool:
+        """See :meth:`Team.every`."""
+        flag = torch.tensor([int(found)])
+        with self.named("sharing a step"):
+            dist.all_reduce(flag, dist.ReduceOp.MIN, group=self.group)
+        return bool(flag)
+
+    def computing(self) -> AbstractContextManager[None]:
+        """See :meth:`Team.computing`."""
+        return self._explained()
+
+
+def form(
+    teams: Sequence[range],
+    rank: int,
+    seconds: float,
+    finish: Callable[[Any], None],
+    *,
+    parted: Parts | None = None,
+) -> Team:
     """The team of ``rank``. Every process must call it at once.
 
     Args:
@@ -109,12 +193,17 @@ def form(teams: Sequence[range], rank: int, seconds: float, finish: Callable[[An
         rank: of this process.
         seconds: after which gloo gives up; whoever waits by ``finish`` should have done so before.
         finish: see :class:`Members`.
+        parted: how members are to hold parts of the weights; None for all of them in each.
     """
-    found = Team()
+    found, limit = Team(), timedelta(seconds=seconds)
     for ranks in (ranks for ranks in teams if len(ranks) > 1):
-        group = dist.new_group(list(ranks), timeout=timedelta(seconds=seconds), backend="gloo")
+        group = dist.new_group(list(ranks), timeout=limit, backend="gloo")
+        # What FSDP exchanges has a group of its own, so that it can't get in between what members tell each other.
+        backend = "nccl" if parted is not None and parted.device == "cuda" else "gloo"
+        weights = None if parted is None else dist.new_group(list(ranks), timeout=limit, backend=backend)
         if rank in ranks:
-            found = Members(ranks, rank, group, finish)
+            members = Members(ranks, rank, group, finish)
+            found = members if parted is None else Parted(ranks, rank, group, finish, weights, parted)
     return found
 
 

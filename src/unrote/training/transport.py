@@ -1,6 +1,7 @@
 """Bundles of tensors on their way from process to process by gloo. Both sides know their names, types and shapes."""
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,11 +27,13 @@ def receive(forms: Mapping[str, Form], sender: int) -> dict[str, Tensor]:
     return _unpacked(content, forms)
 
 
-def broadcast(tensors: Mapping[str, Tensor] | None, forms: Mapping[str, Form]) -> dict[str, Tensor]:
-    """The tensors of the first process, in all of them; the others bring None."""
+def broadcast(
+    tensors: Mapping[str, Tensor] | None, forms: Mapping[str, Form], source: int = 0, group: Any = None
+) -> dict[str, Tensor]:
+    """The tensors of the process ``source`` in all processes (of a ``group``); the others bring None."""
     content = _room(forms) if tensors is None else _packed(tensors)
     for message in _messages(content):
-        dist.broadcast(message, 0)
+        dist.broadcast(message, source, group)
     return _unpacked(content, forms) if tensors is None else dict(tensors)
 
 
