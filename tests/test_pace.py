@@ -7,8 +7,10 @@ import time
 import pytest
 
 from toy import toy_run
+from unrote.errors import InputError
+from unrote.training.looks import Looks
 from unrote.training.monitor import Monitor
-from unrote.training.pace import next_every
+from unrote.training.pace import Pace, next_every
 
 LOOKS = {"monitor__every": 1, "monitor__samples": 2, "monitor__steps": 2, "monitor__max_overhead": 0.5}
 LOOKS |= {"training__epochs": 24, "ensemble__enabled": False, "ensemble__local_epochs": 1}
@@ -25,6 +27,14 @@ def test_as_many_looks_as_can_be_afforded_and_the_last_at_the_end(every, left, s
         rounds = [r for r in range(1, left + 1) if (left - r) % found == 0]
         assert rounds[-1] == left and len(rounds) <= min(planned, seconds)
         assert found == every or len([r for r in range(1, left + 1) if (left - r) % (found - 1) == 0]) > seconds
+
+
+@pytest.mark.parametrize("content", ["", "[", "{}", "[1]", '[{"round": 1}]', '[{"round": "a", "every": 1}]'])
+def test_a_damaged_file_is_named(tmp_path, content):
+    file = tmp_path / "pace.json"
+    file.write_text(content)
+    with pytest.raises(InputError, match=r"pace\.json: is damaged; remove it"):
+        Pace(Looks(1, 1, 4, 0.01), 4, 100, 0.05, file)
 
 
 def dear(seconds, monkeypatch):

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from unrote.errors import InputError
 from unrote.files import write_json
 from unrote.training.looks import Looks
 
@@ -26,11 +27,14 @@ class Pace:
         samples: of the run.
         most: what looks may take of the seconds of training.
         file: where decisions are kept.
+
+    Raises:
+        InputError: the file is damaged.
     """
 
     def __init__(self, plan: Looks, rounds: int, samples: int, most: float, file: Path) -> None:
         self._plan, self._rounds, self._samples, self._most, self._file = plan, rounds, samples, most, file
-        self._decided: list[dict[str, Any]] = json.loads(file.read_text()) if file.exists() else []
+        self._decided = _read(file) if file.exists() else []
         self.start(0)
 
     def start(self, samples: int) -> None:
@@ -83,6 +87,17 @@ class Pace:
             logger.warning("%s; to stay within monitor.max_overhead=%g %s", takes, self._most, rest)
         elif left < 0:
             logger.warning("%s, more than monitor.max_overhead=%g", takes, self._most)
+
+
+def _read(file: Path) -> list[dict[str, Any]]:
+    try:
+        parts: list[dict[str, Any]] = json.loads(file.read_text("utf-8"))
+        whole = all(one["round"] > 0 and one["every"] >= 0 and one["seconds"] + one["overhead"] >= 0 for one in parts)
+        if isinstance(parts, list) and whole:
+            return parts
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise InputError(f"{file}: is damaged; remove it: what the newest checkpoint knows of it is used")
 
 
 def next_every(every: int, left: int, seconds: float, cost: float) -> int:
