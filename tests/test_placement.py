@@ -74,6 +74,21 @@ def test_more_processes_than_proxies_share_them(tmp_path):
     assert found.placement.to_text() == text and text in str(found) and "in each step" in str(found)
 
 
+def test_weights_in_parts(tmp_path):
+    settings = {"ensemble__num_shards": 2, "processes": 5}
+    whole, parts = (planned(tmp_path, training__fsdp=fsdp, **settings) for fsdp in (False, True))
+    ranks, before, state = parts.placement.ranks, whole.placement.ranks, whole.state_bytes
+    gathered = ranks[0].state_bytes - math.ceil(state / 3)
+    assert [rank.members for rank in ranks] == [3, 3, 3, 2, 2]
+    assert 0 < gathered < state and ranks[3].state_bytes == state // 2 + gathered, "whole blocks come and go"
+    assert [rank.activation_bytes for rank in ranks] == [rank.activation_bytes for rank in before]
+    weights = 4 * parts.parameters
+    assert ranks[0].host_bytes - ranks[1].host_bytes == weights, "the first gathers the model to write it"
+    assert ranks[3].host_bytes - ranks[4].host_bytes == 2 * weights, "who leads has the average, with that of EMA"
+    assert parts.placement.step_bytes == 12 * parts.parameters * 2 // 3, "weights for either pass, and gradients"
+    assert planned(tmp_path, training__fsdp=True).state_bytes == state, "nothing is shared by one process"
+
+
 def test_one_proxy_on_many_processes(tmp_path):
     found = planned(tmp_path, "standard", processes=3)
     assert found.placement.to_text() == "ranks 0-2 share proxy 0"
@@ -130,9 +145,10 @@ SIZE = {
 }
 
 
-@pytest.mark.parametrize(("world", "shards"), [(2, 4), (3, 2)])
-def test_memory_is_as_planned(tmp_path, world, shards):
-    result = Command([PROGRAM, tmp_path, json.dumps(SIZE | {"ensemble.num_shards": shards})], world).finish()
+@pytest.mark.parametrize(("world", "shards", "fsdp"), [(2, 4, False), (3, 2, False), (3, 2, True)])
+def test_memory_is_as_planned(tmp_path, world, shards, fsdp):
+    settings = SIZE | {"ensemble.num_shards": shards, "training.fsdp": fsdp}
+    result = Command([PROGRAM, tmp_path, json.dumps(settings)], world).finish()
     assert result.returncode == 0, result.stderr
     lines = [json.loads(line) for line in result.stdout.splitlines()]
     assert sorted(line["rank"] for line in lines) == list(range(world))

@@ -3,15 +3,18 @@
 import json
 import os
 import signal
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
 from forking import CONTEXT, UNUSABLE, Job, free_port
 from sharing import TOLERANCE, assert_alike, checkpoints_in, finished, until
-from toy import largest_difference, summary_of, toy_images
+from tiny_pipelines import tiny_stable_diffusion_3
+from toy import final_state, largest_difference, summary_of, toy_images
 from unrote.config import load_config
 from unrote.errors import InputError
 from unrote.models.denoiser import build_unet
@@ -38,29 +41,35 @@ def test_parts_give_what_one_process_gives(tmp_path, world, method, settings):
     assert summary_of(alone)["skipped"] > 0
 
 
-@pytest.mark.parametrize("lora", [True, False], ids=["LoRA", "full"])
-def test_a_text_model_in_parts(base, tmp_path, lora):
-    """Adapters beside frozen weights of another precision, and all weights."""
+@pytest.mark.parametrize("kind", ["LoRA", "full", "flow"])
+def test_a_text_model_in_parts(request, tmp_path, kind):
+    """Adapters beside frozen weights of another precision, all weights, and a transformer; looked at on the way."""
+    lora = kind == "LoRA"
+    if kind == "flow":
+        base = tmp_path / "base"
+        tiny_stable_diffusion_3(tmp_path / "tokenizer").save_pretrained(base)
+    else:
+        base = request.getfixturevalue("base")
     settings = {
         **PARTS, "model.pretrained": str(base), "model.train": "lora" if lora else "full", "model.lora.rank": 2,
-        "training.mixed_precision": "bf16" if lora else "no", "training.epochs": 1, "training.batch_size": 5,
-        "training.use_ema": False, "text.dropout": 0.1,
+        "training.mixed_precision": "bf16" if lora else "no", "training.epochs": 2, "training.batch_size": 5,
+        "training.use_ema": kind == "full", "monitor.every": 1, "monitor.samples": 2, "monitor.steps": 4,
+        "monitor.max_overhead": 100.0, "monitor.stop_when": "mq@0.9 > 0.99", "ensemble.local_epochs": 1,
     }  # fmt: skip
     alone, team = (finished(tmp_path / str(world), world, "agc", settings) for world in (1, 2))
-    names = "model/pytorch_lora_weights.safetensors" if lora else "model/unet/diffusion_pytorch_model.safetensors"
-    from safetensors.torch import load_file
-
-    found, expected = (load_file(run.path / names) for run in (team, alone))
+    part = "transformer" if kind == "flow" else "unet"
+    name = "pytorch_lora_weights" if lora else f"{part}/diffusion_pytorch_model"
+    found, expected = (load_file(run.model_folder / f"{name}.safetensors") for run in (team, alone))
     # In bf16 each member rounds its gradients before they are added up.
     assert largest_difference(found, expected) < (2e-3 if lora else TOLERANCE)
     assert summary_of(team)["samples_seen"] == summary_of(alone)["samples_seen"]
+    looks = [json.loads((run.path / "monitor.json").read_text())["looks"] for run in (team, alone)]
+    assert len(looks[0]) == 2 and [look["samples"] for look in looks[0]] == [look["samples"] for look in looks[1]]
 
 
 def test_half_precision_finds_the_same_scale(tmp_path):
     settings = {"training.mixed_precision": "fp16", "training.epochs": 1} | PARTS
     alone, team = (finished(tmp_path / str(world), world, "standard", settings) for world in (1, 2))
-    from toy import final_state
-
     assert final_state(team)["scaler"] == final_state(alone)["scaler"]
 
 
@@ -122,8 +131,6 @@ class Network:
 def _member(rank, port, out):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=4)
-    from contextlib import nullcontext
-
     parts = Parts("cpu", lambda doing: nullcontext(), nullcontext)
     team = form([range(0, 1), range(1, 4)], rank, 60.0, lambda work: work.wait(), parted=parts)
     task = Network()

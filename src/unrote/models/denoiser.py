@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from unrote.config import ModelConfig, TrainingConfig
 
@@ -45,6 +45,12 @@ def build_unet(config: ModelConfig, *, resolution: int, channels: int, num_class
         num_class_embeds=num_classes,
         add_attention=bool(config.attention_levels),
     )
+
+
+def blocks_of(denoiser: nn.Module) -> list[nn.Module]:
+    """The blocks of any denoiser of diffusers, which it keeps in lists."""
+    lists = (child for child in denoiser.children() if isinstance(child, nn.ModuleList))
+    return [block for blocks in lists for block in blocks]
 
 
 def build_schedule(config: ModelConfig) -> DDPMScheduler:

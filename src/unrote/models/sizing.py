@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from unrote.config import Config, TrainingConfig
 from unrote.data.store import ImageStore
 from unrote.errors import InputError
-from unrote.models.denoiser import Network, autocast_dtype, build_unet, unet_prediction
+from unrote.models.denoiser import Network, autocast_dtype, blocks_of, build_unet, unet_prediction
 from unrote.models.views import ViewCache, view_cache
 
 RECOMPUTED = (
@@ -55,6 +55,10 @@ class Size:
 
     trained: int
     """Parameters that are trained."""
+    denoiser: int
+    """Parameters of the whole network."""
+    largest_block: int
+    """Of these, what the block with most has, or what is outside of blocks: see :func:`blocks_of`."""
     frozen_bytes: int
     """Weights that are only read, in float32: beside adapters, and the autoencoder if it is needed at every step."""
     halved: int
@@ -72,9 +76,10 @@ class Size:
     reading: float = 0.0
     """Passes of the denoiser that a text encoder's reading of one caption costs: at most, where its files are here."""
 
-    def frozen(self, training: TrainingConfig) -> int:
-        """Bytes of weights that are only read under these settings."""
-        return self.frozen_bytes - (0 if autocast_dtype(training) is None else 2 * self.halved)
+    def frozen(self, training: TrainingConfig, parts: int = 1) -> int:
+        """Bytes of weights that are only read under these settings, of a denoiser that is held in so many parts."""
+        beside = self.frozen_bytes - 4 * self.halved
+        return beside + math.ceil((4 if autocast_dtype(training) is None else 2) * self.halved / parts)
 
 
 def size_of(config: Config, images: ImageStore) -> Size:
@@ -100,7 +105,7 @@ def _pixels_size(config: Config, images: ImageStore) -> Size:
         labels = {"class_labels": torch.zeros(batch, dtype=torch.int64)} if classes is not None else {}
         forward = _forward(unet, torch.zeros(batch, channels, height, width), labels)
     trained = _count(unet)
-    return Size(trained, 0, 0, forward, batch, 0, 8 * trained)
+    return Size(trained, trained, _largest_block(unet), 0, 0, forward, batch, 0, 8 * trained)
 
 
 def _pretrained_size(config: Config, images: ImageStore) -> Size:
@@ -119,7 +124,7 @@ def _pretrained_size(config: Config, images: ImageStore) -> Size:
     channels = pipeline.autoencoder["latent_channels"]
     with torch.device("meta"):
         denoiser = family.denoiser.from_config(pipeline.denoiser)
-        whole = _count(denoiser)
+        whole, largest = _count(denoiser), _largest_block(denoiser)
         trained = _count(add_adapters(denoiser, config.model.lora)) if lora else whole
         batch = _part_of_batch(config, images)
         latents = torch.zeros(batch, channels, height, width)
@@ -140,7 +145,7 @@ def _pretrained_size(config: Config, images: ImageStore) -> Size:
     copies = 1 + config.training.use_ema
     model = 4 * trained * copies if lora else 4 * whole * copies + 2 * _folder_bytes(source)
     reading = batch * _reading_flops(source, family.text_parts, family.t5_length or CLIP_LENGTH) / forward.flops
-    return Size(trained, frozen, halved, forward, batch, cache, model, views, reading)
+    return Size(trained, whole, largest, frozen, halved, forward, batch, cache, model, views, reading)
 
 
 def _folder_bytes(source: str) -> int:
@@ -176,6 +181,11 @@ def _part_of_batch(config: Config, images: ImageStore) -> int:
 
 def _count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
+
+
+def _largest_block(denoiser: nn.Module) -> int:
+    blocks = list(map(_count, blocks_of(denoiser)))
+    return max(*blocks, _count(denoiser) - sum(blocks))
 
 
 class _FusedAttention(TorchFunctionMode):

@@ -26,13 +26,14 @@ from unrote.seeding import derive_seed
 from unrote.tensorfiles import own_part
 from unrote.training.budget import Counter, Progress, make_budget, total
 from unrote.training.checkpoints import Checkpoints
-from unrote.training.distributed import Single, is_finished, launched
+from unrote.training.distributed import Single, launched
 from unrote.training.journal import Journal
 from unrote.training.looks import Looks
 from unrote.training.monitor import make_monitor
 from unrote.training.output import save_model, write_outputs
 from unrote.training.reference import reference_of
 from unrote.training.run import Run
+from unrote.training.same_run import is_finished
 from unrote.training.sharding import whole_model
 from unrote.training.step import TrainingStep
 
@@ -110,6 +111,8 @@ def _train(
     }
     shards = split_shards(len(images), config.num_shards, **split)
     peers.deal([len(shard) for shard in shards], device.type if training.fsdp else None)
+    if training.fsdp and peers.rank == 0 and not peers.parted:
+        logger.info("training.fsdp changes nothing: no processes share a proxy, whose weights they would part")
     torch.manual_seed(derive_seed(config.seed, "init"))
     with peers.one_per_machine_first():
         task = make_task(config, images, device)

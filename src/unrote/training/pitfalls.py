@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from unrote.config import Config
 from unrote.training.budget import Budget
-from unrote.training.placement import Placement
+from unrote.training.placement import Placement, Rank
 
 
 def pitfalls(config: Config, budget: Budget, placement: Placement) -> Iterator[str]:
@@ -78,16 +78,15 @@ def _of_processes(config: Config, placement: Placement) -> Iterator[str]:
         )
 
 
-def memory_pitfall(config: Config, need: int, state: int, activations: int, memory: int) -> str | None:
-    """What to do if training needs ``need`` bytes of device memory and there are ``memory``.
+def memory_pitfall(config: Config, rank: Rank, memory: int) -> str | None:
+    """What to do if training needs more device memory than there is.
 
     Args:
         config: of the run.
-        need: bytes of everything together.
-        state: bytes of a live proxy with its gradients.
-        activations: bytes that the forward pass keeps at the configured number of parts.
+        rank: the process that needs most.
         memory: bytes that there are.
     """
+    need, state, activations = rank.device_bytes, rank.state_bytes, rank.activation_bytes
     if need <= memory:
         return None
     training, fixed = config.training, need - activations
@@ -102,6 +101,7 @@ def memory_pitfall(config: Config, need: int, state: int, activations: int, memo
     if fixed >= memory:
         ways = ["model.train=lora"] if config.model.pretrained and config.model.train == "full" else ["a smaller model"]
         ways += ["training.use_ema=false"] if training.use_ema and need - state // 5 <= memory else []
+        ways += [] if training.fsdp else ["training.fsdp=true and more processes than proxies"]
     gib = 1 << 30
     return (
         f"--device-memory {memory / gib:.3g}: training needs about {need / gib:.2f} GiB ({fixed / gib:.2f} whatever "

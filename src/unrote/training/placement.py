@@ -6,8 +6,12 @@ from dataclasses import dataclass
 from unrote.config import Config
 from unrote.method.assignment import assign, teams_of
 from unrote.method.ledger import Ledger
+from unrote.models.sizing import Size
 from unrote.training.budget import Budget
 from unrote.training.team import BUCKET
+
+GATHERED = 3
+"""How many blocks' weights are whole at once in a model that is held in parts."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,9 @@ class Rank:
         leads: whether it is the first of these, which holds the proxies.
         samples_per_round: what its proxies see between two averagings.
         steps: optimizer steps of its proxies in the whole run.
-        device_bytes: what training needs where it computes: state, weights that are only read, activations.
+        state_bytes: where it computes, what a live proxy takes with its gradients.
+        frozen_bytes: there, weights that are only read.
+        activation_bytes: there, what the forward pass keeps.
         host_bytes: the most that it needs in the memory of the host, but for tensors under way between files and model;
             of a process that computes on the CPU, of all.
     """
@@ -59,8 +65,15 @@ class Rank:
     leads: bool
     samples_per_round: int
     steps: int
-    device_bytes: int
+    state_bytes: int
+    frozen_bytes: int
+    activation_bytes: int
     host_bytes: int
+
+    @property
+    def device_bytes(self) -> int:
+        """What training needs where it computes."""
+        return self.state_bytes + self.frozen_bytes + self.activation_bytes
 
 
 @dataclass(frozen=True)
@@ -72,7 +85,7 @@ class Placement:
         phases: turns that a proxy has in a round: 2 where samples are redistributed between them.
         gathered_bytes: what the first process receives in a round: every proxy of the others.
         broadcast_bytes: what it sends to each of the others in a round: the average.
-        step_bytes: what a rank of the largest team sends in each step to add up gradients; 0 where nobody shares.
+        step_bytes: what a rank of the largest team sends in each step of gradients and weights; 0 where nobody shares.
         ledger_bytes: of the whole numbers that all add up, once or (MSR) twice a round and for each checkpoint.
         idle: share of the processes' time in a round that is waiting for the one with most to do, in [0, 1).
     """
@@ -108,35 +121,40 @@ def _group_text(group: list[int], rank: Rank) -> str:
     return f"rank {group[0]}: {count}" if len(group) == 1 else f"ranks {group[0]}-{group[-1]}: {count} each"
 
 
-def place(
-    config: Config, budget: Budget, size: StateSize, frozen: int, activations: int, world: int, *, cpu: bool
-) -> Placement:
+def place(config: Config, budget: Budget, size: Size, world: int, *, cpu: bool) -> Placement:
     """Deal a run out to ``world`` processes.
 
     Args:
         config: of the run.
         budget: its rounds and shards.
-        size: of a proxy.
-        frozen: bytes of weights that are only read.
-        activations: bytes that the forward pass keeps, of a rank that is alone.
+        size: of the model and of a part of a batch.
         world: W.
         cpu: processes compute on the CPU, so that all memory is the host's.
     """
-    sizes, count = budget.sizes, len(budget.sizes)
-    blocks = assign(sizes, world)
+    sizes, count, training = budget.sizes, len(budget.sizes), config.training
+    blocks, state = assign(sizes, world), StateSize.of(config, size.trained)
     teams = teams_of(blocks)
 
     def rank_of(rank: int, team: range, block: range) -> Rank:
+        members, leads = len(team), rank == team.start
+        parts = members if training.fsdp else 1
         seen = sum(budget.target(k, 0, 1.0) for k in block)
-        steps = sum(math.ceil(budget.target(k, budget.num_rounds, 1.0) / config.training.batch_size) for k in block)
-        kept = math.ceil(activations * _part(config, len(team)))
-        leads = rank == team.start
-        device = size.training() + frozen + kept
+        steps = sum(math.ceil(budget.target(k, budget.num_rounds, 1.0) / training.batch_size) for k in block)
+        kept = math.ceil(size.forward.kept(training) * _part(config, members))
+        own, frozen = math.ceil(state.training() / parts), size.frozen(training, parts)
+        # Of a model in parts, the weights of one block and of the next one, and a block's gradients.
+        own += GATHERED * 4 * size.largest_block * (parts > 1)
         # Proxies come, go and are averaged tensor by tensor. The others than the first process have the average.
-        host = (device if cpu else 0) + (size.averaged if rank and count > 1 else 0)
-        # Who does not hold its proxy in files has it in memory.
-        host += (size.kept if count > 1 and not leads else 0) + (min(size.weights, BUCKET) if len(team) > 1 else 0)
-        return Rank(block.start, len(block), len(team), leads, seen, steps, device, host)
+        host = (own + frozen + kept if cpu else 0) + (
+            state.averaged if rank and count > 1 and (leads or parts == 1) else 0
+        )
+        if parts > 1:
+            # The first one writes and samples the whole model.
+            host += 4 * size.denoiser if rank == 0 else 0
+        elif members > 1:
+            # Who does not hold its proxy in files has it in memory.
+            host += (state.kept if count > 1 and not leads else 0) + min(state.weights, BUCKET)
+        return Rank(block.start, len(block), members, leads, seen, steps, own, frozen, kept, host)
 
     ranks = tuple(rank_of(rank, team, blocks[rank]) for team in teams for rank in team)
     own = [rank.samples_per_round / rank.members for rank in ranks]
@@ -144,9 +162,10 @@ def place(
     return Placement(
         ranks,
         phases=2 if config.redistribution.enabled else 1,
-        gathered_bytes=size.averaged * (count - ranks[0].proxies),
-        broadcast_bytes=size.averaged * several * (count > 1),
-        step_bytes=2 * size.weights * (largest - 1) // largest,
+        gathered_bytes=state.averaged * (count - ranks[0].proxies),
+        broadcast_bytes=state.averaged * several * (count > 1),
+        # Gradients are added up by a ring; of parts, weights are gathered for either pass, and gradients scattered.
+        step_bytes=(state.weights + (8 * size.denoiser if training.fsdp else state.weights)) * (largest - 1) // largest,
         ledger_bytes=8 * (len(Ledger.COUNTS) + len(Ledger.RATIOS)) * sum(sizes) * several,
         idle=1 - sum(own) / (world * max(own)) if max(own) else 0.0,
     )

@@ -139,7 +139,7 @@ class Plan:
         placement, count = self.placement, len(self.placement.ranks)
         if count == 1:
             return []
-        steps = f"; in each step {_size(placement.step_bytes)} of gradients from each rank that shares a proxy"
+        steps = f"; in each step each rank that shares a proxy sends {_size(placement.step_bytes)}"
         return [
             f"processes    {count}; {placement.to_text()}",
             f"exchange     in each of {self.rounds} rounds {_size(placement.gathered_bytes)} go to rank 0, "
@@ -195,15 +195,13 @@ def make_plan(
     sizes = tuple(len(shard) for shard in shards)
     budget = make_budget(config, len(images), sizes)
     size, training = size_of(config, images), config.training
-    state, count, alone = StateSize.of(config, size.trained), config.num_shards, size.forward.kept(training)
-    frozen = size.frozen(training)
-    placement = place(config, budget, state, frozen, alone, processes, cpu=device == "cpu")
+    state, count = StateSize.of(config, size.trained), config.num_shards
+    placement = place(config, budget, size, processes, cpu=device == "cpu")
     checkpoint = state.kept * (count + 2 + min(processes, count) if count > 1 else 1)
-    need = max(rank.device_bytes for rank in placement.ranks)
-    activations = need - state.training() - frozen
+    largest = max(placement.ranks, key=lambda rank: rank.device_bytes)
     problems = list(pitfalls(config, budget, placement))
     if device_memory is not None:
-        problem = memory_pitfall(config, need, state.training(), activations, device_memory)
+        problem = memory_pitfall(config, largest, device_memory)
         problems += [] if problem is None else [problem]
     plan = Plan(
         images=len(images),
@@ -215,9 +213,9 @@ def make_plan(
         rounds=budget.num_rounds,
         samples_seen=budget.total,
         steps=sum(rank.steps for rank in placement.ranks if rank.leads),
-        state_bytes=state.training(),
-        frozen_bytes=frozen,
-        activation_bytes=activations,
+        state_bytes=largest.state_bytes,
+        frozen_bytes=largest.frozen_bytes,
+        activation_bytes=largest.activation_bytes,
         disk_bytes=checkpoint * (training.checkpoints_total_limit + 1) + size.model_bytes,
         cache_bytes=size.cache_bytes,
         free_disk_bytes=shutil.disk_usage(existing_parent(out)).free,

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 
 from unrote.method.slots import Slots
 from unrote.models.adapters import Adapters
+from unrote.models.denoiser import blocks_of
 from unrote.models.task import Task
 from unrote.tensorfiles import Form, Stored, described, join_in, part_like, whole
 from unrote.training.ema import EMA
@@ -27,9 +28,8 @@ from unrote.training.transport import broadcast
 def hold(task: Task, team: Team, device: torch.device) -> None:
     """Bring the denoiser to the device: the whole of it or, where the team is to hold it so, this member's part."""
     if team.mesh is not None:
-        lists = (child for child in task.denoiser.children() if isinstance(child, nn.ModuleList))
         # Each block's weights are gathered, and let go again, by themselves.
-        for part in (*(block for blocks in lists for block in blocks), task.denoiser):
+        for part in (*blocks_of(task.denoiser), task.denoiser):
             # The root too: who judges without learning would keep weights that are no longer those of the proxy.
             fully_shard(part, mesh=team.mesh, reshard_after_forward=True)
         task.trained = Adapters(task.denoiser) if isinstance(task.trained, Adapters) else task.denoiser

@@ -160,7 +160,7 @@ class TrainingStep:
         # To seed everything is to ask every kind of accelerator, which takes longer than the gate does.
         self._seed: Any = torch.default_generator.manual_seed if device.type == "cpu" else torch.manual_seed
         if device.type == "cpu":
-            keep_freed_memory()
+            keep_freed_memory(self.team.mesh is None)
 
     def __call__(self, indices: Tensor, *, proxy: int, step: int) -> tuple[Tensor, Tensor]:
         """Train on the samples ``indices`` (int64 [B], on the CPU).
