@@ -6,6 +6,7 @@ copies are counted, and from held-out captions, where quality is measured; noise
 seconds of one thread for making both, so that a busy machine does not count. So are the monitor's looks. Usage:
 
     OMP_NUM_THREADS=1 python benchmarks/text_guards.py --work FOLDER [--packages FOLDER] [--out benchmarks/results]
+    OMP_NUM_THREADS=1 python benchmarks/text_guards.py --work FOLDER --only-monitor 360   # epochs
 
 It needs what the text study needs: npm for the emoji, pip for the text encoder.
 """
@@ -19,6 +20,7 @@ import sys
 import time
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent / "text_study"))
@@ -67,10 +69,17 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="where models and samples go")
     parser.add_argument("--packages", type=Path, help="folder of the packages' archives [WORK/packages]")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--only-monitor", type=int, metavar="EPOCHS", help="what looks cost in a training so long")
     options = parser.parse_args()
     torch.set_num_threads(1)
     study = SmallStudy(options.work, options.packages or options.work / "packages", "full", with_sscd=False)
     study.prepare()
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.only_monitor is not None:
+        found = json.dumps(looks_alone(study, options.only_monitor), indent=2)
+        (options.out / "text_monitor.json").write_text(found + "\n")
+        print(found)
+        return
     run, monitored = tuned(study)
     target = usual_norm(run, study)
     holdout = study.out / "art/holdout"
@@ -82,14 +91,13 @@ def main() -> None:
     for row in rows:
         row["guards"] = [text.replace(str(holdout), "HELD-OUT") for text in row["guards"]]
     result = {
-        "machine": {"threads": torch.get_num_threads(), "torch": torch.__version__, "cores": os.cpu_count()},
+        "machine": machine(),
         "settings": OPTIONS | {"rows": ROWS, "epochs": EPOCHS, "seeds": SEEDS, "held_out_captions": FRESH},
         "captions": len(study.known),
         "monitor": monitored,
         "prompt_optimization_target": target,
         "guards": rows,
     }
-    options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "text_guards.json").write_text(json.dumps(result, indent=2) + "\n")
     (options.out / "text_guards.md").write_text(table(rows))
     print(table(rows))
@@ -118,11 +126,35 @@ class SmallStudy(Study):
         return list(dict.fromkeys(self.trained_on.captions))
 
 
+def machine() -> dict[str, Any]:
+    """Where it was measured."""
+    return {"threads": torch.get_num_threads(), "torch": torch.__version__, "cores": os.cpu_count()}
+
+
+def monitored_settings(study: SmallStudy, epochs: int) -> dict[str, Any]:
+    """Ordinary fine-tuning, asked to look at the end of every round."""
+    settings = settings_of("fine-tuning", SCALES["full"], str(study.base), study.sizes.side, 0, 0.0)
+    settings |= {"training.learning_rate": 1e-3, "training.snapshots": 0, "training.epochs": epochs}
+    settings |= {"data.limit": ROWS, "monitor.every": 1, "monitor.samples": 32, "monitor.steps": 10}
+    return settings | {"monitor.guidance_scale": OPTIONS["guidance_scale"]}
+
+
+def looks_alone(study: SmallStudy, epochs: int) -> dict[str, Any]:
+    """What looks cost beside a training of so many epochs: planned, by the product's clock, and in CPU seconds."""
+    settings = monitored_settings(study, epochs)
+    with TemporaryDirectory() as temporary, timed_looks() as spent:
+        run = unrote.train(study.out / "art/train", out=Path(temporary) / "run", method="standard", settings=settings)
+        decided = json.loads((run.path / "monitor.json").read_text())
+    rounds = [look["round"] for look in decided["looks"]]
+    planned = {"every": decided["every"], "overhead": decided["planned_overhead"]}
+    kept = {key: value for key, value in settings.items() if key != "model.pretrained"}
+    found = {"planned": planned, "rounds": rounds, "wall_overhead": decided["overhead"], **spent}
+    return {"machine": machine(), "load": os.getloadavg()[0], "settings": kept, **found}
+
+
 def tuned(study: SmallStudy) -> tuple[unrote.Run, dict[str, Any]]:
     """The base model, fine-tuned in the ordinary way, and what the monitor cost beside it."""
-    settings = settings_of("fine-tuning", SCALES["short"], str(study.base), study.sizes.side, 0, 0.0)
-    settings |= {"training.snapshots": 0, "training.epochs": EPOCHS, "data.limit": ROWS, "monitor.every": 1}
-    settings |= {"monitor.samples": 32, "monitor.steps": 10, "monitor.guidance_scale": OPTIONS["guidance_scale"]}
+    settings = monitored_settings(study, EPOCHS)
     file = study.out / "monitor.json"
     if not file.exists():
         with timed_looks() as spent:

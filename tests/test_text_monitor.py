@@ -11,11 +11,14 @@ pytest.importorskip("peft")
 from PIL import Image
 
 from test_text_to_image import CAPTIONS, captioned, tuned
+from tiny_pipelines import tiny_flux, tiny_stable_diffusion, tiny_stable_diffusion_3, tiny_stable_diffusion_xl
 from toy import assert_same_run, everything_of, toy_images
 from unrote.data import in_memory_store
 from unrote.errors import InputError
 from unrote.guards.quick import QuickAudit
 from unrote.sampling import sample
+from unrote.text.generation import PromptDenoiser, reading_once
+from unrote.text.prompts import Prompt
 from unrote.training.monitor import Monitor
 
 pytestmark = pytest.mark.usefixtures("module_cache")
@@ -26,6 +29,28 @@ LOOKS |= {"monitor__guidance_scale": 3.0}
 def looks_of(run):
     records = [json.loads(line) for line in (run.path / "log.jsonl").read_text().splitlines()]
     return [record["monitor"] for record in records if "monitor" in record]
+
+
+PIPELINES = {
+    "sd": tiny_stable_diffusion,
+    "xl": tiny_stable_diffusion_xl,
+    "sd3": lambda folder: tiny_stable_diffusion_3(folder, t5=True),
+    "flux": tiny_flux,
+}
+
+
+@pytest.mark.parametrize("kind", PIPELINES)
+def test_texts_are_read_once_and_the_images_are_the_same(tmp_path, kind):
+    pipeline = PIPELINES[kind](tmp_path)
+    denoise = PromptDenoiser(pipeline, [Prompt("red cat"), Prompt("a dog")], steps=2, guidance_scale=3.0, size=(16, 16))
+    expected = [denoise(range(4)), denoise(range(4, 8))]
+    reading_once(pipeline)
+    assert (denoise(range(4)) == expected[0]).all() and (denoise(range(4, 8)) == expected[1]).all()
+    read = []
+    pipeline.text_encoder.register_forward_pre_hook(lambda *arguments: read.append(1))
+    assert (denoise(range(4)) == expected[0]).all() and not read
+    denoise(range(1, 5))
+    assert read, "other texts are read"
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from unrote.config import load_config
 from unrote.data import in_memory_store
 
 FOLDER = Path(__file__).parents[1] / "benchmarks/text_study"
@@ -179,3 +180,11 @@ def test_texts_of_an_emoji(study):
     assert texts_of(emoji) == ("cooking", "fried egg", "food prepared: fried egg", "cooking, food & drink")
     assert texts_of(emoji, "1F3FB-1F3FB")[0] == "cooking, light skin tone"
     assert texts_of(emoji, "1F3FB-1F3FF")[0] == "cooking, light skin tone, dark skin tone"
+
+
+def test_the_script_of_guards_and_monitor_goes_with_the_study(study, monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    monkeypatch.syspath_prepend(str(FOLDER.parent))
+    guards = importlib.import_module("text_guards")
+    settings = guards.monitored_settings(guards.SmallStudy(study[1], study[1], "full", with_sscd=False), 3)
+    assert load_config(method="standard", overrides=settings).training.epochs == 3

@@ -26,7 +26,7 @@ SETTINGS = {
 }
 """On 26 images: 13 steps of 8, in shards of 9, 9 and 8; few bins, so that the gate has something to go by at once."""
 
-WALL_CLOCK = {"time", "seconds", "images_per_second"}
+WALL_CLOCK = {"time", "seconds", "images_per_second", "overhead"}
 
 
 def toy_images(count=26, *, side=8, channels=3, classes=0, seed=0):

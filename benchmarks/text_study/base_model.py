@@ -42,6 +42,8 @@ class Sizes:
     vae_images: int = 100_000
     vae_batch: int = 32
     unet_images: int = 180_000
+    unet_pictures: int | None = None
+    """How many of the base vendor's the denoiser sees; None is all."""
     batch: int = 64
     learning_rate: float = 1.5e-3
 
@@ -238,6 +240,6 @@ def pretrain(out: Path, data: Path, text: tuple[BertTokenizer, BertModel], sizes
         feature_extractor=None,
         requires_safety_checker=False,
     )  # fmt: skip
-    train_unet(pipeline, base, sizes, seed)
+    train_unet(pipeline, base if sizes.unet_pictures is None else base.limit(sizes.unet_pictures), sizes, seed)
     with atomic_path(out, durable=False) as temporary:
         pipeline.save_pretrained(temporary)

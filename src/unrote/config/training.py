@@ -110,7 +110,7 @@ class MonitorConfig(Section):
     guidance_scale: PositiveFloat = 7.5
     """With text: of classifier-free guidance; 1 and less is none, at half the cost."""
     max_overhead: Annotated[float, Field(gt=0)] = 0.05
-    """Looks are rarer than every says where they would take more than this share of training's work."""
+    """Looks are rarer than every says where they would take more than this share of training's work, or of its time."""
     stop_when: str | None = None
     """Stop at a look where this holds, such as mq@0.5 > 0.01; none never stops."""
     keep_best: Literal["none", "pareto"] = "none"

@@ -1,7 +1,9 @@
 """What a model will need, counted on the meta device: no weights, no memory, no arithmetic."""
 
+import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -141,7 +144,7 @@ def _pretrained_size(config: Config, images: ImageStore) -> Size:
         cache += 0 if config.text.varies else 4 * texts * sum(values[0].numel() for values in text.values())
     copies = 1 + config.training.use_ema
     model = 4 * trained * copies if lora else 4 * whole * copies + 2 * _folder_bytes(source)
-    reading = batch * _reading_flops(source, family.t5_length or CLIP_LENGTH) / forward.flops
+    reading = batch * _reading_flops(source, family.text_parts, family.t5_length or CLIP_LENGTH) / forward.flops
     return Size(trained, whole, largest, frozen, halved, forward, batch, cache, model, views, reading)
 
 
@@ -150,12 +153,26 @@ def _folder_bytes(source: str) -> int:
     return sum(path.stat().st_size for path in Path(source).rglob("*") if path.is_file())
 
 
-def _reading_flops(source: str, tokens: int) -> float:
-    """Operations of a pipeline's text encoders for one text: two for each weight and token, embeddings included.
+def _reading_flops(source: str, text_parts: Sequence[tuple[str, str]], longest: int) -> int:
+    """Operations of a pipeline's text encoders for one text: two for each token and each weight that multiplies it.
 
     0 of one that is not in a folder here: of the released ones it is few passes in a hundred of their denoiser's.
     """
-    return 2 * tokens * sum(path.stat().st_size for path in Path(source).glob("text_encoder*/*.safetensors")) / 4
+    folder, operations = Path(source), 0
+    for tokenizer, encoder in text_parts:
+        settings = folder / tokenizer / "tokenizer_config.json"
+        own = json.loads(settings.read_text("utf-8")).get("model_max_length") if settings.is_file() else None
+        weights = sum(_multiplying(path) for path in (folder / encoder).glob("*.safetensors"))
+        operations += 2 * min(longest, own or longest) * weights
+    return operations
+
+
+def _multiplying(path: Path) -> int:
+    """Weights in a file that multiply every token: matrices, but tables that tokens are looked up in."""
+    with safe_open(path, framework="pt") as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    looked_up = re.compile(r"embed|shared\.")
+    return sum(math.prod(shape) for name, shape in shapes.items() if len(shape) == 2 and not looked_up.search(name))
 
 
 def _part_of_batch(config: Config, images: ImageStore) -> int:

@@ -154,6 +154,20 @@ class PromptDenoiser:
         return derive_seed(first, "attempt", attempt) if attempt else first
 
 
+def reading_once(pipeline: Any) -> Any:
+    """The pipeline, made to keep on the host what its text encoders, which must not change, say of the same texts."""
+    read, kept = pipeline.encode_prompt, {}
+
+    def remembered(*arguments: Any, **named: Any) -> tuple[Any, ...]:
+        key = repr((arguments, sorted(named.items())))
+        if key not in kept:
+            kept[key] = [None if part is None else (part.cpu(), part.device) for part in read(*arguments, **named)]
+        return tuple(None if part is None else part[0].to(part[1]) for part in kept[key])
+
+    pipeline.encode_prompt = remembered
+    return pipeline
+
+
 def _check_pipeline(pipeline: Any) -> None:
     kind = type(pipeline).__name__
     if kind in ("StableDiffusion3Pipeline", "FluxPipeline"):

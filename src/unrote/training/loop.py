@@ -158,7 +158,7 @@ def _train(
     progress = Progress(budget, training.batch_size)
     streams = [SampleStream(config.seed, k) for k in range(config.num_shards)]
 
-    monitor = make_monitor(config, images, run, task, model, looks, budget.num_rounds)
+    monitor = make_monitor(config, images, run, task, model, looks, budget)
     checkpoints = Checkpoints(run.path / "checkpoints", ensemble.slots, training.checkpoints_total_limit, peers)
     state = checkpoints.load_newest()
     stood = {k: Counter() for k in ensemble.mine}
@@ -202,6 +202,8 @@ def _train(
 
     peers.checkpoint, peers.settle = checkpoint, settle
     started, samples_here = time.monotonic(), 0
+    if monitor is not None:
+        monitor.pace.start(state["samples"] if state else 0)
     share = sum(budget.target(k, budget.num_rounds, 1.0) for k in ensemble.mine)
     bar = tqdm(
         total=share, initial=total(stood.values()).samples, unit="img", desc=config.method, leave=False,
@@ -258,7 +260,7 @@ def _train(
         checkpoint(last=True)
     if model is not None:
         if monitor is not None:
-            monitor.put_back_best()
+            monitor.put_back_best(progress.whole.samples)
         write_outputs(run, config, images, model, ledger, progress.whole.steps)
     # The first process says that all is written; it waits for nobody who hangs.
     peers.gather(None, patient=peers.rank > 0)

@@ -24,9 +24,11 @@ from unrote.models.denoiser import DenoisingLoss, build_schedule
 from unrote.models.task import Task
 from unrote.seeding import generator
 from unrote.tensorfiles import Stored, join_in, save_state
+from unrote.training.budget import Budget
 from unrote.training.journal import Journal
 from unrote.training.looks import Looks
 from unrote.training.looks_chart import looks_chart
+from unrote.training.pace import Pace
 from unrote.training.run import Run
 from unrote.training.sharding import WholeModel
 
@@ -48,20 +50,29 @@ class Monitor:
         task: the model in training.
         model: its whole weights, the averaged ones if there are any; None in a process that has no part in looks.
         plan: when looks are made.
-        last: the number of rounds, from which looks are counted back.
+        budget: of the run, from whose last round looks are counted back.
 
     Attributes:
         stopped: whether ``monitor.stop_when`` has held.
     """
 
     def __init__(
-        self, config: Config, images: ImageStore, run: Run, task: Task, model: WholeModel | None, plan: Looks, last: int
+        self,
+        config: Config,
+        images: ImageStore,
+        run: Run,
+        task: Task,
+        model: WholeModel | None,
+        plan: Looks,
+        budget: Budget,
     ) -> None:
         from unrote.guards.quick import QuickAudit  # the searches of an audit, which training alone does not need
 
         self._config, self._size = config, images.images.shape[1:3]
         self._settings, self._run, self._task, self._model = config.monitor, run, task, model
-        self._plan, self._last = plan, last
+        self._plan, most = plan, config.monitor.max_overhead
+        self.pace = Pace(plan, budget.num_rounds, budget.total, most, run.path / "monitor" / "pace.json")
+        self._settling_in = 0.0
         rule = config.monitor.stop_when
         self._rule = DEFAULT_RULE if rule is None else parse_stop_rule(rule)
         self._audit = QuickAudit(images, _holdout(config, images))
@@ -75,7 +86,7 @@ class Monitor:
 
         All that hold a part of it call it; the first of them sees.
         """
-        if (self._last - rounds) % self._plan.every:
+        if not self.pace.due(rounds):
             return
         began = time.monotonic()
         images = self._sampled()
@@ -94,23 +105,29 @@ class Monitor:
         scalars = {f"monitor/{name}": value for name, value in seen.items()}
         self._draw(None)
         spent = time.monotonic() - began
-        journal.note(record | {"time": round(time.time(), 3), "seconds": round(spent, 3)}, scalars)
+        self.pace.looked(rounds, samples, spent, self._settling_in)
+        clock = {"time": round(time.time(), 3), "seconds": round(spent, 3), "overhead": round(self.pace.overhead, 4)}
+        journal.note(record | clock, scalars)
         words = ", ".join(f"{name} {value:.4g}" for name, value in seen.items())
         logger.info("look after %s samples: %s (%.1f s)", f"{samples:,}", words, spent)
         if self.stopped:
             logger.info("stopping: monitor.stop_when is %s", self._settings.stop_when)
 
-    def put_back_best(self) -> None:
-        """Give the model the weights to finish with, and write ``monitor.json`` and ``monitor.svg``: what was seen."""
-        used = self._looks[-1]["samples"] if self._looks else None
+    def put_back_best(self, samples: int) -> None:
+        """Give the model the weights to finish with, and write ``monitor.json`` and ``monitor.svg``: what was seen.
+
+        ``samples`` is how many those weights have seen that the model has now.
+        """
+        used = samples
         if self._best is not None and self._best["samples"] != used:
             used = self._best["samples"]
             put_back(self._parts(), Stored.at(self._file(used)))
             logger.info("finishing with the weights after %s samples", f"{used:,}")
         if not self._whole.first:
             return
-        summary = {"stop_when": self._settings.stop_when, "stopped": self.stopped, "model_samples": used}
-        summary |= {"every": self._plan.every, "planned_overhead": self._plan.overhead, "prompts": self._prompts}
+        summary: dict[str, Any] = {"stop_when": self._settings.stop_when, "stopped": self.stopped}
+        summary |= {"model_samples": used, "every": self._plan.every, "planned_overhead": self._plan.overhead}
+        summary |= {"overhead": self.pace.overhead, "prompts": self._prompts}
         write_json(self._run.path / "monitor.json", summary | {"looks": self._looks})
         self._draw(used)
 
@@ -128,10 +145,10 @@ class Monitor:
         steps, seed = self._settings.steps, self._config.seed
         if self._prompts is None:
             return Denoiser(self._task.denoiser, build_schedule(self._config.model), "ddim", steps, 0.0, seed)
-        from unrote.text.generation import PromptDenoiser
+        from unrote.text.generation import PromptDenoiser, reading_once
         from unrote.text.prompts import Prompt
 
-        pipeline = self._task.pipeline()  # type: ignore[attr-defined]
+        pipeline = reading_once(self._task.pipeline())  # type: ignore[attr-defined]
         pipeline.scheduler = text_sampler(pipeline.scheduler, None, steps)[1]
         options: dict[str, Any] = {"guidance_scale": self._settings.guidance_scale, "size": self._size}
         return PromptDenoiser(pipeline, [Prompt(text) for text in self._prompts], seed=seed, steps=steps, **options)
@@ -152,7 +169,9 @@ class Monitor:
             if not self._whole.first:
                 return None
             self._task.denoiser.eval()
-            parts = [self._denoise(range(start, start + size)) for start in starts]
+            began, denoise = time.monotonic(), self._denoise
+            self._settling_in = time.monotonic() - began
+            parts = [denoise(range(start, start + size)) for start in starts]
         return np.concatenate(parts)[: self._settings.samples]
 
     def _is_best(self, look: dict[str, Any]) -> bool:
@@ -189,17 +208,25 @@ class Monitor:
 
     def state_dict(self) -> dict[str, Any]:
         """What was seen and decided."""
-        return {"stopped": self.stopped, "looks": list(self._looks), "best": self._best}
+        seen = {"stopped": self.stopped, "looks": list(self._looks), "best": self._best}
+        return seen | {"pace": self.pace.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` gave."""
         self.stopped, self._looks, self._best = state["stopped"], list(state["looks"]), state["best"]
+        self.pace.load_state_dict(state.get("pace", {"decided": []}))  # of an earlier version: as planned
 
 
 def make_monitor(
-    config: Config, images: ImageStore, run: Run, task: Task, model: WholeModel | None, plan: Looks | None, last: int
+    config: Config,
+    images: ImageStore,
+    run: Run,
+    task: Task,
+    model: WholeModel | None,
+    plan: Looks | None,
+    budget: Budget,
 ) -> Monitor | None:
-    """The monitor of a run of ``last`` rounds that looks as planned; None where nothing is.
+    """The monitor of a run that looks as planned; None where nothing is.
 
     Raises:
         InputError: the held-out images can't be read or are of another size, or a look's steps can't be spread evenly.
@@ -208,8 +235,8 @@ def make_monitor(
         return None
     if isinstance(task.loss, DenoisingLoss) and task.loss.num_timesteps % config.monitor.steps:
         raise InputError(f"monitor.steps: must divide the model's {task.loss.num_timesteps} timesteps")
-    logger.log(logging.WARNING if plan.count == 1 < last else logging.INFO, "monitor: %s", plan)
-    return Monitor(config, images, run, task, model, plan, last)
+    logger.log(logging.WARNING if plan.count == 1 < budget.num_rounds else logging.INFO, "monitor: %s", plan)
+    return Monitor(config, images, run, task, model, plan, budget)
 
 
 def prompts_of(images: ImageStore, config: Config) -> list[str]:

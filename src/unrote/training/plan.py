@@ -127,9 +127,9 @@ class Plan:
         ]
 
     def _computing(self) -> list[str]:
-        if self.flops < 1e16:
+        if self.flops < 1e14:
             return []
-        slow, fast = (_duration(self.flops / rate) for rate in (1e13, 1e14))
+        slow, fast = (duration(self.flops / rate) for rate in (1e13, 1e14))
         return [
             f"computing    {self.flops:.2g} operations of the denoiser at most: {slow} at 10 TFLOP/s sustained, "
             f"{fast} at 100"
@@ -151,7 +151,7 @@ class Plan:
         if self.probe is None or self.seconds is None:
             return []
         return [
-            f"time         {_duration(self.seconds)} (estimate without network, from {self.probe.steps} steps of "
+            f"time         {duration(self.seconds)} (estimate without network, from {self.probe.steps} steps of "
             f"{self.probe.step_seconds:.4g} s here)"
         ]
 
@@ -258,7 +258,12 @@ def _size(count: int) -> str:
     return f"{count / (1 << 20):,.0f} MiB" if count < 10 << 30 else f"{count / (1 << 30):,.1f} GiB"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """In words: whole seconds up to two minutes, whole minutes up to an hour.
+
+    >>> duration(119), duration(120), duration(7260)
+    ('119 s', '2 min', '2 h 01 min')
+    """
     if seconds < 120:
         return f"{seconds:.0f} s"
     hours, minutes = divmod(round(seconds / 60), 60)
