@@ -64,6 +64,10 @@ def audit(
     spaces = [load_encoder(encoder, device=where) for encoder in encoders]
     source_run, train_run = _as_run(generated), _as_run(train)
     samples = source_run.path / "samples" if source_run else generated
+    if source_run and not samples.exists():
+        raise InputError(
+            f"{source_run.path}: has no samples yet; run `unrote sample {source_run.path} --num 256` first"
+        )
     channels = train_run.config.data.channels if train_run else 3
     images = open_images(samples, resolution=resolution, channels=channels)
     side = images.images.shape[1]
