@@ -211,7 +211,10 @@ def _as_run(what: Any) -> Run | None:
 
 def _known_images(run: Run) -> ImageStore:
     """The images that ``run`` was trained on. Raises InputError if they have changed since."""
-    images = training_images(run.config)
+    try:
+        images = training_images(run.config)
+    except InputError as error:
+        raise InputError(f"{run.path}: its training images, looked for from {Path.cwd()}: {error}") from None
     if images.fingerprint != run.data["fingerprint"]:
         raise InputError(f"{run.path}: {run.config.data.source} no longer holds the images it was trained on")
     return images
