@@ -39,7 +39,33 @@ def variables_of(world: int) -> list[dict[str, str]]:
     return [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
 
 
-class Command:
+class _Processes:
+    """W of them, by rank."""
+
+    def __init__(self, target: Any, arguments: Sequence[tuple]) -> None:
+        self.processes = [CONTEXT.Process(target=target, args=each) for each in arguments]
+        for process in self.processes:
+            process.start()
+
+    def kill(self, number: int = signal.SIGKILL, ranks: Sequence[int] | None = None) -> None:
+        """Send a signal to all, or to these."""
+        for rank in range(len(self.processes)) if ranks is None else ranks:
+            if self.processes[rank].is_alive():
+                os.kill(self.processes[rank].pid, number)
+
+    def _end(self, seconds: float) -> list[int]:
+        """Wait for them; those that are still there after so long are killed, and these ranks are returned."""
+        end = time.monotonic() + seconds
+        for process in self.processes:
+            process.join(max(0.0, end - time.monotonic()))
+        late = [rank for rank, process in enumerate(self.processes) if process.is_alive()]
+        self.kill(ranks=late)
+        for process in self.processes:
+            process.join()
+        return late
+
+
+class Command(_Processes):
     """W processes of one command, with what tests need of :class:`subprocess.Popen`.
 
     Args:
@@ -56,9 +82,7 @@ class Command:
         given = list(map(str, words)), str(cwd or Path.cwd()), self._outputs
         ranks = variables_of(world) if world > 1 else [{}]
         own = [environment | rank | variables for rank in ranks]
-        self.processes = [CONTEXT.Process(target=_run, args=(*given, each)) for each in own]
-        for process in self.processes:
-            process.start()
+        super().__init__(_run, [(*given, each) for each in own])
 
     @property
     def pids(self) -> list[int]:
@@ -70,28 +94,12 @@ class Command:
         codes = [process.exitcode for process in self.processes]
         return None if None in codes else next(filter(None, codes), 0)
 
-    def kill(self, number: int = signal.SIGKILL, ranks: Sequence[int] | None = None) -> None:
-        """Send a signal to all, or to these."""
-        for rank in range(len(self.processes)) if ranks is None else ranks:
-            if self.processes[rank].is_alive():
-                os.kill(self.processes[rank].pid, number)
-
     def finish(self, timeout: float = 120) -> subprocess.CompletedProcess:
         """Wait for the end; what is there after so many seconds is killed, and that is an error."""
-        late = _join(self.processes, timeout)
-        self.kill()
-        _join(self.processes, timeout)
+        late = self._end(timeout)
         out, errors = (path.read_text() if path.exists() else "" for path in self._outputs)
         assert not late, f"ranks {late} took more than {timeout} s:\n{errors}"
         return subprocess.CompletedProcess([], self.poll(), out, errors)
-
-
-def _join(processes: Sequence[Any], seconds: float) -> list[int]:
-    """Wait for them; the ranks of those that are still there after so long."""
-    end = time.monotonic() + seconds
-    for process in processes:
-        process.join(max(0.0, end - time.monotonic()))
-    return [rank for rank, process in enumerate(processes) if process.is_alive()]
 
 
 def _run(words: list[str], cwd: str, outputs: list[Path], variables: dict[str, str]) -> None:
@@ -108,7 +116,7 @@ def _run(words: list[str], cwd: str, outputs: list[Path], variables: dict[str, s
         runpy.run_path(words[0], run_name="__main__")
 
 
-class Job:
+class Job(_Processes):
     """W processes that train the toy images in a folder, or with ``model.pretrained`` those with captions.
 
     Args:
@@ -134,18 +142,11 @@ class Job:
     ) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         self._logs = [out.parent / f"{out.name}.{rank}.log" for rank in range(world)]
-        self.processes = []
+        arguments = []
         for rank, (own, log) in enumerate(zip(variables_of(world), self._logs, strict=True)):
             host = hosts[rank] if hosts else None
-            arguments = (host, own | variables, log, out, method, settings or {}, limit if rank == 0 else None)
-            self.processes.append(CONTEXT.Process(target=_work, args=arguments))
-        for process in self.processes:
-            process.start()
-
-    def kill(self, ranks: list[int], number: int = signal.SIGKILL) -> None:
-        """Send a signal to some of them."""
-        for rank in ranks:
-            os.kill(self.processes[rank].pid, number)
+            arguments.append((host, own | variables, log, out, method, settings or {}, limit if rank == 0 else None))
+        super().__init__(_work, arguments)
 
     @property
     def running(self) -> bool:
@@ -154,10 +155,7 @@ class Job:
 
     def wait(self, seconds: float = 120) -> list[int]:
         """Exit codes of all; those that are still there after so long are killed, and that is an error."""
-        late = _join(self.processes, seconds)
-        self.kill(late)
-        for process in self.processes:
-            process.join()
+        late = self._end(seconds)
         assert not late, f"ranks {late} were still there after {seconds} s: {self.messages()}"
         return [process.exitcode for process in self.processes]
 

@@ -235,6 +235,20 @@ def test_a_file_in_place_of_a_folder_is_told_before_anything_is_read(here, tmp_p
     assert "--out" in errors and "is a file" in errors
 
 
+def test_an_audit_of_a_run_without_samples_says_how_to_make_them(here, tmp_path):
+    (tmp_path / "config.yaml").write_text(Config().to_yaml())
+    code, _, errors = here("audit", tmp_path, "--train", "emoji")
+    assert code == 2
+    assert f"run `unrote sample {tmp_path} --num 256` first" in errors
+
+
+def test_images_of_a_run_that_are_not_found_from_here_are_said_to_be_the_runs(here, tmp_path):
+    (tmp_path / "config.yaml").write_text(load_config(overrides={"data.source": "photos"}).to_yaml())
+    code, _, errors = here("audit", "emoji", "--train", tmp_path)
+    assert code == 2
+    assert f"{tmp_path}: its training images, looked for from {Path.cwd()}: there is no photos" in errors
+
+
 def test_a_folder_that_can_not_be_written_is_named(here, pictures):
     code, _, errors = here("train", "--data", pictures, "--out", "/proc/run", *SET)
     assert code == 2

@@ -71,7 +71,7 @@ def test_a_request_to_stop_one_process_stops_all_after_a_checkpoint(tmp_path, ca
     out = tmp_path / "run"
     job = Job(out, 2, settings=MANY | {"training.checkpointing_steps": 10_000})
     until(lambda: (out / "log.jsonl").exists() and (out / "log.jsonl").stat().st_size, job)
-    job.kill([1], signal.SIGTERM)
+    job.kill(signal.SIGTERM, [1])
     assert job.wait(60) == [INTERRUPTED, INTERRUPTED], job.messages()
     assert len(checkpoints_in(out)) == 1
     final = Job(out, 3, settings=MANY | {"training.checkpointing_steps": 10_000})
@@ -86,11 +86,11 @@ def test_a_process_that_stands_still_is_named(tmp_path, calm, hung):
     out, other = tmp_path / "run", 1 - hung
     job = Job(out, 2, settings=MANY, UNROTE_PEER_TIMEOUT="4")
     until(lambda: checkpoints_in(out), job)
-    job.kill([hung], signal.SIGSTOP)
+    job.kill(signal.SIGSTOP, [hung])
     job.processes[other].join(60)
     assert job.processes[other].exitcode == UNUSABLE, job.messages()
     assert f"process {hung} of 2 has given no sign of life for 4 seconds" in job.messages()[other]
-    job.kill([hung], signal.SIGCONT)
+    job.kill(signal.SIGCONT, [hung])
     assert job.wait(60)[hung] != 0, "it does not go on alone"
     goes_on(out, 2, calm)
 
@@ -99,11 +99,11 @@ def test_the_first_process_ends_when_another_stands_still_at_the_end(tmp_path, c
     out = tmp_path / "run"
     job = Job(out, 2, settings=MANY, UNROTE_PEER_TIMEOUT="4")
     until(lambda: any(out.glob(".model.*")) or (out / "model").exists(), job)
-    job.kill([1], signal.SIGSTOP)
+    job.kill(signal.SIGSTOP, [1])
     job.processes[0].join(60)
     # It may have been through before the signal came.
     assert job.processes[0].exitcode in (0, UNUSABLE), job.messages()
-    job.kill([1], signal.SIGCONT)
+    job.kill(signal.SIGCONT, [1])
     job.wait(60)
     assert_same_run(Run(out), calm)
 
@@ -185,7 +185,7 @@ def test_a_disk_that_is_full_at_a_checkpoint(tmp_path, calm):
     out = tmp_path / "run"
     first = Job(out, 2, settings=MANY)
     until(lambda: checkpoints_in(out), first)
-    first.kill([0, 1])
+    first.kill(ranks=[0, 1])
     first.wait()
     kept = checkpoints_in(out)
     full = Job(out, 2, settings=MANY, limit=1 << 16)

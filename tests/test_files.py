@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -38,6 +39,13 @@ from unrote.tensorfiles import (
 
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_full_disk_is_told_with_the_file(tmp_path):
+    with pytest.raises(OSError, match="No space left") as caught, atomic_path(tmp_path / "page.html"):
+        Path("/dev/full").write_bytes(b"x")
+    assert caught.value.filename == str(tmp_path / "page.html")
+    assert names(tmp_path) == []
 
 
 class StoppedError(BaseException):

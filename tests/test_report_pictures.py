@@ -75,6 +75,14 @@ def test_histogram_counts_what_lies_at_and_beyond_the_ends():
     assert chart.count("<rect") == 2
 
 
+@pytest.mark.parametrize(
+    ("values", "edge"), [([0.1] * 3, "100%"), ([0.1, 0.9], "60%"), ([n / 51 for n in range(50)], "4.0%")]
+)
+def test_histogram_ends_at_a_round_share_of_at_most_everything(values, edge):
+    chart = histogram_chart([Series("a", np.array(values), "c0")], ratio_axis(0.33), label="x")
+    assert re.findall(r'text-anchor="end">([\d.]+%)', chart)[-1] == edge
+
+
 @pytest.mark.parametrize("mode", ["light", "dark"])
 def test_text_has_contrast(mode):
     """WCAG AA, 4.5 : 1, of every text colour on every ground."""

@@ -60,12 +60,12 @@ def test_stopped_and_killed_and_gone_on_with_in_more_and_fewer_processes(tmp_pat
     out = tmp_path / "run"
     job = Job(out, 3, settings=MANY)
     until(lambda: checkpoints_in(out), job)
-    job.kill([1], signal.SIGTERM)
+    job.kill(signal.SIGTERM, [1])
     assert job.wait(100) == [INTERRUPTED] * 3, job.messages()
     stopped = checkpoints_in(out)[-1]
     job = Job(out, 5, settings=MANY)
     until(lambda: checkpoints_in(out)[-1] > stopped, job)
-    job.kill([1])
+    job.kill(ranks=[1])
     codes = job.wait(100)
     assert codes == [UNUSABLE, -signal.SIGKILL, UNUSABLE, UNUSABLE, UNUSABLE], job.messages()
     assert all("process 1 of 5 has died" in job.messages()[rank] for rank in (0, 2, 3, 4)), job.messages()
@@ -76,10 +76,10 @@ def test_a_member_that_stands_still_is_named(tmp_path):
     out = tmp_path / "run"
     job = Job(out, 2, "agc", MANY | {"training.epochs": 1000}, UNROTE_PEER_TIMEOUT="4")
     until(lambda: checkpoints_in(out), job)
-    job.kill([1], signal.SIGSTOP)
+    job.kill(signal.SIGSTOP, [1])
     job.processes[0].join(60)
     assert "process 1 of 2 has given no sign of life for 4 seconds" in job.messages()[0], job.messages()
-    job.kill([1], signal.SIGCONT)
+    job.kill(signal.SIGCONT, [1])
     assert job.wait(60) == [UNUSABLE, UNUSABLE], "it does not go on alone"
 
 

@@ -55,7 +55,9 @@ def atomic_path(path: Path, *, durable: bool = True) -> Iterator[Path]:
             for part in [*temporary.rglob("*"), temporary]:
                 fsync(part)
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # a full disk does not say where
         if temporary.is_dir():
             shutil.rmtree(temporary)
         temporary.unlink(missing_ok=True)

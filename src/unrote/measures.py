@@ -64,6 +64,10 @@ def audit(
     spaces = [load_encoder(encoder, device=where) for encoder in encoders]
     source_run, train_run = _as_run(generated), _as_run(train)
     samples = source_run.path / "samples" if source_run else generated
+    if source_run and not samples.exists():
+        raise InputError(
+            f"{source_run.path}: has no samples yet; run `unrote sample {source_run.path} --num 256` first"
+        )
     channels = train_run.config.data.channels if train_run else 3
     images = open_images(samples, resolution=resolution, channels=channels)
     side = images.images.shape[1]
@@ -207,7 +211,10 @@ def _as_run(what: Any) -> Run | None:
 
 def _known_images(run: Run) -> ImageStore:
     """The images that ``run`` was trained on. Raises InputError if they have changed since."""
-    images = training_images(run.config)
+    try:
+        images = training_images(run.config)
+    except InputError as error:
+        raise InputError(f"{run.path}: its training images, looked for from {Path.cwd()}: {error}") from None
     if images.fingerprint != run.data["fingerprint"]:
         raise InputError(f"{run.path}: {run.config.data.source} no longer holds the images it was trained on")
     return images

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from unrote.errors import InputError, first_line
 from unrote.files import atomic_path, atomic_write, write_json, write_text
-from unrote.models.known import HUB_ID
+from unrote.models.known import check_source
 from unrote.models.task import RAW_VARIANT
 from unrote.ranks import Ranks
 from unrote.seeding import generator
@@ -347,15 +347,8 @@ def pipeline_of(model: Run | Path | str) -> tuple[Path | str, Run | None]:
         if not run.finished:
             raise InputError(f"{path}: training is not finished; run the same `unrote train` command to go on")
         return run.model_folder, run
-    if path.is_dir() and not (path / "model_index.json").exists():
-        raise InputError(
-            f"{path}: is neither a run folder nor a diffusers pipeline (no config.yaml, no model_index.json)"
-        )
-    if path.is_file() and path.suffix == ".safetensors":
-        return path, None
-    if not path.is_dir() and not HUB_ID.fullmatch(str(model)):
-        raise InputError(f"{model}: there is no such folder, and it is no Hub id like owner/name")
-    return (path if path.is_dir() else str(model)), None
+    check_source(str(path), "is neither a run folder nor a diffusers pipeline (no config.yaml, no model_index.json)")
+    return (path if path.exists() else str(path)), None
 
 
 def _texts(prompts: Path | str | Sequence[str | Prompt]) -> list[Prompt]:

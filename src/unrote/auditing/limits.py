@@ -2,11 +2,11 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from unrote.auditing.intervals import fraction
 from unrote.auditing.memorization import Definition
+from unrote.config.limits import StopRule
 from unrote.errors import InputError
 
 if TYPE_CHECKING:
@@ -22,25 +22,8 @@ SIMILARITY = "similarity"  # above the threshold, not below
 GRAMMAR = f"MEASURE@THRESHOLD=FRACTION with MEASURE one of {', '.join([*MEASURES, SIMILARITY])}, or exact=FRACTION"
 
 
-@dataclass(frozen=True)
-class Limit:
-    """The greatest fraction of generated images that may lie beyond a threshold.
-
-    Attributes:
-        measure: a key of :data:`MEASURES` (below the threshold), ``similarity`` (of copy detection, above it), or
-            ``exact`` (pixel-exact copies over the orbit).
-        threshold: of the neighbour ratio or the similarity, in (0, 1]; None for ``exact``.
-        greatest: the fraction that is still allowed, in [0, 1].
-    """
-
-    measure: str
-    threshold: float | None
-    greatest: float
-
-    @property
-    def label(self) -> str:
-        """As it is written: ``mq@0.5``."""
-        return self.measure if self.threshold is None else f"{self.measure}@{self.threshold:g}"
+class Limit(StopRule):
+    """Of an audit: ``greatest`` may be 1, and ``measure`` ``similarity`` of copy detection, above the threshold."""
 
     def measured(self, report: "AuditReport") -> dict[str, Any]:
         """``count``, ``total``, ``fraction`` and ``interval`` of the report, whatever thresholds its tables have."""

@@ -23,7 +23,7 @@ class StopRule:
 
     @property
     def label(self) -> str:
-        """As it is written before the ``>``: ``mq@0.5``."""
+        """As it is written: ``mq@0.5``."""
         return self.measure if self.threshold is None else f"{self.measure}@{self.threshold:g}"
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from unrote.errors import InputError, first_line
+from unrote.models.known import check_source
 from unrote.seeding import generator
 from unrote.text import prompts as prompt_files
 from unrote.text.mitigations import prediction_norm
@@ -206,8 +207,7 @@ def load_pipeline(source: str, device: torch.device) -> Any:
     """
     from diffusers import DiffusionPipeline
 
-    if Path(source).is_dir() and not (Path(source) / "model_index.json").exists():
-        raise InputError(f"{source}: is no diffusers pipeline (it has no model_index.json)")
+    check_source(source)
     try:
         pipeline = DiffusionPipeline.from_pretrained(source, low_cpu_mem_usage=False)
     except ImportError as error:

@@ -1,10 +1,30 @@
-"""The denoisers of well-known Hub ids, so that a run can be planned without them and without a network."""
+"""What a pipeline may be named by, and the denoisers of well-known Hub ids, to plan runs without them and a network."""
 
 import re
+from pathlib import Path
 from typing import Any
+
+from unrote.errors import InputError
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 """What a name on the Hub looks like: ``owner/name``."""
+
+
+def check_source(source: str, what: str = "is no diffusers pipeline (it has no model_index.json)") -> None:
+    """Raise InputError unless ``source`` may be a pipeline: a folder, a file, or a name like a Hub id.
+
+    Args:
+        source: as the user wrote it.
+        what: is said of a folder that is none.
+    """
+    path = Path(source)
+    if path.is_dir() and not (path / "model_index.json").exists():
+        raise InputError(f"{source}: {what}")
+    if path.is_file() and path.suffix != ".safetensors":
+        raise InputError(f"{source}: is not .safetensors; files that must be unpickled are not read")
+    if not path.exists() and not HUB_ID.fullmatch(source):
+        raise InputError(f"{source}: there is no such folder, and it is no Hub id like owner/name")
+
 
 _CROSS = ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D")
 _COMMON: dict[str, Any] = {

@@ -9,7 +9,7 @@ from torch import nn
 
 from unrote.errors import InputError, first_line
 from unrote.models.families import StableDiffusion, family_of
-from unrote.models.known import HUB_ID, KNOWN, known_autoencoder
+from unrote.models.known import KNOWN, check_source, known_autoencoder
 from unrote.tensorfiles import weights_hash
 
 
@@ -43,17 +43,6 @@ def load_pretrained(source: str, **parts: Any) -> Any:
             return _in_float32(pipeline.from_pretrained(source, variant="fp16", **options))
         except (OSError, ValueError):
             raise InputError(f"model.pretrained: {source} can't be loaded: {first_line(error)}") from error
-
-
-def check_source(source: str) -> None:
-    """Raise InputError unless ``source`` may be a pipeline: a folder, a file, or a name like a Hub id."""
-    path = Path(source)
-    if path.is_dir() and not (path / "model_index.json").exists():
-        raise InputError(f"model.pretrained: {source} is no diffusers pipeline (it has no model_index.json)")
-    if path.is_file() and path.suffix != ".safetensors":
-        raise InputError(f"model.pretrained: {source} is not .safetensors; files that must be unpickled are not read")
-    if not path.exists() and not HUB_ID.fullmatch(source):
-        raise InputError(f"model.pretrained: there is no {source}, and it is no Hub id like owner/name")
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,10 @@ def similarity_axis(threshold: float, words: str) -> Axis:
     return Axis("cosine similarity to the nearest training image (1 = the same)", threshold, words)
 
 
+_TOPS = (0.04, 0.08, 0.2, 0.4, 0.6, 0.8, 1.0)
+"""Upper edges of a histogram; quarters of them are whole percents."""
+
+
 def cumulative_chart(series: Sequence[Series], axis: Axis, *, label: str) -> str:
     """Share of images (y) with a value below x, one line per series."""
     grid = np.linspace(0.0, 1.0, 201)
@@ -55,7 +59,8 @@ def histogram_chart(series: Sequence[Series], axis: Axis, *, label: str, bins: i
     """Share of images (y) per bin of value (x): the first series filled, the others as outlines."""
     edges = np.linspace(0.0, 1.0, bins + 1)
     shares = [np.histogram(np.clip(one.values, 0.0, 1.0), edges)[0] / len(one.values) for one in series]
-    top = max(0.05, 1.08 * max(float(share.max()) for share in shares))
+    highest = max(float(share.max()) for share in shares)
+    top = next(top for top in _TOPS if top >= highest)
     shapes = []
     for number, (one, share) in enumerate(zip(series, shares, strict=True)):
         if number == 0:
