@@ -23,6 +23,16 @@ ROWS = [
 ]
 
 
+def test_each_page_repeats_its_rows():
+    pages = sorted((Path(__file__).parents[1] / "docs").glob("recipe-*.md"))
+    assert len(pages) == 5
+    for page in pages:
+        text = page.read_text("utf-8")
+        rows = re.findall(r"^\| `.*$", text, re.MULTILINE)
+        assert rows and all(row in PAGE for row in rows), page.name
+        assert "**Look at**" in text and "```sh" in text and f"({page.name})" in PAGE, page.name
+
+
 def test_every_preset_has_a_row_but_the_demo_which_is_no_recipe():
     assert {name for name, *_ in ROWS} == set(preset_names()) - {"demo"}
 
