@@ -221,6 +221,8 @@ def test_half_precision_losses_are_judged_in_fp32():
         (torch.ones(2), torch.tensor([1]), torch.tensor([1, 2]), "differ in shape"),
         (torch.ones(2), torch.tensor([1, 10]), torch.tensor([1, 2]), r"0\.\.9"),
         (torch.ones(2), torch.tensor([-1, 3]), torch.tensor([1, 2]), r"0\.\.9"),
+        (torch.ones(2), torch.tensor([0.5, 3]), torch.tensor([1, 2]), "timesteps must be whole numbers"),
+        (torch.ones(2), torch.tensor([1, 3]), torch.tensor([1.0, 2]), "indices must be whole numbers"),
         (torch.ones(2), torch.tensor([1, 3]), None, "as indices"),
         (torch.ones(2), torch.tensor([1, 3]), torch.tensor([0, 4]), r"0\.\.3"),
         (torch.ones(2), torch.tensor([1, 3]), torch.tensor([0, -1]), r"0\.\.3"),
@@ -238,6 +240,7 @@ def test_wrong_calls_say_what_to_pass_and_change_nothing(losses, timesteps, indi
     "make",
     [
         lambda: LossGate(10, -0.1),
+        lambda: LossGate(10, math.nan),
         lambda: LossGate(10, bank=LossBank(11)),
         lambda: LossBank(10, decay=1.0),
         lambda: LossBank(10, decay=-0.1),

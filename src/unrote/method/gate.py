@@ -117,7 +117,7 @@ class LossGate:
         target_skip_rate: float | None = None,
         adaptation_rate: float = 0.05,
     ) -> None:
-        if skip_ratio < 0:
+        if not skip_ratio >= 0:  # nan neither
             raise ValueError(f"skip_ratio must not be negative, but is {skip_ratio}")
         if bank is not None and bank.num_timesteps != num_timesteps:
             raise ValueError(f"the bank is for {bank.num_timesteps} timesteps, the gate for {num_timesteps}")
@@ -262,6 +262,8 @@ class LossGate:
 
 
 def _check_range(name: str, values: Tensor, size: int) -> None:
+    if values.is_floating_point():
+        raise ValueError(f"{name} must be whole numbers, not {values.dtype}")
     # On the CPU only: elsewhere to look at the values is to wait for them.
     if values.device.type == "cpu" and not 0 <= int(values.min()) <= int(values.max()) < size:
         raise ValueError(f"{name} must be in 0..{size - 1}, but include {values.tolist()}")
