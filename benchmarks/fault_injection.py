@@ -69,7 +69,7 @@ def killed(out: Path, draw: random.Random, seconds: float) -> dict[str, Any]:
     while job.running and time.monotonic() - began < delay:
         time.sleep(0.005)
     hit = [rank for rank in ranks if job.processes[rank].is_alive()]
-    job.kill(hit)
+    job.kill(ranks=hit)
     struck = time.monotonic()
     codes = job.wait()
     ended = round(time.monotonic() - struck, 3)

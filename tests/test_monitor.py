@@ -14,10 +14,10 @@ from unrote.auditing import audit
 from unrote.auditing.extracted import near_copies
 from unrote.auditing.limits import MEASURES, parse_limit
 from unrote.config import load_config
-from unrote.config.limits import MONITORED, StopRule, parse_stop_rule
 from unrote.data import open_images
 from unrote.errors import InputError
 from unrote.guards.quick import QuickAudit, smaller
+from unrote.limits import MONITORED, StopRule, parse_stop_rule
 from unrote.sampling import sample
 from unrote.training.looks import plan_looks
 from unrote.training.run import Run

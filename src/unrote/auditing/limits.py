@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from unrote.auditing.intervals import fraction
 from unrote.auditing.memorization import Definition
-from unrote.config.limits import StopRule
 from unrote.errors import InputError
+from unrote.limits import StopRule
 
 if TYPE_CHECKING:
     from unrote.auditing.result import AuditReport

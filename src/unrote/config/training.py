@@ -13,7 +13,7 @@ from pydantic import (
 )
 
 from unrote.config.base import Decay, Fraction, Section
-from unrote.config.limits import parse_stop_rule
+from unrote.limits import parse_stop_rule
 
 # YAML reads a plain `no` as false.
 Precision = Annotated[

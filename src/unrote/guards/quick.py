@@ -52,7 +52,7 @@ class QuickAudit:
 
         Args:
             images: the samples.
-            measure: one of :data:`unrote.config.limits.MONITORED`.
+            measure: one of :data:`unrote.limits.MONITORED`.
             threshold: of the neighbour ratio; None for ``exact``.
 
         Returns:

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from unrote.config import Config
-from unrote.config.limits import StopRule, parse_stop_rule
 from unrote.data import ImageStore, open_images
 from unrote.errors import InputError
 from unrote.files import write_json, write_text
+from unrote.limits import StopRule, parse_stop_rule
 from unrote.method.parts import put_back, take
 from unrote.models.denoiser import DenoisingLoss, build_schedule
 from unrote.models.task import Task
