@@ -1,17 +1,16 @@
-"""Whether memory that a training step frees is kept for the next one."""
+"""Memory that a training step frees is kept for the next one."""
 
 import ctypes
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
-def keep_freed_memory(keep: bool = True) -> bool:
-    """Tell the C library to keep freed memory, for the whole process; or to hand it back at once.
+def keep_freed_memory() -> bool:
+    """Tell the C library to keep freed memory, for the whole process.
 
     Every step allocates and frees the same activations. By default glibc hands much of that memory back to the system,
     which must then clear every page of it again in the next step: up to a tenth of the time of a step on a CPU. Peak
-    memory stays what it was; after training, the process keeps up to that much. It does not stay so where blocks of
-    weights come and go in a model that is held in parts: what one block frees, the next one can't use.
+    memory stays what it was; after training, the process keeps up to that much.
 
     Returns:
         Whether it took effect: only glibc has these settings.
@@ -22,7 +21,4 @@ def keep_freed_memory(keep: bool = True) -> bool:
         return False
     # Without mmap for large blocks: the limit above which they are mapped, and so handed back, can't be set freely
     # everywhere. -1 is never to shrink the heap.
-    if keep:
-        return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, -1))
-    small = 1 << 16
-    return all(map(mallopt, (M_MMAP_MAX, M_TRIM_THRESHOLD, M_MMAP_THRESHOLD), (small, small, small)))
+    return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, -1))

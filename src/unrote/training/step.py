@@ -159,8 +159,9 @@ class TrainingStep:
         self._forward: Any = torch.compile(task.denoiser) if training.compile else task.denoiser
         # To seed everything is to ask every kind of accelerator, which takes longer than the gate does.
         self._seed: Any = torch.default_generator.manual_seed if device.type == "cpu" else torch.manual_seed
-        if device.type == "cpu":
-            keep_freed_memory(self.team.mesh is None)
+        # Of weights in parts, what one block frees the next one can't use.
+        if device.type == "cpu" and self.team.mesh is None:
+            keep_freed_memory()
 
     def __call__(self, indices: Tensor, *, proxy: int, step: int) -> tuple[Tensor, Tensor]:
         """Train on the samples ``indices`` (int64 [B], on the CPU).
