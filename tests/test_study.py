@@ -339,7 +339,7 @@ def test_numbers_are_those_of_the_audit(planted):
     assert found["memorization"]["train_share"]["fraction"] == report.summary["train_share"]["orbit"]["fraction"]
     calibrated = report.summary["memorization"]["orbit"]["l2"]["calibrated"]
     assert found["memorization"]["calibrated"]["threshold"] == calibrated["threshold"]
-    against = audit(in_memory_store(samples, source="samples"), subjects.reference, subjects.reference)
+    against = audit(in_memory_store(samples, source="samples"), subjects.distinct, subjects.reference)
     theirs = against.summary["spaces"]["random-conv"]["quality"]["generated"]
     ours = found["quality"]["random-conv"]
     assert ours["frechet_distance"]["value"] == pytest.approx(theirs["frechet_distance"]["value"], rel=1e-6)
