@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from forking import CONTEXT, UNUSABLE, Job, free_port
-from sharing import TOLERANCE, assert_alike, checkpoints_in, finished, until
+from forking import UNUSABLE, Job
+from sharing import TOLERANCE, assert_alike, checkpoints_in, finished, members_found, until
 from tiny_pipelines import tiny_stable_diffusion_3
 from toy import final_state, largest_difference, summary_of, toy_images
 from unrote.config import load_config
@@ -158,13 +158,7 @@ def _member(rank, port, out):
 
 
 def test_a_member_holds_its_part_of_weights_gradients_and_moments(tmp_path):
-    port = free_port()
-    processes = [CONTEXT.Process(target=_member, args=(rank, port, tmp_path)) for rank in range(4)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-    alone, *members = (torch.load(tmp_path / f"{rank}.pt") for rank in range(4))
+    alone, *members = members_found(_member, tmp_path)
     assert alone["bytes"] == 4 * alone["whole"], "who is alone has all weights"
     for member in members:
         # Rows are dealt out, and a layer may have few of them; moments have a count each.

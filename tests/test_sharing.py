@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from forking import CONTEXT, INTERRUPTED, UNUSABLE, Job, free_port
-from sharing import assert_alike, checkpoints_in, finished, until
+from forking import INTERRUPTED, UNUSABLE, Job
+from sharing import assert_alike, checkpoints_in, finished, members_found, until
 from toy import final_state, largest_difference, summary_of, weights_of
 from unrote.training.team import form
 
@@ -109,14 +109,7 @@ def _member(rank, port, out):
 
 
 def test_what_members_do_together(tmp_path):
-    port = free_port()
-    processes = [CONTEXT.Process(target=_member, args=(rank, port, tmp_path)) for rank in range(4)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(100)
-        assert process.exitcode == 0
-    alone, *members = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(4))
+    alone, *members = members_found(_member, tmp_path)
     for one in members:
         for mine, first in zip(one["after"], members[0]["after"], strict=True):
             assert mine is first is None or torch.equal(mine, first), "the same to the last bit"
