@@ -236,6 +236,24 @@ def test_a_guard_that_is_added_later_trains_again_and_its_cost_is_one_training(p
     assert by_name["amg"]["cpu_seconds"] == spent < 1.9 * first["cpu_seconds"]
 
 
+def test_a_monitored_method_is_the_model_that_its_monitor_chose(pictures, tmp_path):
+    watched = {"monitor.every": 1, "monitor.samples": 16, "monitor.steps": 2, "monitor.max_overhead": 100}
+    stopped = {"settings": watched | {"monitor.stop_when": "mq@1 > 0.5", "ensemble.local_epochs": 1}}
+    file = study_file(tmp_path, pictures, seeds=[0], methods={"standard": {}, "stopped": stopped})
+    out = tmp_path / "out"
+    standard, cell = compare([file], out, device=CPU, keep=True)["cells"]
+    assert "monitor" not in standard and len(standard["snapshots"]) == 2
+    run = Run(out / "cells" / cell["folder"] / "run")
+    looks = json.loads((run.path / "monitor.json").read_text())
+    assert looks["stopped"] and cell["monitor"] == looks["overhead"] > 0
+    # Nearly every sample is below a ratio of 1: the first look stops it.
+    assert cell["snapshots"] == [looks["model_samples"]] == [cell["samples_seen"]] == [20]
+    sample(run.model_folder, 12, steps=2, batch_size=12, out=tmp_path / "made.npz")
+    kept = out / "cells" / cell["folder"] / f"samples-{cell['samples_seen']:09d}.npz"
+    with np.load(tmp_path / "made.npz") as made, np.load(kept) as samples:
+        np.testing.assert_array_equal(made["images"], samples["images"])
+
+
 @pytest.mark.parametrize(
     ("guard", "message"),
     [

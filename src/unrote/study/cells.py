@@ -230,16 +230,28 @@ def train_cell(
 
 
 def snapshots_of(run: Run) -> dict[int, Path]:
-    """The models of a finished run by samples seen: its snapshots, or else the final one."""
-    folder = run.path / "snapshots"
+    """The models of a finished run by samples seen: its snapshots; the final one alone if there are none.
+
+    Also if the monitor chose it, by stopping or by what it kept: then that one is what the method gives.
+    """
+    monitored, folder = _monitored(run), run.path / "snapshots"
+    if monitored is not None and monitored["stop_when"] is not None:
+        return {monitored["model_samples"]: run.model_folder}
     found = {int(path.name): path for path in folder.iterdir()} if folder.is_dir() else {}
     return found or {counts_of(run)["samples_seen"]: run.model_folder}
 
 
-def counts_of(run: Run) -> dict[str, int]:
-    """Samples seen and skipped by a finished run."""
+def counts_of(run: Run) -> dict[str, Any]:
+    """Samples seen and skipped by a finished run, and the share of its time that its monitor took."""
     summary = json.loads((run.path / "run.json").read_text())
-    return {key: summary[key] for key in ("samples_seen", "skipped")}
+    counts, monitored = {key: summary[key] for key in ("samples_seen", "skipped")}, _monitored(run)
+    return counts if monitored is None else counts | {"monitor": monitored["overhead"]}
+
+
+def _monitored(run: Run) -> dict[str, Any] | None:
+    """What the monitor saw and decided; None if nothing looked."""
+    file = run.path / "monitor.json"
+    return json.loads(file.read_text()) if file.exists() else None
 
 
 def trained_by(run: Run, device: torch.device) -> dict[str, str]:
