@@ -247,6 +247,10 @@ def test_wrong_calls_say_what_to_pass_and_change_nothing(losses, timesteps, indi
         lambda: LossBank(10, bins=0),
         lambda: LossBank(10, bins=11),
         lambda: LossBank(10, smooth=-1),
+        lambda: LossBank(0),
+        lambda: LossGate(0),
+        lambda: Ledger(0),
+        lambda: Ledger(-1),
     ],
 )
 def test_impossible_settings_are_refused(make):

@@ -53,6 +53,8 @@ class LossBank:
         warm_start: bool = False,
         device: torch.device | str = "cpu",
     ) -> None:
+        if num_timesteps < 1:
+            raise ValueError(f"num_timesteps must be at least 1, not {num_timesteps}")
         if not 0 <= decay < 1:
             raise ValueError(f"decay must be in [0, 1), not {decay}")
         if bins is not None and not 1 <= bins <= num_timesteps:

@@ -19,12 +19,17 @@ class Ledger:
     Args:
         num_samples: N.
         device: where the columns live; the device of the losses.
+
+    Raises:
+        ValueError: if ``num_samples`` is below 1.
     """
 
     COUNTS = ("visits", "skips", "augmented", "moves", "skips_since_move", "measured")
     RATIOS = ("last_ratio", "ratio_sum", "running_ratio")
 
     def __init__(self, num_samples: int, device: torch.device | str = "cpu") -> None:
+        if num_samples < 1:
+            raise ValueError(f"num_samples must be at least 1, not {num_samples}: pass len(dataset)")
         self.num_samples = num_samples
         # One slot more than samples, for ratios that could not be measured: a mask would need a synchronisation.
         self._counts = torch.zeros(len(self.COUNTS), num_samples + 1, dtype=torch.int64, device=device)

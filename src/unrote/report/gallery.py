@@ -175,7 +175,8 @@ def _pager() -> str:
 
 def _what_is_shown(report: "AuditReport", views: Sequence[View], shown: np.ndarray, album: Album) -> str:
     total = len(report.pairs["index"])
-    parts = [f"All {total:,} pairs are here" if len(shown) == total else f"The worst {len(shown):,} of {total:,} pairs"]
+    every = "The one pair is here" if total == 1 else f"All {total:,} pairs are here"
+    parts = [every if len(shown) == total else f"The worst {len(shown):,} of {total:,} pairs"]
     pictured = sum(album.number(("generated", index)) >= 0 for index in shown.tolist())
     if pictured < len(shown):
         parts.append(f"pictures of the worst {pictured:,}, of the others the numbers only")
