@@ -76,9 +76,12 @@ def _of_report(file: Path | None, top: int) -> list[int]:
 
     summary = read_report(file / "report.json" if file.is_dir() else file, "--from-report")
     try:
-        found = [int(image["cluster"]) for image in summary["extracted"]["images"][:top]]
+        images = summary["extracted"]["images"]
+        found = None if images is None else [int(image["cluster"]) for image in images[:top]]
     except (ValueError, KeyError, TypeError):
         raise InputError(f"--from-report {file}: is no report.json of an audit") from None
+    if found is None:
+        raise InputError(f"--from-report {file}: does not say which images came back; audit again, or give --index")
     if not found:
         raise InputError(f"--from-report {file}: that audit found no image copied; name some by --index")
     return found

@@ -226,4 +226,5 @@ def _provenance(samples: Any) -> dict[str, Any]:
         return {}
     path = Path(samples)
     file = path.with_name(f"{path.stem}.sampling.json") if path.suffix == ".npz" else path / "sampling.json"
-    return dict(json.loads(file.read_text())) if file.exists() else {}
+    settings = json.loads(file.read_text()) if file.exists() else {}
+    return {key: value for key, value in settings.items() if key != "schema_version"}

@@ -33,6 +33,7 @@ from unrote.tensorfiles import weights_hash
 from unrote.text.generation import PromptDenoiser, load_text_to_image
 from unrote.text.prompts import Prompt, read_prompts
 from unrote.training.run import Run
+from unrote.versions import RESULT_VERSION
 
 if TYPE_CHECKING:
     from unrote.guards.copy_filter import CopyFilter
@@ -146,6 +147,7 @@ def sample(
 
         guarding = make_guards(guards, denoise, run, train=train, seed=seed, device=device)
     settings = {
+        "schema_version": RESULT_VERSION,
         "model": str(source),
         "model_sha256": weights_hash(*denoise.networks),
         "weights": weights if run is not None else "as saved",
@@ -409,7 +411,8 @@ def _start(folder: Path, settings: dict[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(file, settings)
         return
-    old = json.loads(file.read_text())
+    # Before there was a version it was 1.
+    old = {"schema_version": 1} | json.loads(file.read_text())
     # The path of the model is no part of what the images depend on: its hash is.
     keys = [key for key in settings if key != "model" and old.get(key) != settings[key]]
     changed = [f"{key}: {old.get(key)} -> {settings[key]}" for key in keys]

@@ -21,6 +21,7 @@ from unrote.seeding import derive_seed
 from unrote.text.generation import PromptDenoiser, load_text_to_image
 from unrote.text.prompts import Prompt
 from unrote.training.run import Run
+from unrote.versions import RESULT_VERSION
 
 PERTURBATION = 0.1
 """Deviation of the noise on prompt embeddings, as small as what training mitigations use (Somepalli et al. 2023)."""
@@ -122,6 +123,7 @@ def retest(
         others = None if holdout is None else Sources(run, denoise.shape).opened(holdout)
         rows, controls = _reconstructed(rows, images, others, denoise, settings)
     return {
+        "schema_version": RESULT_VERSION,
         "method": "retest",
         "model": str(source),
         "images": rows,
