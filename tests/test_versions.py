@@ -122,7 +122,7 @@ def test_retest_takes_its_images_from_an_older_report(older, tmp_path):
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["schema_version"] == 1
     assert [image["index"] for image in result["images"]] == [3, 7, 5]
-    with pytest.raises(InputError, match="does not say which images came back; .*--index"):
+    with pytest.raises(InputError, match=r"does not say which images came back; .*--index"):
         CliRunner().invoke(cli, [*command, str(older(counts={"train_duplicates": 1}))], catch_exceptions=False)
 
 

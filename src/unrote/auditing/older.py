@@ -1,4 +1,4 @@
-"""Reports that earlier versions of the audit wrote, as the present one would have: what cannot be known stays unknown."""
+"""Reports that earlier versions of the audit wrote, as the present one would: what cannot be known stays unknown."""
 
 import csv
 from pathlib import Path
