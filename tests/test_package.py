@@ -166,7 +166,9 @@ def archives(tmp_path_factory):
     (wheel,), (source,) = out.glob("*.whl"), out.glob("*.tar.gz")
     with zipfile.ZipFile(wheel) as file, tarfile.open(source) as tar:
         metadata = next(name for name in file.namelist() if name.endswith(".dist-info/METADATA"))
-        return set(file.namelist()), set(tar.getnames()), Parser().parsestr(file.read(metadata).decode())
+        top = f"unrote-{unrote.__version__}/"
+        packed = {name.removeprefix(top) for name in tar.getnames()}
+        return set(file.namelist()), packed, Parser().parsestr(file.read(metadata).decode())
 
 
 def test_the_wheel_has_all_of_the_package_and_nothing_else(archives):
@@ -178,8 +180,21 @@ def test_the_wheel_has_all_of_the_package_and_nothing_else(archives):
     assert metadata["Version"] == unrote.__version__
     assert metadata["License-Expression"] == "Apache-2.0"
     assert any(name.endswith("licenses/LICENSE") for name in wheel)
-    top = f"unrote-{unrote.__version__}/"
-    assert {f"{top}README.md", f"{top}LICENSE", f"{top}src/unrote/cli.py", f"{top}tests/test_package.py"} <= source
+    assert {"README.md", "LICENSE", "src/unrote/cli.py", "tests/test_package.py"} <= source
+
+
+@pytest.mark.skipif(not (PROJECT / ".git").exists(), reason="is itself unpacked from a source archive")
+def test_the_source_archive_has_all_that_is_tracked_and_nothing_that_is_ignored(archives):
+    """So its tests, which read docs, examples and benchmarks, run."""
+    _, source, _ = archives
+
+    def listed(*options):
+        done = subprocess.run(["git", "ls-files", *options], cwd=PROJECT, check=True, capture_output=True, text=True)
+        return set(done.stdout.splitlines())
+
+    tracked, ignored = listed("--cached"), listed("--others", "--ignored", "--exclude-standard")
+    assert tracked <= source
+    assert not source & ignored
 
 
 def test_extras_are_there_and_name_only_each_other(archives):
