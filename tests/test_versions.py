@@ -116,7 +116,8 @@ def test_which_images_came_back_is_unknown_without_pairs_or_with_duplicates(olde
 
 
 def test_retest_takes_its_images_from_an_older_report(older, tmp_path):
-    run = toy_run(tmp_path / "run", images=its_images()[1], training__epochs=1)
+    np.savez(tmp_path / "images.npz", images=its_images()[1].images)
+    run = toy_run(tmp_path / "run", images=tmp_path / "images.npz", training__epochs=1)
     command = ["retest", str(run.path), "--tries", "2", "--steps", "2", "--no-reconstruct", "--json", "--from-report"]
     done = CliRunner().invoke(cli, [*command, str(older())], catch_exceptions=False)
     result = json.loads(done.stdout.splitlines()[-1])

@@ -27,7 +27,8 @@ def from_version_1(summary: Summary, folder: Path) -> Summary:
     """
     exact = not summary["counts"]["train_duplicates"]
     settings, quality = summary["settings"], summary["quality"]
-    settings |= {"scales": [], "brightness": [], "near_duplicates": False, "encoders": [quality["encoder"]]}
+    settings |= {"scales": [], "brightness": [], "near_duplicates": False, "false_positive_rate": None}
+    settings["encoders"] = [quality["encoder"]]
     settings["features"] += BORDERS if settings["max_shift"] else ""
     copies = at_threshold(summary["memorization"]["orbit"]["squared-l2"]["mq"], HEADLINE["squared-l2"])
     unknown = dict.fromkeys(("calibrated", "distinct_aware"))

@@ -55,7 +55,9 @@ def check_comparable(summary: Summary, baseline: Summary) -> None:
         f"{role} images" for role in ("train", "holdout") if _fingerprint(summary, role) != _fingerprint(baseline, role)
     ]
     settings, others = summary["settings"], baseline["settings"]
-    differing += [key for key in settings if key not in ("seed", "encoders") and settings[key] != others.get(key)]
+    # What an older report had no setting for, None, it has no measure of either.
+    ignored = {"seed", "encoders"} | {key for key, value in others.items() if value is None}
+    differing += [key for key in settings if key not in ignored and settings[key] != others.get(key)]
     if differing:
         raise InputError(f"--baseline: was audited with other {', '.join(differing)}; audit it in the same way")
 
