@@ -39,5 +39,7 @@ def read_report(file: Path, flag: str) -> dict[str, Any]:
     steps = [partial(step, folder=file.parent) for step in STEPS]
     try:
         return migrated(summary, version, steps, f"{flag} {file}")
+    except InputError:
+        raise
     except (KeyError, TypeError, ValueError, AttributeError, StopIteration):
         raise InputError(f"{flag} {file}: is a damaged report of version {version}; run that audit again") from None

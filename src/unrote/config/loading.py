@@ -46,7 +46,9 @@ def load_config(
     for key in ("method", "preset"):
         if key in (overrides or {}):
             raise InputError(f"{key} can't be set like a single setting, it chooses many; use --{key}")
-    written = {"version": CONFIG_VERSION} if file is None else _present(read_yaml(file), str(file))
+    written: dict[str, Any] = {"version": CONFIG_VERSION}
+    if file is not None:
+        written = _present(read_yaml(file), str(file))
     model = written.get("model")
     # What is no mapping is left for validation to complain about.
     pretrained = model.get("pretrained") if isinstance(model, Mapping) else None
