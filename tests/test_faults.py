@@ -57,9 +57,8 @@ def test_some_random_kills(tmp_path):
 def test_a_request_to_stop_one_that_waits_is_passed_on(tmp_path):
     """Its only proxy has had its turn; the other process is in the first of two turns, and has seconds to go."""
     out = tmp_path / "run"
-    job = Job(
-        out, 2, "iet-agc", {"training.epochs": 500, "ensemble.local_epochs": 500, "training.checkpointing_steps": 10**6}
-    )
+    long = {"training.epochs": 150, "ensemble.local_epochs": 150, "training.checkpointing_steps": 10**6}
+    job = Job(out, 2, "iet-agc", long)
     until(lambda: list((out / "proxies").glob("proxy-0*")), job)
     job.kill(signal.SIGTERM, [0])
     assert job.wait(60) == [INTERRUPTED, INTERRUPTED], job.messages()
