@@ -138,7 +138,7 @@ def sample(
             eta=eta,
             guidance_scale=guidance_scale,
             negative_prompt=negative_prompt,
-            size=_size(resolution, run),
+            size=trained_size(run) if resolution is None else (resolution, resolution),
         )
     guarding = None
     if guards:
@@ -359,10 +359,8 @@ def _texts(prompts: Path | str | Sequence[str | Prompt]) -> list[Prompt]:
     return [Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
 
 
-def _size(resolution: int | None, run: Run | None) -> tuple[int, int] | None:
-    """Height and width that were asked for or trained at."""
-    if resolution is not None:
-        return resolution, resolution
+def trained_size(run: Run | None) -> tuple[int, int] | None:
+    """Height and width in pixels that a run was trained at; None for no run."""
     return None if run is None else cast(tuple[int, int], tuple(run.data["shape"][:2]))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from unrote.errors import InputError
 from unrote.guards.making import make_guards
-from unrote.text.guarded import PromptGuards
+from unrote.text.guarded import PromptGuards, latent_size
 
 
 @dataclass
@@ -130,7 +130,5 @@ def _check(pipeline: Any, guards: Sequence[str], prompts: Sequence[str], seeds: 
 
 
 def _shape(pipeline: Any, size: tuple[int, int] | None) -> tuple[int, int, int]:
-    side = pipeline.unet.config.sample_size
-    own = (side, side) if isinstance(side, int) else tuple(side)
-    height, width = size or tuple(pipeline.vae_scale_factor * n for n in own)
+    height, width = size or tuple(pipeline.vae_scale_factor * n for n in latent_size(pipeline))
     return height, width, pipeline.vae.config.out_channels
