@@ -34,7 +34,7 @@ REFUSED = {
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     folder = tmp_path_factory.mktemp("flow")
-    flux = tiny_flux(folder / "tokenizer")
+    flux = tiny_flux(folder / "tokenizer", vae_levels=1)  # which makes 128 latents a side by itself
     for pipeline in (tiny_stable_diffusion_3(folder / "tokenizer"), flux):
         pipeline.save_pretrained(folder / type(pipeline).__name__)
     return folder
@@ -55,7 +55,8 @@ def test_every_guard_works_or_is_refused_with_those_that_do(folders, tmp_path, f
     plain = sample(source, out=tmp_path / "plain", **FEW)
     made = pixels_in(plain)
     data = tmp_path / "train.npz"
-    np.savez(data, images=np.concatenate([made[:1], np.random.default_rng(0).integers(0, 255, (5, 16, 16, 3))]))
+    others = np.random.default_rng(0).integers(0, 255, (5, 16, 16, 3)).astype(np.uint8)
+    np.savez(data, images=np.concatenate([made[:1], others]))
     for guard in ("random-tokens:count=2", "repeat-words"):
         where = sample(source, out=tmp_path / guard.partition(":")[0], guards=[guard], **FEW)
         assert (pixels_in(where) != made).any()
@@ -64,12 +65,12 @@ def test_every_guard_works_or_is_refused_with_those_that_do(folders, tmp_path, f
     first = rows_of(filtered)[0]
     assert first["tries"] > 1 and (first["attempt"] > 0 or first["copy"]), "the planted copy is seen"
     for guard, why in REFUSED.items():
-        with pytest.raises(InputError, match=f"{why}, not for a {family}; it takes {', '.join(WORKING[:2])} and repeat"):
+        with pytest.raises(InputError, match=f"{why}, not for a {family}; it takes {', '.join(WORKING[:2])} and"):
             sample(source, out=tmp_path / "refused", guards=[guard], **FEW)
         assert not (tmp_path / "refused").exists()
 
 
-@pytest.mark.parametrize(("family", "own"), [("StableDiffusion3Pipeline", 16), ("FluxPipeline", 256)])
+@pytest.mark.parametrize(("family", "own"), [("StableDiffusion3Pipeline", 16), ("FluxPipeline", 128)])
 def test_the_shape_is_what_is_made(folders, family, own):
     pipeline = load_text_to_image(folders / family, None, None)
     _, pipeline.scheduler = text_sampler(pipeline.scheduler, None, 1)
@@ -78,20 +79,20 @@ def test_the_shape_is_what_is_made(folders, family, own):
         assert denoise.shape == (*(size or (own, own)), 3) == denoise([0])[0].shape
 
 
-@pytest.mark.parametrize(("family", "multiple"), [("StableDiffusion3Pipeline", 4), ("FluxPipeline", 4), ("base", 8)])
+@pytest.mark.parametrize(("family", "multiple"), [("StableDiffusion3Pipeline", 4), ("FluxPipeline", 2), ("base", 8)])
 def test_a_size_that_can_not_be_made_is_refused(folders, base, tmp_path, family, multiple):
     source = base if family == "base" else folders / family
-    for wrong in (18, 0):
+    for wrong in (17, 0):
         with pytest.raises(InputError, match=rf"--resolution: {wrong}x{wrong} are no multiples of {multiple}"):
             sample(source, out=tmp_path / "s", **(FEW | {"resolution": wrong}))
 
 
-def planted(source, *, size=None, seed=0):
-    """Training images, of which the first is the model's second sample of a re-test by its caption."""
+def planted(source):
+    """Training images, of which the first is the second sample of a re-test by its caption."""
     pipeline = load_text_to_image(source, None, None)
     _, pipeline.scheduler = text_sampler(pipeline.scheduler, None, 2)
-    denoise = PromptDenoiser(pipeline, [Prompt("red cat")], seed=derive_seed(0, "retest"), steps=2, size=size)
-    made = denoise(range(2 * seed, 2 * seed + 2))[1]
+    denoise = PromptDenoiser(pipeline, [Prompt("red cat")], seed=derive_seed(0, "retest"), steps=2)
+    made = denoise(range(2))[1]
     others = np.random.default_rng(0).integers(0, 255, (2, *made.shape)).astype(np.uint8)
     return in_memory_store(np.stack([made, *others]), source="planted", captions=["red cat", "a dog", "cat"])
 
@@ -105,14 +106,13 @@ def xl(tmp_path_factory):
 
 @pytest.mark.parametrize("family", [*FLOW, "xl"])
 def test_with_several_text_encoders_all_tries_are_of_the_caption(folders, xl, family):
-    """Found by the second try of four; and in the second half, where one encoder's embedding would have noise."""
+    """Found in the second half of the tries, where one encoder's embedding would have noise."""
     source = xl if family == "xl" else folders / family
-    settings = Settings(tries=4, steps=2, batch_size=2, threshold=0.01)
-    for half, after in ((0, 2), (1, 4)):
-        store = planted(source, seed=half)
-        result = retest(source, [0, 1], store, settings=settings, guards=["copy-filter:tries=1"] if half else [])
-        assert [row["found_after"] for row in result["images"]] == [after, None]
-    with pytest.raises(InputError, match=r"amg|add target|one text encoder"):
+    settings = Settings(tries=2, steps=2, batch_size=2, threshold=0.01)
+    store = planted(source)
+    guards = ["copy-filter:tries=1"] if family == FLOW[0] else []
+    assert retest(source, [0], store, settings=settings, guards=guards)["images"][0]["found_after"] == 2
+    with pytest.raises(InputError, match="one text encoder"):
         retest(source, [0], store, settings=settings, guards=["embedding-noise"])
 
 

@@ -79,9 +79,9 @@ def retest(
 
     From noise: samples of a model without text are compared with all targets at once; a text-to-image model is given
     each target's own caption, half of the time with a little noise on its embedding; where several text encoders share
-    the text (SDXL, Stable Diffusion 3, FLUX) the caption alone, as one noise is not equally little to each. A target is found by a sample
-    whose nearest training image it is (or a duplicate of it), over the augmentation orbit, at a ratio below the
-    threshold.
+    the text (SDXL, Stable Diffusion 3, FLUX) the caption alone, as one noise is not equally little to each. A target is
+    found by a sample whose nearest training image it is (or a duplicate of it), over the augmentation orbit, at a ratio
+    below the threshold.
 
     From the image: of models without text, the noised target is denoised from ever lower noise, the stronger attack of
     somebody who has the image already. What comes back at low noise comes back from any model, so the same is done to
