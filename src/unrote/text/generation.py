@@ -49,13 +49,15 @@ def load_text_to_image(source: Path | str, run: Run | None, variant: str | None)
         # Not load_lora_weights, which warns that the text encoders get none.
         part = "unet" if getattr(pipeline, "unet", None) is not None else "transformer"
         folder = run.model_folder / (variant or "")
-        getattr(pipeline, part).load_lora_adapter(folder, weight_name=LORA_WEIGHTS, prefix=part)
+        denoiser = getattr(pipeline, part)
+        denoiser.load_lora_adapter(folder, weight_name=LORA_WEIGHTS, prefix=part, use_safetensors=True)
         return pipeline
     if variant is None:
         return load_pretrained(str(source))
     family = describe(str(source)).family
     options = {"subfolder": family.part, "variant": variant, "low_cpu_mem_usage": False}
-    return load_pretrained(str(source), **{family.part: family.denoiser.from_pretrained(source, **options)})
+    denoiser = family.denoiser.from_pretrained(source, use_safetensors=True, **options)
+    return load_pretrained(str(source), **{family.part: denoiser})
 
 
 class PromptDenoiser:
