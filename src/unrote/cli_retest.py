@@ -77,7 +77,7 @@ def _of_report(file: Path | None, top: int) -> list[int]:
     summary = read_report(file / "report.json" if file.is_dir() else file, "--from-report")
     try:
         found = [int(image["cluster"]) for image in summary["extracted"]["images"][:top]]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, OverflowError, KeyError, TypeError):
         raise InputError(f"--from-report {file}: is no report.json of an audit") from None
     if not found:
         raise InputError(f"--from-report {file}: that audit found no image copied; name some by --index")

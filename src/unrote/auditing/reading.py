@@ -1,10 +1,10 @@
 """An audit's ``report.json``, read again."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from unrote.errors import InputError
+from unrote.files import parse_json
 
 SCHEMA_VERSION = 2
 """Of the fields' names and meanings. 1 had no images that were extracted, and counted each copy of an image."""
@@ -23,8 +23,8 @@ def read_report(file: Path, flag: str) -> dict[str, Any]:
         InputError: it can't be read, is no report of an audit, or is of another version.
     """
     try:
-        summary = json.loads(file.read_text())
-    except (OSError, ValueError, RecursionError) as error:
+        summary = parse_json(file.read_bytes())
+    except (OSError, ValueError) as error:
         raise InputError(f"{flag} {file}: cannot be read ({error}); give the report.json of an audit") from None
     version = summary.get("schema_version") if isinstance(summary, dict) else None
     if type(version) is not int or "memorization" not in summary:
