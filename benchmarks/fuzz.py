@@ -28,7 +28,9 @@ from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import diffusers
 import torch
+import transformers
 from fuzz_data import DataInputs
 from fuzz_models import ModelInputs
 
@@ -58,14 +60,18 @@ class Watch:
             if (writes or (mode and set(mode) & set("wax+"))) and not isinstance(path, int):
                 self._inside(event, path)
         elif event in ("os.rename", "os.link", "os.symlink"):
-            self._inside(event, args[1])
-        elif event in ("os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.chmod", "shutil.rmtree"):
+            self._inside(event, args[1], args[-1])
+        elif event in ("os.remove", "os.rmdir", "os.mkdir", "os.chmod"):
+            self._inside(event, args[0], args[-1])
+        elif event in ("os.truncate", "shutil.rmtree"):
             self._inside(event, args[0])
         elif event in ("pickle.find_class", "subprocess.Popen", "os.system", "os.exec", "socket.connect"):
             self.found.append(f"{event} {args!r:.80}")
 
-    def _inside(self, event: str, path: Any) -> None:
-        real = os.path.realpath(os.fsdecode(path))
+    def _inside(self, event: str, path: Any, folder: int = -1) -> None:
+        # Where a tree is removed, its parts are named below a folder that is open.
+        base = os.readlink(f"/proc/self/fd/{folder}") if folder >= 0 else ""
+        real = os.path.realpath(Path(base, os.fsdecode(path)))
         if not real.startswith((self.allowed, "/dev/null")):
             self.found.append(f"{event} {real}")
 
@@ -143,6 +149,8 @@ def main() -> None:
     # What libraries have to say of thousands of damaged files is nobody's reading.
     logging.disable(logging.ERROR)
     warnings.simplefilter("ignore")
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as work:

@@ -5,6 +5,7 @@ Nothing is unpickled, and nothing is written under a path that an archive gives:
 Every function takes the archive and an empty folder, and returns how many images each split has.
 """
 
+import errno
 import io
 import json
 import os
@@ -143,8 +144,9 @@ def readable(archive: Path) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:  # readers of untrusted files raise anything
-        if isinstance(error, OSError) and error.errno is not None:
-            raise  # the disk's, not the file's
+        # A place before the file's beginning is the archive's fault, all others are the disk's.
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise
         raise InputError(f"{archive} is no archive that can be read: {first_line(error)}") from error
 
 
