@@ -70,8 +70,8 @@ class Watch:
 
     def _inside(self, event: str, path: Any, folder: int = -1) -> None:
         # Where a tree is removed, its parts are named below a folder that is open.
-        base = os.readlink(f"/proc/self/fd/{folder}") if folder >= 0 else ""
-        real = os.path.realpath(Path(base, os.fsdecode(path)))
+        base = Path(f"/proc/self/fd/{folder}").readlink() if folder >= 0 else Path()
+        real = os.path.realpath(base / os.fsdecode(path))
         if not real.startswith((self.allowed, "/dev/null")):
             self.found.append(f"{event} {real}")
 

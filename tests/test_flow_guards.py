@@ -14,6 +14,7 @@ from unrote.api import train
 from unrote.data import in_memory_store
 from unrote.detection.retest import Settings, retest
 from unrote.errors import InputError
+from unrote.guards.callback import GuardCallback
 from unrote.guards.spec import GUARDS
 from unrote.sampling import sample, text_sampler
 from unrote.seeding import derive_seed
@@ -68,6 +69,13 @@ def test_every_guard_works_or_is_refused_with_those_that_do(folders, tmp_path, f
         with pytest.raises(InputError, match=f"{why}, not for a {family}; it takes {', '.join(WORKING[:2])} and"):
             sample(source, out=tmp_path / "refused", guards=[guard], **FEW)
         assert not (tmp_path / "refused").exists()
+
+
+@pytest.mark.parametrize("family", FLOW)
+def test_as_a_callback_there_is_nothing_to_hook_guards_into(folders, family):
+    pipeline = load_text_to_image(folders / family, None, None)
+    with pytest.raises(InputError, match=rf"a {family} has no UNet.*put CopyFilter around it"):
+        GuardCallback(pipeline, ["repeat-words"], ["red cat"], [0])
 
 
 @pytest.mark.parametrize(("family", "own"), [("StableDiffusion3Pipeline", 16), ("FluxPipeline", 128)])
