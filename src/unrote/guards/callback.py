@@ -117,8 +117,8 @@ class GuardCallback(PipelineCallback):  # type: ignore[misc]
 def _check(pipeline: Any, guards: Sequence[str], prompts: Sequence[str], seeds: Sequence[int]) -> None:
     if getattr(pipeline, "unet", None) is None or getattr(pipeline, "vae_scale_factor", None) is None:
         raise InputError(
-            f"guards: a {type(pipeline).__name__} has no UNet under text to hook them into; change its prompts before the "
-            "call, and put CopyFilter around it"
+            f"guards: a {type(pipeline).__name__} has no UNet under text to hook them into; change its prompts before "
+            "the call, and put CopyFilter around it"
         )
     if len(prompts) != len(seeds) or not prompts:
         raise InputError(f"guards: {len(prompts)} prompts and {len(seeds)} seeds; give one of each an image")
