@@ -31,8 +31,8 @@ def why_not_loaded(source: Path | str, error: BaseException) -> str:
     for folder in sorted(part for part in Path(source).glob("*") if part.is_dir()):
         if not any(folder.glob("*.safetensors")) and (files := sorted(folder.glob("*.bin"))):
             return (
-                f"{first_line(error)}; {files[0]} must be unpickled, which can run a program, and is not read. If you trust "
-                "it, convert the folder: "
+                f"{first_line(error)}; {files[0]} must be unpickled, which can run a program, and is not read. If you "
+                "trust it, convert the folder: "
                 f"DiffusionPipeline.from_pretrained('{source}', use_safetensors=False).save_pretrained(FOLDER)"
             )
     return first_line(error)
