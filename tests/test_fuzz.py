@@ -97,10 +97,10 @@ def test_a_damaged_file_of_a_run_or_of_samples_is_named(run, tmp_path, content):
     (tmp_path / "sampling.json").write_bytes(content)
     with pytest.raises(InputError, match=r"sampling\.json: is damaged.*choose another --out"):
         start(tmp_path, {"steps": 1})
-    manifests = sorted((copy.path / "checkpoints").glob("*.json"))
-    for manifest in manifests:
+    for manifest in (copy.path / "checkpoints").glob("*.json"):
         manifest.write_bytes(content)
-    (copy.path / "run.json").unlink()
+    for name in ("base.json", "run.json"):
+        (copy.path / name).unlink()
     with pytest.raises(InputError, match=r"no checkpoint is whole.*can't be read"):
         toy_run(copy.path, training__epochs=1)
 
