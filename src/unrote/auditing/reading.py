@@ -1,12 +1,12 @@
 """An audit's ``report.json``, read again."""
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from unrote.auditing.older import from_version_1
 from unrote.errors import InputError
+from unrote.files import parse_json
 from unrote.versions import migrated
 
 STEPS = (from_version_1,)
@@ -30,8 +30,8 @@ def read_report(file: Path, flag: str) -> dict[str, Any]:
         InputError: it can't be read, is no report of an audit, or is of a newer version.
     """
     try:
-        summary = json.loads(file.read_text())
-    except (OSError, ValueError, RecursionError) as error:
+        summary = parse_json(file.read_bytes())
+    except (OSError, ValueError) as error:
         raise InputError(f"{flag} {file}: cannot be read ({error}); give the report.json of an audit") from None
     version = summary.get("schema_version") if isinstance(summary, dict) else None
     if type(version) is not int or version < 1 or "memorization" not in summary:

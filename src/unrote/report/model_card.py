@@ -44,9 +44,12 @@ def card_section(report: AuditReport, baseline: Summary | None) -> str:
     summary = summary_markdown(report)
     if baseline is None:
         return summary
-    check_comparable(report.summary, baseline)
     title, rest = summary.split("\n", 1)
-    return f"{title}\n\n{comparison_table(report.summary, baseline)}\n{rest}"
+    try:
+        check_comparable(report.summary, baseline)
+        return f"{title}\n\n{comparison_table(report.summary, baseline)}\n{rest}"
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"--baseline: is no whole report.json ({error!r}); run that `unrote audit` again") from None
 
 
 def check_comparable(summary: Summary, baseline: Summary) -> None:
