@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from unrote.errors import InputError, first_line
-from unrote.files import atomic_path, atomic_write, write_json, write_text
+from unrote.files import atomic_path, atomic_write, remove_leftovers, write_json, write_text
 from unrote.models.known import check_source
 from unrote.models.task import RAW_VARIANT
 from unrote.ranks import Ranks
@@ -400,13 +400,17 @@ def load_unet(source: Path | str, run: Run | None, weights: Weights) -> tuple[An
 
 
 def _start(folder: Path, settings: dict[str, Any]) -> None:
-    """Make the folder, or check that its samples were made with the same settings."""
+    """Make the folder, or check that its samples were made with the same settings.
+
+    What killed processes left half written is removed: no other process may be writing in the folder yet.
+    """
     file = folder / "sampling.json"
     if not file.exists():
         # Hidden files are what a process leaves that was killed just as it began.
         if folder.exists() and any(folder.glob("[!.]*")):
             raise InputError(f"--out {folder}: is not empty and holds no samples of ours; choose another")
         folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder)
         write_json(file, settings)
         return
     old = json.loads(file.read_text())
@@ -415,6 +419,7 @@ def _start(folder: Path, settings: dict[str, Any]) -> None:
     changed = [f"{key}: {old.get(key)} -> {settings[key]}" for key in keys]
     if changed:
         raise InputError(f"--out {folder}: holds samples made otherwise ({'; '.join(changed)}); choose another folder")
+    remove_leftovers(folder)
 
 
 def _file_name(index: int) -> str:

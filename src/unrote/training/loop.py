@@ -177,7 +177,7 @@ def _train(
         logger.info("going on at %s of %s samples", f"{state['samples']:,}", f"{budget.total:,}")
     checkpoints.clear_away()
     peers.ticks = saved = state["steps"] if state else 0
-    journal = Journal(peers, run, config, peers.ticks, state["log"] if state else None)
+    journal = Journal(peers, run, config, peers.ticks, state.pop("log") if state else None)
 
     def checkpoint(last: bool) -> None:
         nonlocal saved
