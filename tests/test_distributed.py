@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -230,7 +231,7 @@ def test_more_lines_wait_than_a_message_of_the_store_may_hold(tmp_path):
         first, second = pool.map(process, range(2))
     every = {k: waiting[k] + [line(k, 100)] * (k >= 150) for k in waiting}
     assert (first["waiting"], second) == (every, {}), "only who writes them has them"
-    assert list(map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())) == sum(every.values(), [])
+    assert list(map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())) == [*chain(*every.values())]
     assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
 
 
