@@ -152,10 +152,22 @@ class Plan:
         steps = f"; in each step each rank that shares a proxy sends {_size(placement.step_bytes)}"
         return [
             f"processes    {count}; {placement.to_text()}",
+            *self._memory(),
             f"exchange     in each of {self.rounds} rounds {_size(placement.gathered_bytes)} go to rank 0, "
             f"{_size(placement.broadcast_bytes)} to each other; {_size(placement.ledger_bytes)} of ledger"
             f"{steps if placement.step_bytes else ''}",
         ]
+
+    def _memory(self) -> list[str]:
+        """Where processes need different memory, that of each, of those that need the same in one."""
+        groups: dict[str, list[int]] = {}
+        for index, rank in enumerate(self.placement.ranks):
+            host = f", host {_size(rank.host_bytes)}" if rank.host_bytes else ""
+            groups.setdefault(f"{_size(rank.device_bytes)}{host}", []).append(index)
+        if len(groups) == 1:
+            return []
+        who = [f"rank {group[0]}" + (f" and {len(group) - 1} more" if group[1:] else "") for group in groups.values()]
+        return [f"of each      {'; '.join(f'{ranks}: {needs}' for ranks, needs in zip(who, groups, strict=True))}"]
 
     def _time(self) -> list[str]:
         if self.probe is None or self.seconds is None:
