@@ -87,7 +87,7 @@ def test_training_goes_on_without_locks(tmp_path, monkeypatch):
     flock_says(errno.ENOSYS, monkeypatch)
     monkeypatch.setenv("UNROTE_CACHE", str(tmp_path / "cache"))
     np.savez(tmp_path / "toy.npz", images=toy_images().images)
-    images = open_images(tmp_path / "toy.npz")
+    images = open_images(tmp_path / "toy.npz", resolution=8)
     assert toy_run(tmp_path / "run", images=images, training__epochs=1).finished
     assert not list((tmp_path / "cache").rglob("*.partial"))
 
