@@ -28,6 +28,16 @@ def base(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def elsewhere():
+    """Calls run a program in another process, which knows nothing of ours."""
+    from elsewhere import Elsewhere
+
+    process = Elsewhere()
+    yield process
+    process.close()
+
+
+@pytest.fixture(scope="session")
 def memorizing(tmp_path_factory):
     """A run that has learned about half of its samples by rote; its training images are ``pictures(16)``."""
     from memorizing import memorizing_run

@@ -202,6 +202,23 @@ def test_a_machine_disappears_and_torchrun_goes_on_with_the_other(tmp_path, data
     assert [path.name for path in out.rglob(".*")] == [".lock"]
 
 
+def test_torchrun_goes_on_with_as_many_processes_when_one_was_killed(tmp_path, data, long_alone):
+    """What an attempt has left in the launcher's store, as that it failed, is none of the next one's business."""
+    out = tmp_path / "run"
+    command = [*TORCHRUN, "--standalone", "--nproc-per-node=2", "--max-restarts=3", *command_of(out, data, **LONG)]
+    variables = os.environ | variables_for(out)
+    launcher = subprocess.Popen(command, env=variables, stderr=subprocess.PIPE, text=True)
+    try:
+        assert wait_for_checkpoints(out, launcher, 10)
+        os.kill(workers_of(launcher)[1], signal.SIGKILL)
+        _, errors = launcher.communicate(timeout=400)
+    finally:
+        launcher.kill()
+    assert launcher.returncode == 0, errors
+    assert errors.count("going on at") == 2, errors  # once, of each
+    assert_same_run(Run(out), long_alone())
+
+
 def test_a_process_that_hangs_between_speaking_and_being_counted_is_named():
     store = HashStore()
     store.set("meeting/1/1", "null")

@@ -12,7 +12,6 @@ import pytest
 from forking import INTERRUPTED, UNUSABLE, Job
 from launching import program
 from toy import assert_same_run
-from unrote.config import METHODS
 from unrote.training.run import Run
 
 MANY = {"training.epochs": 8, "training.checkpointing_steps": 2}
@@ -46,18 +45,6 @@ def goes_on(out, world, expected):
     assert_same_run(Run(out), expected)
 
 
-@pytest.mark.parametrize("method", ["iet-agc", "iet-agc+"])
-def test_the_number_of_processes_changes_nothing(tmp_path, method):
-    assert METHODS[method]
-    runs = []
-    for world in (1, 2, 3):
-        job = Job(tmp_path / str(world), world, method, {"training.checkpointing_steps": 3})
-        assert job.wait() == [0] * world, job.messages()
-        runs.append(Run(tmp_path / str(world)))
-    for run in runs[1:]:
-        assert_same_run(run, runs[0])
-
-
 def test_some_random_kills(tmp_path):
     """The benchmark that kills hundreds of times, a few times."""
     seed = random.randrange(10**6)
@@ -65,6 +52,18 @@ def test_some_random_kills(tmp_path):
     assert found["jobs_that_differ"] == found["jobs_with_leftovers"] == 0, f"seed {seed}: {found}"
     assert found["kills"] >= 2
     assert found["undisturbed_two_processes_equal"]
+
+
+def test_a_request_to_stop_one_that_waits_is_passed_on(tmp_path):
+    """Its only proxy has had its turn; the other process is in the first of two turns, and has seconds to go."""
+    out = tmp_path / "run"
+    long = {"training.epochs": 150, "ensemble.local_epochs": 150, "training.checkpointing_steps": 10**6}
+    job = Job(out, 2, "iet-agc", long)
+    until(lambda: list((out / "proxies").glob("proxy-0*")), job)
+    job.kill(signal.SIGTERM, [0])
+    assert job.wait(60) == [INTERRUPTED, INTERRUPTED], job.messages()
+    assert len(list((out / "checkpoints").glob("*.json"))) == 1
+    assert not list((out / "proxies").glob("proxy-2*")), "nobody went on to the end"
 
 
 def test_a_request_to_stop_one_process_stops_all_after_a_checkpoint(tmp_path, calm):

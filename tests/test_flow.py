@@ -1,8 +1,6 @@
 """Flow matching families: the loss by its formula, the same exactness as Stable Diffusion, outputs for diffusers."""
 
 import json
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -232,13 +230,11 @@ torch.save(torch.from_numpy(image), model + "/../image.pt")
 
 
 @pytest.mark.parametrize(("family", "kind"), [("sd3", "full"), ("sd3-t5", "lora"), ("flux", "full"), ("flux", "lora")])
-def test_plain_diffusers_loads_it_and_makes_the_images_that_we_make(tmp_path, folders, family, kind):
+def test_plain_diffusers_loads_it_and_makes_the_images_that_we_make(tmp_path, folders, elsewhere, family, kind):
     settings = {"training__epochs": 3, "training__learning_rate": 0.01, "training__use_ema": False}
     run = tuned(tmp_path / "run", folders / family, "standard", kind, **settings)
     absent = "text_encoder_3 tokenizer_3" if family == "sd3" else ""
-    words = [str(folders / family), str(run.model_folder), kind, absent]
-    found = subprocess.run([sys.executable, "-c", LOAD, *words], capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr
+    elsewhere(LOAD, folders / family, run.model_folder, kind, absent)
     theirs = (torch.load(run.path / "image.pt", weights_only=True)[0] * 255).round().numpy()
     prompts, options = [SimpleNamespace(text="red cat", seed=0, origin=None)], {"steps": 3, "guidance_scale": 2.0}
     made = sample(run, prompts=prompts, out=tmp_path / "samples", batch_size=1, **options)

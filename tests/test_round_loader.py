@@ -2,6 +2,7 @@
 
 import gc
 import logging
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.utils.data import DataLoader
+from torch.utils.data.distributed import DistributedSampler
 
+from forking import CONTEXT, free_port
 from unrote import Ledger, LossGate, Redistribution, ShardEnsemble, augment_near_threshold
 from unrote.tensorfiles import Stored, clone_state
 
@@ -169,6 +172,94 @@ def test_weights_in_parts_are_refused(process_group):
     fully_shard(model, mesh=process_group)
     with pytest.raises(ValueError, match="FSDPModule"):
         next(ensemble.round())
+
+
+def sharded_twice(module, mesh):
+    fully_shard(module, mesh=mesh)
+
+
+def flattened(module, mesh, **options):
+    FullyShardedDataParallel(module, device_id=torch.device("cpu"), **options)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("wrap", [sharded_twice, flattened, partial(flattened, use_orig_params=True)])
+def test_weights_in_parts_are_seen_where_something_around_the_model_holds_them(process_group, wrap):
+    """As Lightning wraps a module that holds the model, and a Trainer the model whose adapters are trained."""
+    model = nn.Linear(4, 4)
+    ensemble = ShardEnsemble(model, torch.optim.Adam(model.parameters()), DATA, K)
+    wrap(nn.Sequential(model), process_group)
+    with pytest.raises(ValueError, match=r"a FullyShardedDataParallel.*gate alone"):
+        next(ensemble.round())
+
+
+def test_an_optimizer_of_more_than_the_model_is_refused():
+    model, other = nn.Linear(4, 4), nn.Linear(4, 2)
+    both = nn.ModuleList([model, other])
+    optimizer = torch.optim.Adam(both.parameters())
+    with pytest.raises(ValueError, match="also trains 2 parameters that are not the model's"):
+        ShardEnsemble(model, optimizer, DATA, K)
+    ShardEnsemble(both, optimizer, DATA, K)
+
+
+def test_workers_that_outlive_a_pass_are_refused():
+    *_, ensemble = parts()
+    with pytest.raises(ValueError, match="persistent_workers"):
+        ensemble.loader(lambda shard: DataLoader(shard, 2, num_workers=1, persistent_workers=True))
+
+
+def test_gradients_do_not_go_from_proxy_to_proxy():
+    """A loop that steps at every second batch, on shards of 3, 3 and 2: as if the odd ones had never been."""
+    model, optimizer, gate, ensemble = parts()
+    other, other_optimizer, other_gate, explicit = parts()
+    loader = ensemble.loader(lambda shard: DataLoader(shard, 2))
+    for number, batch in enumerate(loader, 1):
+        gate((model(batch) - batch).square().mean(1), loader.index % T).backward()
+        if number % 2 == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+    number = 0
+    for shard in explicit.round():
+        other_optimizer.zero_grad()
+        for batch, index in DataLoader(shard, 2):
+            other_gate((other(batch) - batch).square().mean(1), index % T).backward()
+            number += 1
+            if number % 2 == 0:
+                other_optimizer.step()
+                other_optimizer.zero_grad()
+    assert_equal(weights(model), weights(other))
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def shared_batches(rank, port, out):
+    """In one of two processes: refused without a sampler; with one, which samples each epoch's batches had."""
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    *_, gate, ensemble = parts()
+    with pytest.raises(ValueError, match="each of the 2 processes would be given all batches"):
+        next(iter(ensemble.loader(lambda shard: DataLoader(shard, 2))))
+    *_, gate, ensemble = parts()
+    loader = ensemble.loader(lambda shard: DataLoader(shard, 2, sampler=DistributedSampler(shard)), epochs=2)
+    seen = []
+    for batch in loader:
+        gate(batch.mean(1).requires_grad_(), loader.index % T)
+        seen += loader.index.tolist()
+    torch.save(seen, out / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_processes_that_share_batches_have_their_share(tmp_path):
+    port = free_port()
+    processes = [CONTEXT.Process(target=shared_batches, args=(rank, port, tmp_path)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    # Shards of 5, 5 and 4: of an odd one a sample is seen by both.
+    assert len(first) == len(second) == 2 * (3 + 3 + 2)
+    assert set(first) | set(second) == set(range(N))
+    assert first[:3] != first[3:6]
 
 
 def test_an_average_of_somebody_else_stays_on_its_device():

@@ -247,7 +247,7 @@ def test_a_monitored_method_is_the_model_that_its_monitor_chose(pictures, tmp_pa
     looks = json.loads((run.path / "monitor.json").read_text())
     assert looks["stopped"] and cell["monitor"] == looks["overhead"] > 0
     # Nearly every sample is below a ratio of 1: the first look stops it.
-    assert cell["snapshots"] == [looks["model_samples"]] == [cell["samples_seen"]] == [20]
+    assert cell["snapshots"] == [looks["model_samples"]] == [cell["samples_seen"]] == [24]
     sample(run.model_folder, 12, steps=2, batch_size=12, out=tmp_path / "made.npz")
     kept = out / "cells" / cell["folder"] / f"samples-{cell['samples_seen']:09d}.npz"
     with np.load(tmp_path / "made.npz") as made, np.load(kept) as samples:

@@ -3,8 +3,6 @@
 import io
 import json
 import shutil
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
@@ -124,12 +122,10 @@ torch.save(pipeline.unet.eval()(latents, 500, text).sample.detach(), model + "/.
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
-def test_plain_diffusers_loads_it_and_computes_the_same(tmp_path, base, kind):
+def test_plain_diffusers_loads_it_and_computes_the_same(tmp_path, base, elsewhere, kind):
     settings = {"training__epochs": 1, "model__lora__alpha": 2.0, "training__use_ema": False}
     run = tuned(tmp_path / "run", base, "standard", kind, **settings)
-    command = [sys.executable, "-c", LOAD, str(base), str(run.model_folder), kind]
-    found = subprocess.run(command, capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr
+    elsewhere(LOAD, base, run.model_folder, kind)
     found = torch.load(run.path / "prediction.pt", weights_only=True)
 
     torch.manual_seed(derive_seed(0, "init"))
@@ -269,12 +265,10 @@ def large(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
-def test_sdxl_trains_and_plain_diffusers_loads_it(tmp_path, large, kind):
+def test_sdxl_trains_and_plain_diffusers_loads_it(tmp_path, large, elsewhere, kind):
     run = tuned(tmp_path / "run", large, "iet-agc+", kind, training__epochs=2, text__dropout=0.5)
     assert run.read_ledger()["visits"].sum() == 36
-    command = [sys.executable, "-c", LOAD[: LOAD.index("torch.manual_seed")], str(large), str(run.model_folder), kind]
-    found = subprocess.run(command, capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr
+    elsewhere(LOAD[: LOAD.index("torch.manual_seed")], large, run.model_folder, kind)
 
 
 @pytest.mark.parametrize("family", ["base", "large"])

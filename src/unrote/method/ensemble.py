@@ -14,7 +14,7 @@ from unrote.method.gate import LossGate
 from unrote.method.ledger import Ledger
 from unrote.method.loader import RoundLoader, Shard
 from unrote.method.outer import OuterOptimizer
-from unrote.method.parts import Groups, Moments, Stateful, check_whole, put_back, take
+from unrote.method.parts import Groups, Moments, Stateful, check_parameters, drop_gradients, put_back, take
 from unrote.method.peers import Alone, Average, Peers
 from unrote.method.shards import Split, Topology, redistribute, split_shards
 from unrote.method.slots import FolderSlots, MemorySlots, Slots
@@ -73,8 +73,9 @@ class ShardEnsemble:
         peers: the processes among which the proxies are dealt out. The result does not depend on how many they are.
 
     Raises:
-        ValueError: if the optimizer holds no parameter of the model, either is of a kind that holds weights in parts
-            (FSDP, DeepSpeed), redistribution has no gate to go by, or the ledger is for another number of samples.
+        ValueError: if the optimizer holds no parameter of the model, or others too; either is of a kind that holds
+            weights in parts (FSDP, DeepSpeed); redistribution has no gate to go by; or the ledger is for another number
+            of samples.
     """
 
     def __init__(
@@ -100,10 +101,7 @@ class ShardEnsemble:
     ) -> None:
         self._peers = peers or Alone()
         if not self._peers.parted:
-            check_whole(model, optimizer)
-        trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if not trained & {id(p) for p in model.parameters()}:
-            raise ValueError("the optimizer holds no parameter of this model: build it from model.parameters()")
+            check_parameters(model, optimizer)
         if gate is not None and gate.ledger is not None and gate.ledger.num_samples != len(dataset):
             raise ValueError(f"the ledger is for {gate.ledger.num_samples} samples, the data set has {len(dataset)}")
         self.dataset = dataset
@@ -193,10 +191,10 @@ class ShardEnsemble:
         Leaving early restores the model to the aggregate that the round began with; the shards stay a partition.
 
         Raises:
-            ValueError: if the model has been wrapped since by what holds weights in parts.
+            ValueError: if the model has been wrapped since by what holds weights in parts, or has others.
         """
         if not self._peers.parted:
-            check_whole(self._model, self._optimizer)
+            check_parameters(self._model, self._optimizer)
         complete = False
         try:
             while self.phase < self.num_phases:
@@ -280,6 +278,8 @@ class ShardEnsemble:
 
     def _retire(self) -> None:
         if self.num_shards > 1:
+            # Of an accumulation that the loop did not complete: the next proxy must not step by it.
+            drop_gradients(self._optimizer)
             self._slots.put(f"proxy-{self.proxy}", take(self._averaged | self._kept))
             self._slots.drop(f"live-{self.proxy}")
         self._live = False
@@ -332,7 +332,9 @@ class ShardEnsemble:
         self._model.load_state_dict(moved)
 
     def _abandon(self) -> None:
-        if self.num_shards > 1:
+        # What is held in parts is put back by all members at once, and one that fails is alone with it.
+        if self.num_shards > 1 and not self._peers.parted:
+            drop_gradients(self._optimizer)
             put_back(self._averaged, self._common.get("global"))
         self.phase, self.proxy, self._live, self._ended = 0, 0, False, set()
 

@@ -6,8 +6,10 @@ from collections.abc import Callable, Generator, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.distributed import DistributedSampler
 
 if TYPE_CHECKING:
     from unrote.method.ensemble import ShardEnsemble
@@ -71,7 +73,9 @@ class RoundLoader:
 
     Each proxy is live while its batches are handed out; when the pass ends, the model is the aggregate. Proxies change
     places when the loop asks for the first batch of the next one, so it must have stepped on the last one by then: a
-    loop that fetches batches ahead is refused. Batches are what the loop's own loader makes of the data set.
+    loop that fetches batches ahead is refused. Batches are what the loop's own loader makes of the data set. Gradients
+    that the loop has not stepped by when a proxy's turn ends are dropped. Where processes share the batches, each must
+    have its share of them: loaders are prepared by accelerate, or have a ``DistributedSampler``, whose epochs are set.
 
     Args:
         ensemble: whose rounds these are.
@@ -82,8 +86,9 @@ class RoundLoader:
         index: int64 [B], positions in the data set of the samples of the batch that was handed out last.
 
     Raises:
-        ValueError: if ``make`` gives no ``DataLoader``; while iterating, if the gate has not seen every batch of a
-            proxy by the end of its turn.
+        ValueError: if ``make`` gives no ``DataLoader`` or one of persistent workers; while iterating, if all of several
+            processes would be given the same batches, or the gate has not seen every batch of a proxy by the end of
+            its turn.
     """
 
     def __init__(self, ensemble: "ShardEnsemble", make: Callable[[Dataset[Any]], Any], epochs: int = 1) -> None:
@@ -112,10 +117,14 @@ class RoundLoader:
         return batches
 
     def _round(self) -> Generator[Any, None, None]:
+        samplers = [_shared_sampler(loader) for loader in self._loaders]
         for live in self.ensemble.round():
             self._shards[live.proxy].indices = live.indices
             seen, handed_out = self._seen(), 0
-            for _ in range(self.epochs):
+            for epoch in range(self.epochs):
+                sampler = samplers[live.proxy]
+                if sampler is not None:
+                    sampler.set_epoch((2 * self.ensemble.round_index + self.ensemble.phase) * self.epochs + epoch)
                 for index, batch in self._loaders[live.proxy]:
                     self.index = index
                     handed_out, self._left = handed_out + 1, self._left - 1
@@ -153,14 +162,40 @@ class RoundLoader:
 
 
 def _numbering(loader: Any) -> Any:
-    # accelerate's prepared loaders fetch through one that they hold.
-    inner = getattr(loader, "base_dataloader", loader)
-    if not isinstance(inner, torch.utils.data.DataLoader) or isinstance(inner.collate_fn, _Collate):
+    inner = _inner(loader)
+    if not isinstance(inner, DataLoader) or isinstance(inner.collate_fn, _Collate):
         raise ValueError(
             f"the function must make a new DataLoader of the shard it is given, not a {type(loader).__name__}"
         )
+    if inner.persistent_workers:
+        raise ValueError(
+            "persistent_workers=True: workers would keep the shard as it was when they began, while redistribution "
+            "moves samples to others; leave it out"
+        )
     inner.collate_fn = _Collate(inner.collate_fn)
     return loader
+
+
+def _inner(loader: Any) -> Any:
+    """What accelerate's prepared loaders fetch through; any other loader itself."""
+    return getattr(loader, "base_dataloader", loader)
+
+
+def _shared_sampler(loader: Any) -> DistributedSampler[Any] | None:
+    """What gives this process its share of the batches, unless accelerate does or there are no other processes.
+
+    Lightning and others put it into the loaders that they see, and they see none of those of the shards.
+    """
+    inner = _inner(loader)
+    if isinstance(inner.sampler, DistributedSampler):
+        return inner.sampler
+    alone = not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1
+    if alone or inner is not loader:
+        return None
+    raise ValueError(
+        f"each of the {dist.get_world_size()} processes would be given all batches: make the loader with "
+        "sampler=torch.utils.data.distributed.DistributedSampler(part), or prepare it by accelerate"
+    )
 
 
 def _check_used(proxy: int, used: int, handed_out: int) -> None:

@@ -27,7 +27,7 @@ from unrote.method.assignment import assign, sharing, teams_of
 from unrote.method.peers import Alone, Average
 from unrote.method.slots import Slots
 from unrote.tensorfiles import Stored
-from unrote.training.reachable import TIMEOUT, Reachable, lives, machine, patience
+from unrote.training.reachable import TIMEOUT, Reachable, attempt, lives, machine, patience
 from unrote.training.sharding import TeamSlots
 from unrote.training.team import Parted, Parts, Team, form
 from unrote.training.transport import broadcast, receive, send
@@ -81,7 +81,7 @@ class Single(Alone):
         Raises:
             KeyboardInterrupt: after the checkpoint, if any process was asked to stop.
         """
-        everyone = self.gather({"stop": bool(self._stop), "ended": ended, "ticks": self.ticks})
+        everyone = self.gather({"stop": self._asked, "ended": ended, "ticks": self.ticks})
         stop = any(one["stop"] for one in everyone)
         if stop or not all(one["ended"] for one in everyone):
             self.checkpoint(stop)
@@ -92,6 +92,11 @@ class Single(Alone):
         self.ticks = max(one["ticks"] for one in everyone)
         self.settle()
         return True
+
+    @property
+    def _asked(self) -> bool:
+        """Whether anybody is known to have been asked to stop."""
+        return bool(self._stop)
 
     def wait(self) -> None:
         """Until all proxies have had their turns; checkpoints of the others are written meanwhile."""
@@ -155,12 +160,13 @@ class Group(Single):
     def step(self, doing: str) -> bool:
         """See :meth:`Single.step`. Others are listened to once a second."""
         self.ticks += 1
-        if self._stop and not self._told:
-            self._tell("stop", str(self.rank))
-            self._told = True
-        if not self._stop and time.monotonic() - self._looked >= 1:
+        if time.monotonic() - self._looked >= 1 or (self._stop and not self._told):
             self._look(doing)
-        return self.team.agree(bool(self._stop) or self._heard)
+        return self.team.agree(self._asked)
+
+    @property
+    def _asked(self) -> bool:
+        return bool(self._stop) or self._heard
 
     def gather(self, message: Any, *, patient: bool = False) -> list[Any]:
         """Everybody's ``message``; ``patient`` waits however long the others take.
@@ -258,6 +264,10 @@ class Group(Single):
         """Give a sign of life and listen, also whether anyone was asked to stop."""
         self._looked = time.monotonic()
         with self._named("looking for the other processes"):
+            if self._stop and not self._told:
+                # Also while waiting for the others, who would otherwise train on until they come to a meeting.
+                self._tell("stop", str(self.rank))
+                self._told = True
             self._store.set(f"beat/{self.rank}", f"{self._looked} {doing}")
             if self._store.check(["failed"]):
                 raise InputError(self._store.get("failed").decode())
@@ -381,13 +391,14 @@ def _join(stop: list[int]) -> Group:
     limit = timedelta(seconds=timeout)
     try:
         store, rank, size = next(rendezvous("env://", timeout=limit))
+        store = PrefixStore(attempt(PrefixStore("unrote", store), rank, size, timeout), store)
         dist.init_process_group("gloo", store=PrefixStore("gloo", store), rank=rank, world_size=size, timeout=limit)
     except (RuntimeError, ValueError) as error:
         raise InputError(
             f"the processes did not find each other at {os.environ.get('MASTER_ADDR')}: {first_line(error)}. "
             "Start them with torchrun, or check MASTER_ADDR, MASTER_PORT, RANK and WORLD_SIZE"
         ) from None
-    shared: Any = PrefixStore("unrote", store)
+    shared: Any = store
     if rank > 0:
         shared = Reachable(shared, f"process 0 of {size}", timeout)
     group = Group(shared, rank, size, timeout, stop)

@@ -253,7 +253,8 @@ def _train(
             if monitor is not None:
                 if model is not None:
                     monitor.look(ensemble.round_index, progress.whole.samples, progress.whole.steps, journal)
-                monitor.load_state_dict(peers.gather(monitor.state_dict())[0])
+                # A look may take longer than a process that is silent is waited for.
+                monitor.load_state_dict(peers.gather(monitor.state_dict(), patient=True)[0])
                 if model is not None:
                     monitor.keep_best(progress.whole.samples)
 

@@ -1,8 +1,10 @@
-"""Whether other processes are still there: by their ids on one machine, by the store's answers between machines."""
+"""Which other processes there are, and whether still: by their ids on one machine, by the store's answers otherwise."""
 
 import os
 import socket
 import threading
+import time
+import uuid
 from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
@@ -85,3 +87,44 @@ def patience() -> float:
     if not 1 <= seconds < 1e9:
         raise InputError(f"{TIMEOUT}: must be a number of seconds, at least 1, not {text!r}")
     return seconds
+
+
+def attempt(store: Any, rank: int, size: int, timeout: float) -> str:
+    """A name on which the processes of this attempt agree, and none of an earlier one.
+
+    torchrun keeps its store when it starts workers again, with all that those before have left in it, and counts
+    attempts on each machine apart. So each process asks with a word of its own, and the first one answers that word.
+
+    Raises:
+        RuntimeError: if somebody does not come within ``timeout`` seconds.
+    """
+    own, end = uuid.uuid4().hex, time.monotonic() + timeout
+    name, missing = (own, list(range(1, size))) if rank == 0 else ("", [0])
+    if rank > 0:
+        store.set(f"ask/{rank}", own)
+    while missing:
+        if time.monotonic() > end:
+            raise RuntimeError(f"process {missing[0]} did not come within {timeout:g} seconds")
+        time.sleep(0.01)
+        if rank == 0:
+            missing = [other for other in missing if not _has_heard(store, other, name)]
+        else:
+            name = _answer(store, rank, own)
+            missing = [] if name else [0]
+    return name
+
+
+def _has_heard(store: Any, other: int, name: str) -> bool:
+    """Answer; perhaps it is still the word of an earlier attempt, so until somebody says that it was heard."""
+    if store.check([f"ask/{other}"]):
+        store.set(f"answer/{other}", f"{store.get(f'ask/{other}').decode()} {name}")
+    return bool(store.check([f"heard/{name}/{other}"]))
+
+
+def _answer(store: Any, rank: int, word: str) -> str:
+    answer = store.get(f"answer/{rank}").decode() if store.check([f"answer/{rank}"]) else ""
+    asked, _, name = str(answer).partition(" ")
+    if asked != word:
+        return ""
+    store.set(f"heard/{name}/{rank}", "")
+    return name
