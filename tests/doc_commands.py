@@ -46,7 +46,10 @@ NOT_RUN = (
     (".venv/bin/pre-commit install", "changes the repository; its configuration is tested"),
     ("unrote demo", "CI runs it with --toy, in a step of its own"),
     ("unrote data get", "downloads 170 MB; test_data_named.py runs it against a server of its own"),
+    ("export TORCH_ELASTIC", "needs Slurm"),
+    ("trap 'trap", "needs Slurm"),
     ("head=$(scontrol", "needs Slurm"),
+    ("wait $!", "needs Slurm"),
     ("srun torchrun", "needs Slurm; test_distributed.py starts several processes"),
     ("torchrun --nnodes 2", "needs two machines"),
     ("python benchmarks/text_study/run.py", "test_text_study.py runs it with --toy"),
@@ -62,8 +65,8 @@ class Command:
 
     @property
     def words(self) -> list[str]:
-        """What a shell makes of it, up to a comment."""
-        return shlex.split(self.line, comments=True)
+        """What a shell makes of it, up to a comment, or to what has it run beside what follows."""
+        return shlex.split(self.line.removesuffix(" &"), comments=True)
 
     @property
     def launcher(self) -> list[str]:

@@ -89,10 +89,14 @@ class Command(_Processes):
         """By rank."""
         return [process.pid for process in self.processes]
 
+    @property
+    def codes(self) -> list[int | None]:
+        """Exit codes by rank; None of one that runs."""
+        return [process.exitcode for process in self.processes]
+
     def poll(self) -> int | None:
         """The first exit code that is not 0, or 0; None while any runs."""
-        codes = [process.exitcode for process in self.processes]
-        return None if None in codes else next(filter(None, codes), 0)
+        return None if None in self.codes else next(filter(None, self.codes), 0)
 
     def finish(self, timeout: float = 120) -> subprocess.CompletedProcess:
         """Wait for the end; what is there after so many seconds is killed, and that is an error."""

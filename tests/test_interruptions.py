@@ -322,7 +322,9 @@ def test_a_proxy_that_diverges_begins_its_turn_again_with_other_draws(tmp_path, 
 
 
 def test_one_that_diverges_again_ends_the_run_with_the_evidence(tmp_path, monkeypatch):
-    with pytest.raises(InputError, match=r"proxy 1 has weights.* at step \d+ again.*diverged\.jsonl"):
+    with pytest.raises(
+        InputError, match=r"proxy 1 has weights.* at step \d+, for the second time in this run: .*diverged\.jsonl"
+    ):
         run_that_diverges(tmp_path / "run", monkeypatch, 2)
     records = [json.loads(line) for line in (tmp_path / "run" / "diverged.jsonl").read_text().splitlines()]
     assert [(record["proxy"], record["retries"]) for record in records] == [(1, 0), (1, 1)]

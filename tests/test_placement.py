@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,8 @@ def test_more_processes_than_proxies_share_them(tmp_path):
     assert ranks[1].host_bytes > ranks[2].host_bytes, "who does not lead has the proxy in memory"
     text = "ranks 0-1 share proxy 0; ranks 2-3 share proxy 1; rank 4: 1 proxy"
     assert found.placement.to_text() == text and text in str(found) and "in each step" in str(found)
+    (line,) = [line for line in str(found).splitlines() if line.startswith("of each ")]
+    assert re.fullmatch(r"of each +rank 0: .+; rank 1 and 1 more: .+; rank 2: .+; rank 4: .+", line), line
 
 
 def test_weights_in_parts(tmp_path):
@@ -91,7 +94,7 @@ def test_weights_in_parts(tmp_path):
 
 def test_one_proxy_on_many_processes(tmp_path):
     found = planned(tmp_path, "standard", processes=3)
-    assert found.placement.to_text() == "ranks 0-2 share proxy 0"
+    assert found.placement.to_text() == "ranks 0-2 share proxy 0" and "of each " not in str(found), "they are alike"
     assert (found.placement.gathered_bytes, found.placement.broadcast_bytes, found.placement.idle) == (0, 0, 0)
     assert found.checkpoint_bytes == planned(tmp_path, "standard").checkpoint_bytes
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from toy import SETTINGS, log_of, summary_of, toy_images, toy_run
+from toy import SETTINGS, log_of, stop_in_step, summary_of, toy_images, toy_run
 from unrote.api import plan, train
 from unrote.config import METHODS, load_config
 from unrote.data.store import in_memory_store
@@ -45,6 +45,7 @@ CASES = [
     ("standard", {"training__batch_size": 100, "training__gradient_accumulation_steps": 3}),
     ("iet-agc", {"training__use_ema": False, "training__checkpointing_steps": 2}),
     ("iet-agc+", {"training__checkpointing_steps": 1, "training__checkpoints_total_limit": 3}),
+    ("standard", {"training__snapshots": 9, "training__checkpoints_total_limit": 1}),
 ]
 
 
@@ -165,6 +166,29 @@ def test_too_little_disk(tmp_path, monkeypatch):
     assert set(asked) == {tmp_path}, "the disk that is asked is that of the run folder"
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(path, need))
     assert planned(tmp_path / "run").free_disk_bytes == need
+
+
+def test_a_run_that_could_begin_can_go_on_and_be_asked_for_again(tmp_path, monkeypatch, caplog):
+    """The disk has just the room that the run needs; what it has written is no longer free."""
+    out, settings, others = tmp_path / "run", {"method": "iet-agc+", "training__checkpointing_steps": 4}, 0
+    need = planned(out, **settings).disk_bytes
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(need, 0, max(0, need - bytes_in(tmp_path) - others)))
+    with monkeypatch.context() as patch:
+        stop_in_step(9, patch)
+        with pytest.raises(KeyboardInterrupt):
+            toy_run(out, **settings)
+    (out / ".model.4711.0badcafe.tmp").mkdir()
+    (out / ".model.4711.0badcafe.tmp" / "weights").write_bytes(bytes(1 << 16))
+    assert "are there already)" in str(planned(out, **settings))
+    others = need // 2
+    with pytest.raises(InputError, match=r"needs up to .* more and the disk has .* free"):
+        toy_run(out, **settings)
+    others = 0
+    assert toy_run(out, **settings).finished
+    others = need
+    with caplog.at_level("INFO", "unrote"):
+        assert toy_run(out, **settings).finished
+    assert "nothing to do" in caplog.text
 
 
 def test_fewer_images_than_shards(tmp_path):

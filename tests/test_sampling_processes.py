@@ -1,10 +1,11 @@
 """Sampling by several processes: the files are those of one process, also after one of them was killed."""
 
+import signal
 import time
 
 import pytest
 
-from forking import Command
+from forking import UNUSABLE, Command
 from toy import toy_run
 from unrote.sampling import sample
 
@@ -19,6 +20,22 @@ with joined(torch.device("cpu")) as ranks:
         ranks.agree({"rank": ranks.rank // 2})
     except InputError as error:
         print(error)
+"""
+
+
+WAITING = """
+import sys, time
+import torch
+from unrote.errors import InputError
+from unrote.ranks import joined
+
+with joined(torch.device("cpu")) as ranks:
+    if ranks.rank:
+        time.sleep(6)
+    try:
+        ranks.barrier()
+    except InputError as error:
+        sys.exit(f"rank {ranks.rank}: {error}")
 """
 
 
@@ -56,14 +73,16 @@ def test_after_a_kill_any_number_of_processes_goes_on(run, alone, tmp_path):
     while process.poll() is None and not list(out.glob("0*.png")):
         time.sleep(0.01)
     process.kill(ranks=[1])
-    assert process.finish().returncode != 0
+    done = process.finish()
+    assert process.codes == [UNUSABLE, -signal.SIGKILL], done.stderr
+    assert "another process of this job has stopped, and its own message says why" in done.stderr
     assert not (out / "samples.jsonl").exists()
     # What is whole stays as it is.
     kept = {path: path.stat().st_mtime_ns for path in out.glob("[0-9]*.png")}
     first = {path: kept[path] for path in sorted(kept)[: len(kept) // 4 * 4] if int(path.stem) < 4}
+    (out / ".000021.png.4711.0badcafe.tmp").write_bytes(b"half of it")
     assert Command(command(run, out), 3).finish().returncode == 0
-    found = {name: content for name, content in files_in(out).items() if not name.startswith(".")}
-    assert found == alone
+    assert files_in(out) == alone, "also nothing that the killed one left"
     assert all(path.stat().st_mtime_ns == written for path, written in first.items())
 
 
@@ -80,6 +99,16 @@ def test_processes_that_were_told_different_things(tmp_path):
     result = Command([script], 3).finish()
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("rank 2: was given other settings or another model than rank 0") == 3
+
+
+def test_who_waits_too_long_gives_up_and_does_not_say_that_the_other_has_stopped(tmp_path):
+    script = tmp_path / "waiting.py"
+    script.write_text(WAITING)
+    process = Command([script], 2, UNROTE_PEER_TIMEOUT="2")
+    result = process.finish(60)
+    assert process.codes[0] == 1, result.stderr
+    (said,) = [line for line in result.stderr.splitlines() if line.startswith("rank 0: ")]
+    assert "or gave no answer in time" in said and "raise UNROTE_PEER_TIMEOUT if it is only slow" in said
 
 
 def test_a_launcher_without_addresses(run, tmp_path):

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,11 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from unrote.errors import InputError, first_line
+from unrote.training.reachable import TIMEOUT, patience
 
 
 class PeerLostError(InputError):
-    """Another process of the job is gone."""
+    """Another process of the job is gone, or does not answer."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,8 @@ def joined(device: torch.device) -> Iterator[Ranks]:
     Args:
         device: where this process computes; ``nccl`` connects CUDA devices, ``gloo`` everything else.
 
+    Whoever waits for the others gives up after ``UNROTE_PEER_TIMEOUT`` seconds, as in training.
+
     Raises:
         InputError: the launcher's environment is not complete, or the other processes cannot be reached.
     """
@@ -105,10 +109,11 @@ def joined(device: torch.device) -> Iterator[Ranks]:
     if given or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Ranks.here(distributed=given)
         return
+    limit = timedelta(seconds=patience())
     if device.type == "cuda":
         torch.cuda.set_device(device)
     try:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=limit)
     except (ValueError, RuntimeError) as error:
         raise InputError(
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but its processes do not find one another "
@@ -122,10 +127,11 @@ def joined(device: torch.device) -> Iterator[Ranks]:
 
 @contextmanager
 def _together() -> Iterator[None]:
-    """Raises PeerLostError where a group says that one of its processes is gone."""
+    """Raises PeerLostError where a group says that one of its processes is gone, or took too long."""
     try:
         yield
     except RuntimeError as error:
         raise PeerLostError(
-            f"another process of this job has stopped; its own message says why ({first_line(error)})"
+            f"another process of this job has stopped, and its own message says why, or gave no answer in time "
+            f"({first_line(error)}): raise {TIMEOUT} if it is only slow. The same command goes on from here"
         ) from error

@@ -12,7 +12,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from unrote.errors import InputError
-from unrote.files import atomic_path, atomic_write, parse_json, read_object, write_json, write_text
+from unrote.files import atomic_path, atomic_write, parse_json, read_object, remove_leftovers, write_json, write_text
 
 NOTE = "unrote"
 """The text of a PNG file that says what a copy filter found."""
@@ -20,6 +20,8 @@ NOTE = "unrote"
 
 def start(folder: Path, settings: dict[str, Any]) -> None:
     """Make the folder, or check that its samples were made with the same settings.
+
+    What killed processes left half written is removed: no other process may be writing in the folder yet.
 
     Raises:
         InputError: they were not, or it holds something else.
@@ -30,6 +32,7 @@ def start(folder: Path, settings: dict[str, Any]) -> None:
         if folder.exists() and any(folder.glob("[!.]*")):
             raise InputError(f"--out {folder}: is not empty and holds no samples of ours; choose another")
         folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder)
         write_json(file, settings)
         return
     # Before there was a version it was 1.
@@ -39,6 +42,7 @@ def start(folder: Path, settings: dict[str, Any]) -> None:
     changed = [f"{key}: {old.get(key)} -> {settings[key]}" for key in keys]
     if changed:
         raise InputError(f"--out {folder}: holds samples made otherwise ({'; '.join(changed)}); choose another folder")
+    remove_leftovers(folder)
 
 
 def file_name(index: int) -> str:

@@ -5,7 +5,6 @@ captions, class names), ``quarantine.jsonl`` and ``meta.json``. It is made under
 when complete, so nobody ever sees half a store, and whoever holds the lock may delete what a dead builder left.
 """
 
-import fcntl
 import json
 import logging
 import os
@@ -26,6 +25,7 @@ from unrote.data.sources import ImageSource, Sample, digest_of
 from unrote.data.store import ImageStore, Quarantined, content_fingerprint, pixel_digest
 from unrote.errors import InputError
 from unrote.files import atomic_write, fsync, write_bytes, write_json
+from unrote.ownership import BusyError, Ownership
 
 log = logging.getLogger("unrote")
 
@@ -58,7 +58,7 @@ def open_source(source: ImageSource, settings: DecodeSettings, cache_dir: Path |
     _remove_leftovers(stores)
     known = source.key()
     own = None if known is None else digest_of(FORMAT, known, vars(settings))[:40]
-    with _locked(stores, own or f"{_NAMELESS}{uuid.uuid4().hex}") as key:
+    with _owned(stores, own or f"{_NAMELESS}{uuid.uuid4().hex}") as key:
         folder = stores / key
         if own is not None and (found := _open_store(folder, source.description)) is not None:
             log.info("%s: %s (decoded before: %s)", source.description, _counts(found, source), folder)
@@ -262,34 +262,24 @@ def _open_store(folder: Path, description: str) -> ImageStore | None:
 
 
 @contextmanager
-def _locked(stores: Path, key: str, wait: bool = True) -> Iterator[str]:
-    """Hold the lock of ``key``; it goes with the process, however that ends. BlockingIOError if not to wait for it."""
-    with (stores / f"{key}.lock").open("wb") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if not wait:
-                raise
-            log.info("waiting for another process that decodes the same images")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError as error:
-            raise InputError(
-                f"cannot lock files in {stores} ({error.strerror}); set UNROTE_CACHE to a local disk"
-            ) from error
-        try:
+def _owned(stores: Path, key: str, wait: bool = True) -> Iterator[str]:
+    """Own ``key``, which ends with the process, however that ends. BusyError if not to wait for it."""
+    file = stores / f"{key}.lock"
+    try:
+        with Ownership(file, "another process decodes the same images").held(wait=wait):
             yield key
-        finally:
-            if key.startswith(_NAMELESS):  # nobody else ever waits for this one
-                (stores / f"{key}.lock").unlink(missing_ok=True)
+    finally:
+        if key.startswith(_NAMELESS):  # nobody else ever waits for this one
+            file.unlink(missing_ok=True)
 
 
 def _remove_leftovers(stores: Path) -> None:
-    """Delete partial stores whose builder is dead: its lock is free."""
+    """Delete partial stores whose builder is dead: nobody owns them."""
     for partial in stores.glob("*.partial"):
         try:
-            with _locked(stores, partial.stem, wait=False):
+            with _owned(stores, partial.stem, wait=False):
                 shutil.rmtree(partial, ignore_errors=True)
-        except BlockingIOError:
+        except BusyError:
             continue
 
 

@@ -1,15 +1,13 @@
 """Features are extracted once: kept on disk under a hash of the images' pixels and of everything the encoder is.
 
 One file per set and encoder, an ordinary ``.npy``. It is written block by block under another name and renamed when it
-is whole; whoever holds its lock is the only writer, so it may go on with what a dead process left.
+is whole; whoever owns it is the only writer, so it may go on with what a dead process left.
 """
 
-import fcntl
 import hashlib
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,6 +20,7 @@ from unrote.encoders.custom import checked
 from unrote.errors import InputError
 from unrote.files import fsync
 from unrote.neighbours.streaming import Rows, content_digest, release
+from unrote.ownership import Ownership
 from unrote.ranks import PeerLostError, Ranks
 
 log = logging.getLogger("unrote")
@@ -77,7 +76,8 @@ def features(
     try:
         cache.mkdir(parents=True, exist_ok=True)
         if ranks.rank == 0:
-            with _locked(path):
+            lock = path.with_name(f"{path.name}.lock")
+            with Ownership(lock, "another process extracts the same features").held(wait=True):
                 found = _extracted(path, encoder, images, progress, ranks)
         else:
             found = _extracted(path, encoder, images, progress, ranks)
@@ -225,15 +225,3 @@ def _open(path: Path, count: int) -> np.ndarray | None:
         reason = f"{type(error).__name__}: {error}"
     log.warning("%s is damaged (%s): its features are extracted again", path, reason)
     return None
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold the lock of ``path``; it goes with the process, however that ends."""
-    with path.with_name(f"{path.name}.lock").open("wb") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.info("waiting for another process that extracts the same features")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

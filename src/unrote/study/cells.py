@@ -1,13 +1,12 @@
 """A cell: one method of a regime on one seed, trained, sampled at every snapshot and measured."""
 
-import fcntl
 import hashlib
 import json
 import logging
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from unrote.config import Config, changed_keys, parse
 from unrote.data import ImageStore
 from unrote.errors import InputError
 from unrote.files import atomic_path, write_json
+from unrote.ownership import BusyError, Ownership
 from unrote.sampling import sample
 from unrote.study.measure import Yardstick
 from unrote.study.plan import SamplingPlan
@@ -186,10 +186,10 @@ class Folder:
 def claimed(folder: Folder) -> Iterator[bool]:
     """Whether the cell is ours; not if another process works on it."""
     folder.path.mkdir(parents=True, exist_ok=True)
-    with (folder.path / ".lock").open("w") as file:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            stack.enter_context(Ownership(folder.path / ".lock", f"{folder.path}: is another process's").held())
+        except BusyError:
             yield False
             return
         yield True

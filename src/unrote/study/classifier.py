@@ -2,7 +2,6 @@
 of those that are compared.
 """
 
-import fcntl
 import hashlib
 import logging
 import time
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from unrote.data import ImageStore
 from unrote.data.build import cache_folder
+from unrote.ownership import Ownership
 from unrote.seeding import derive_seed, generator
 from unrote.tensorfiles import load_state, save_state, weights_hash
 from unrote.training.precision import multiplies_bf16
@@ -97,8 +97,7 @@ def trained_classifier(images: ImageStore, cache: Path | None = None) -> Classif
     folder = cache_folder() / "classifiers" if cache is None else cache
     file = folder / f"{hashlib.sha256(repr((VERSION, images.fingerprint)).encode()).hexdigest()[:32]}.safetensors"
     folder.mkdir(parents=True, exist_ok=True)
-    with file.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with Ownership(file.with_suffix(".lock"), "another process trains the same classifier").held(wait=True):
         if not file.exists():
             network, accuracy = _train(images)
             save_state(file, {"network": network.state_dict(), "accuracy": accuracy})

@@ -1,8 +1,10 @@
 """The lines of the log, in the order in which one process would write them, whichever processes train."""
 
+import json
 from typing import Any
 
 from unrote.config import Config
+from unrote.files import temporary_path
 from unrote.method.peers import Peers
 from unrote.training.run import Log, Run
 from unrote.training.trackers import NoTracker, Tracker, make_tracker
@@ -13,7 +15,8 @@ Record = dict[str, Any]
 class Journal:
     """Lines wait until those of all earlier proxies of this part of the round are written.
 
-    The first process has the first proxies, so its lines never wait; those of the others wait until all meet.
+    The first process has the first proxies, so its lines never wait; those of the others wait until all meet. Then they
+    go to it by files in the run's folder, since what goes through the store must be small, and goes to everybody.
 
     Args:
         peers: the processes; only the first writes.
@@ -24,7 +27,7 @@ class Journal:
     """
 
     def __init__(self, peers: Peers, run: Run, config: Config, step: int, state: dict[str, Any] | None) -> None:
-        self._peers = peers
+        self._peers, self._run = peers, run
         self._log: Log | None = None
         self._tracker: Tracker = NoTracker()
         # What waited at the checkpoint waits in the first process, whoever trains that proxy now: it is the oldest.
@@ -55,7 +58,10 @@ class Journal:
         self._waiting = {}
 
     def save(self) -> dict[str, Any]:
-        """The lines that wait, of all processes, and how long the file is. Every process must call it at once."""
+        """The lines that wait, of all processes, and how long the file is; nothing but in the first process.
+
+        Every process must call it at once.
+        """
         waiting = self._everybodys()
         if self._log is None:
             return {}
@@ -69,10 +75,21 @@ class Journal:
         self._tracker.close()
 
     def _everybodys(self) -> dict[int, list[Record]]:
-        together: dict[int, list[Record]] = {}
-        for one in self._peers.gather(list(self._waiting.items())):
-            for proxy, records in one:
-                together.setdefault(proxy, []).extend(records)
+        """What waits anywhere, in the first process; of each proxy, its own lines first, which are the oldest."""
+        own = temporary_path(self._run.path / "waiting")
+        brings = self._peers.rank > 0 and any(self._waiting.values())
+        try:
+            if brings:
+                own.write_text(json.dumps(list(self._waiting.items())))
+            names = self._peers.gather(own.name if brings else None)
+            together = {} if self._log is None else {proxy: list(lines) for proxy, lines in self._waiting.items()}
+            for name in names if self._log is not None else ():
+                for proxy, lines in json.loads((self._run.path / name).read_text()) if name else ():
+                    together.setdefault(proxy, []).extend(lines)
+            if any(names):
+                self._peers.gather(None)  # the first has read them
+        finally:
+            own.unlink(missing_ok=True)
         return together
 
     def _write(self, last: int) -> None:

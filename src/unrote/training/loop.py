@@ -177,7 +177,7 @@ def _train(
         logger.info("going on at %s of %s samples", f"{state['samples']:,}", f"{budget.total:,}")
     checkpoints.clear_away()
     peers.ticks = saved = state["steps"] if state else 0
-    journal = Journal(peers, run, config, peers.ticks, state["log"] if state else None)
+    journal = Journal(peers, run, config, peers.ticks, state.pop("log") if state else None)
 
     def checkpoint(last: bool) -> None:
         nonlocal saved
@@ -286,7 +286,7 @@ def _go_back(run: Run, ensemble: ShardEnsemble, step: TrainingStep, record: dict
     found = "has weights that are no numbers" if finite else f"has a loss of {record['loss']:g}"
     what = f"proxy {record['proxy']} {found} at step {record['step']}"
     if ensemble.num_shards == 1 or step.retry.count:
-        again = " again, after it began its turn anew" if step.retry.count else ""
+        again = ", for the second time in this run" if step.retry.count else ""
         raise InputError(
             f"{run.path}: {what}{again}: training has diverged (see diverged.jsonl). Lower training.learning_rate, or "
             "set training.mixed_precision=bf16 or no, and train into a new folder"

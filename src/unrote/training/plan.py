@@ -1,7 +1,9 @@
 """The plan of a run: what it will do and need, checked before the long work begins."""
 
 import logging
+import os
 import shutil
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +24,12 @@ from unrote.training.pitfalls import memory_pitfall, pitfalls
 from unrote.training.placement import Placement, StateSize, place
 from unrote.training.probe import Probe
 from unrote.training.reference import reference_of
+from unrote.training.run import Run
 
 logger = logging.getLogger("unrote")
+
+FOLDERS = ("checkpoints", "proxies", "snapshots", "monitor", "model")
+"""Those of a run; samples and reports beside them are not what training needs."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +53,11 @@ class Plan:
     activation_bytes: int
     """What the forward pass keeps for the backward pass, for one part of a batch."""
     disk_bytes: int
-    """Checkpoints, waiting proxies and the finished model."""
+    """Checkpoints, waiting proxies, snapshots, the monitor's best weights and the finished model."""
     cache_bytes: int
     """Latents and text embeddings, in the cache folder."""
+    held_disk_bytes: int
+    """What the run folder has of that already."""
     free_disk_bytes: int
     checkpoint_bytes: int
     """One checkpoint: every proxy, the average, and those in the middle of their turns."""
@@ -91,6 +99,8 @@ class Plan:
         height, width, channels = self.shape
         frozen = f"{_size(self.frozen_bytes)} weights that are only read + " if self.frozen_bytes else ""
         cached = f"; {_size(self.cache_bytes)} of latents and texts in the cache" if self.cache_bytes else ""
+        held = f" ({_size(self.held_disk_bytes)} are there already)" if self.held_disk_bytes else ""
+        disk = f"{_size(self.disk_bytes)} needed at most{held}, {_size(self.free_disk_bytes)} free"
         apart = f" ({self.reference} kept apart as the gate's reference)" if self.reference else ""
         host = max(rank.host_bytes for rank in self.placement.ranks)
         return "\n".join(
@@ -102,7 +112,7 @@ class Plan:
                 f"budget       {self.samples_seen:,} samples seen in {self.steps:,} optimizer steps",
                 f"memory       {_size(self.state_bytes)} state + {frozen}{_size(self.activation_bytes)} activations "
                 f"(estimate){f'; host {_size(host)} at most' if host else ''}",
-                f"disk         {_size(self.disk_bytes)} needed at most, {_size(self.free_disk_bytes)} free{cached}",
+                f"disk         {disk}{cached}",
                 f"checkpoint   {_size(self.checkpoint_bytes)}",
                 *self._modes(),
                 *self._computing(),
@@ -142,10 +152,22 @@ class Plan:
         steps = f"; in each step each rank that shares a proxy sends {_size(placement.step_bytes)}"
         return [
             f"processes    {count}; {placement.to_text()}",
+            *self._memory(),
             f"exchange     in each of {self.rounds} rounds {_size(placement.gathered_bytes)} go to rank 0, "
             f"{_size(placement.broadcast_bytes)} to each other; {_size(placement.ledger_bytes)} of ledger"
             f"{steps if placement.step_bytes else ''}",
         ]
+
+    def _memory(self) -> list[str]:
+        """Where processes need different memory, that of each, of those that need the same in one."""
+        groups: dict[str, list[int]] = {}
+        for index, rank in enumerate(self.placement.ranks):
+            host = f", host {_size(rank.host_bytes)}" if rank.host_bytes else ""
+            groups.setdefault(f"{_size(rank.device_bytes)}{host}", []).append(index)
+        if len(groups) == 1:
+            return []
+        who = [f"rank {group[0]}" + (f" and {len(group) - 1} more" if group[1:] else "") for group in groups.values()]
+        return [f"of each      {'; '.join(f'{ranks}: {needs}' for ranks, needs in zip(who, groups, strict=True))}"]
 
     def _time(self) -> list[str]:
         if self.probe is None or self.seconds is None:
@@ -193,6 +215,8 @@ def make_plan(
     state, count = StateSize.of(config, size.trained), config.num_shards
     placement = place(config, budget, size, processes, cpu=device == "cpu")
     checkpoint = state.kept * (count + 2 + min(processes, count) if count > 1 else 1)
+    # The weights of the best look and their average, and those that take their place.
+    best = 2 * (state.kept - 2 * state.weights) * (config.monitor.keep_best == "pareto")
     largest = max(placement.ranks, key=lambda rank: rank.device_bytes)
     problems = list(pitfalls(config, budget, placement))
     if device_memory is not None:
@@ -211,8 +235,11 @@ def make_plan(
         state_bytes=largest.state_bytes,
         frozen_bytes=largest.frozen_bytes,
         activation_bytes=largest.activation_bytes,
-        disk_bytes=checkpoint * (training.checkpoints_total_limit + 1) + size.model_bytes,
+        disk_bytes=checkpoint * (training.checkpoints_total_limit + 1)
+        + size.model_bytes * (1 + training.snapshots)
+        + best,
         cache_bytes=size.cache_bytes,
+        held_disk_bytes=_held(out),
         free_disk_bytes=shutil.disk_usage(existing_parent(out)).free,
         checkpoint_bytes=checkpoint,
         placement=placement,
@@ -222,10 +249,13 @@ def make_plan(
         modes=modes_of(config, images, size) if only_plan and config.model.pretrained is not None else (),
         looks=plan_looks(config, budget.local, budget.num_rounds, size.reading),
     )
-    if plan.disk_bytes > plan.free_disk_bytes:
+    missing = plan.disk_bytes - plan.held_disk_bytes
+    if missing > plan.free_disk_bytes and not Run(out).finished:
+        begun = plan.held_disk_bytes > 0
         problem = (
-            f"--out {out}: the run needs up to {_size(plan.disk_bytes)} and the disk has {_size(plan.free_disk_bytes)} "
-            "free. Free some space, choose another disk, or lower training.checkpoints_total_limit"
+            f"--out {out}: the run needs up to {_size(missing)}{' more' if begun else ''} and the disk has "
+            f"{_size(plan.free_disk_bytes)} free. Free some space"
+            + ("" if begun else ", choose another disk, or lower training.checkpoints_total_limit")
         )
         if not only_plan:
             raise InputError(problem)
@@ -242,6 +272,19 @@ def _labels(config: Config, images: ImageStore) -> Tensor | None:
             )
         return None
     return torch.from_numpy(images.labels.copy())
+
+
+def _held(out: Path) -> int:
+    """Bytes of the run in its folder; hidden is what killed processes left, which goes when it is gone on with."""
+    entries = list(out.iterdir()) if out.is_dir() else []
+    files = [entry for entry in entries if entry.is_file()]
+    folders = [entry for entry in entries if entry.name in FOLDERS or entry.name.startswith(".")]
+    files += [Path(inner, name) for folder in folders for inner, _, names in os.walk(folder) for name in names]
+    held = 0
+    for file in files:
+        with suppress(FileNotFoundError):  # another process of the run may be further, and clear away
+            held += file.stat().st_size
+    return held
 
 
 def existing_parent(path: Path) -> Path:

@@ -16,7 +16,7 @@ from unrote.config import Config, changed_keys, parse, read_yaml
 from unrote.data.store import ImageStore
 from unrote.errors import InputError
 from unrote.files import parse_json, read_object, remove_leftovers, write_json, write_text
-from unrote.training.ownership import Ownership
+from unrote.ownership import Ownership
 
 logger = logging.getLogger("unrote")
 
@@ -31,7 +31,7 @@ class Run:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.ownership = Ownership(path)
+        self.ownership = Ownership(path / ".lock", f"{path}: another process is training in this folder")
 
     def __fspath__(self) -> str:
         return str(self.path)
