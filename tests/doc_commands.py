@@ -14,7 +14,7 @@ import click
 from unrote.cli import cli
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 SMALL = "--set training.lr_warmup_steps=1 --set ensemble.num_shards=2 --set ensemble.local_epochs=1"
 PIXELS = "--set model.block_out_channels=[32,32] --set model.layers_per_block=1 --set model.attention_levels=[]"
@@ -41,7 +41,9 @@ NOT_RUN = (
     # What a line begins with, and why it is not run; what unrote is told in it is parsed all the same.
     ("pip install", "installs packages"),
     ("mkdir held-out", "moves images that are already apart here"),
-    ("make ", "CI runs the demo with --toy, and the tests are these"),
+    ("make ", "CI runs the demo with --toy, and the tests are these; that there is such a target is tested"),
+    (".ci/run", "it runs these tests; that it is a shell script is tested"),
+    (".venv/bin/pre-commit install", "changes the repository; its configuration is tested"),
     ("unrote demo", "CI runs it with --toy, in a step of its own"),
     ("unrote data get", "downloads 170 MB; test_data_named.py runs it against a server of its own"),
     ("export TORCH_ELASTIC", "needs Slurm"),

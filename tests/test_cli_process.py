@@ -5,7 +5,8 @@ import json
 import os
 import subprocess
 import sys
-from importlib import resources
+from importlib import metadata, resources
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -417,6 +418,9 @@ def test_env_has_what_a_bug_report_needs(answers):
     assert result.code == 0
     for word in (f"unrote {__version__}", "Python 3", "torch ", "diffusers ", "CPU threads", "accelerators: "):
         assert word in result.out
+    for package in ("transformers", "peft", "accelerate", "datasets", "onnxruntime"):
+        there = find_spec(package) is not None
+        assert f"\n{package} {metadata.version(package) if there else 'not installed'}\n" in result.out
 
 
 def test_data_list_says_what_is_here(home):

@@ -266,7 +266,7 @@ def test_files_have_a_version(tmp_path):
     assert written.pop("version") == CONFIG_VERSION == 1
     assert parse(written, "an older file") == config
     assert load_config(file=write(tmp_path, "version: 1\nseed: 3")).seed == 3
-    with pytest.raises(InputError, match=r"run\.yaml: has version 2, this unrote knows 1 .*pip install --upgrade"):
+    with pytest.raises(InputError, match=r"run\.yaml: has version 2, this unrote knows 1 and .*pip install --upgrade"):
         load_config(file=write(tmp_path, "version: 2\nseed: 3"))
     for wrong in ("0", "yes", "1.5", "one", "[1]"):
         with pytest.raises(InputError, match="version must be a whole number"):

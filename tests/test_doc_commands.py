@@ -2,11 +2,13 @@
 
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from doc_commands import NOT_RUN, PAGES, PROCESSES, blocks, commands_of, parsed, written_by
+from doc_commands import NOT_RUN, PAGES, PROCESSES, ROOT, blocks, commands_of, parsed, written_by
 from forking import Command
 from launching import in_process
 
@@ -72,6 +74,18 @@ def test_what_is_not_run_is_parsed(page):
             launcher = command.launcher[command.launcher.index("torchrun") + 1 :]
             words = [*launcher, "-m", "unrote", *command.arguments]
             assert get_args_parser().parse_args(words).training_script_args == list(command.arguments), command.line
+
+
+def test_what_is_run_in_the_repository_is_there():
+    """Of ``make TARGET``, a script, and a tool's configuration: that they are, without running them."""
+    lines = {command.line for commands in COMMANDS.values() for command in commands}
+    targets = sorted({line.split()[1] for line in lines if line.startswith("make ")})
+    assert {"demo", "test", "lint", "format"} <= set(targets)
+    there = [["make", "--dry-run", *targets], ["bash", "-n", ".ci/run"]]
+    there.append([sys.executable, "-m", "pre_commit", "validate-config"])
+    for command in there:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, f"{command}\n{done.stderr}"
 
 
 def test_every_reason_is_needed():

@@ -19,7 +19,6 @@ import unrote
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples" / "integrate"
-STAGES = ("1-agc", "2-iet", "3-msr-taa")
 IMAGES, BATCH, EPOCHS = 18, 2, 3
 
 
@@ -43,8 +42,8 @@ def apply(diff: str, text: str) -> str:
 def changed(name, stages):
     """The script after the first ``stages`` diffs."""
     text = (EXAMPLES / f"{name}.py").read_text()
-    for stage in STAGES[:stages]:
-        text = apply((EXAMPLES / f"{name}.{stage}.diff").read_text(), text)
+    for diff in sorted(EXAMPLES.glob(f"{name}.*.diff"))[:stages]:
+        text = apply(diff.read_text(), text)
     return text
 
 
@@ -96,8 +95,8 @@ def arguments(name, photos, pretrained, out):
     return [str(value) for value in given[name]]
 
 
-def run(name, stages, folder, given):
-    """Run the changed script as a module of its own; what gates and ensembles it made."""
+def run(name, stages, folder, given, old="", new=""):
+    """Run the changed script, with ``new`` for ``old``, as a module of its own; what gates and ensembles it made."""
     made = {"gates": [], "ensembles": []}
 
     class Gate(unrote.LossGate):
@@ -113,7 +112,7 @@ def run(name, stages, folder, given):
             made["ensembles"].append(self)
 
     file = folder / f"{name}_{stages}.py"
-    file.write_text(changed(name, stages))
+    file.write_text(changed(name, stages).replace(old, new))
     torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(EXAMPLES)
@@ -175,9 +174,21 @@ def assert_saved_is_the_aggregate(name, out, ensemble):
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize(("stages", "average"), [(3, False), (4, True)])
+def test_a_checkpoint_of_the_trainer_is_of_the_average_by_the_callback(stages, average, photos, tmp_path):
+    out = tmp_path / "out"
+    every = ('save_strategy="no"', 'save_strategy="epoch"')
+    _, (ensemble,) = run("hf_trainer", stages, tmp_path, arguments("hf_trainer", photos, None, out), *every)
+    checkpoints = sorted(out.glob("checkpoint-*"), key=lambda folder: int(folder.name.partition("-")[2]))
+    assert len(checkpoints) == ensemble.round_index == EPOCHS
+    saved = load_file(checkpoints[-1] / "model.safetensors")
+    whole = ensemble.slots.get("global").whole()["model"]
+    assert all(torch.equal(saved[key], value) for key, value in whole.items()) == average
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_each_diff_leaves_a_whole_program(name):
-    for stages in range(4):
+    for stages in range(5):
         compile(changed(name, stages), name, "exec")
 
 

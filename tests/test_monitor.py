@@ -63,6 +63,7 @@ def test_a_look_says_what_an_audit_of_the_snapshot_says(tmp_path):
         assert look["monitor"]["copied"] == near_copies(report.pairs).mean()
     assert looks[1]["monitor"]["copied"] > looks[0]["monitor"]["copied"] or looks[1]["monitor"]["copied"] > 0
     assert decisions_of(run) == {
+        "schema_version": 1,
         "stop_when": "mq-orbit-squared@0.4 > 0.99",
         "stopped": False,
         "model_samples": 2560,

@@ -146,14 +146,89 @@ def test_every_module_says_what_it_is_and_can_be_imported(path):
         import_module(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
 
 
+MODULES_THAT_RUN = {"pickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "runpy", "torch.jit"}
+NAMES_THAT_RUN = {"eval", "exec", "compile", "torch.jit.load", "torch.hub.load", "yaml.load", "yaml.full_load"}
+METHODS_THAT_RUN = {
+    *("FeatureExtractorInceptionV3", "from_single_file", "unsafe_load", "read_pickle", "extractall", "unpack_archive"),
+    *("load_lora_weights", "load_attn_procs", "load_ip_adapter", "load_textual_inversion", "send_object_list"),
+    *("recv_object_list", "broadcast_object_list", "scatter_object_list", "all_gather_object", "gather_object"),
+}
+SAFE = {  # what each call that may unpickle is told so that it doesn't; the longest ending that fits
+    "torch.load": "weights_only=True",
+    "np.load": "allow_pickle=False",
+    "numpy.load": "allow_pickle=False",
+    "Scheduler.from_pretrained": "",  # JSON
+    "AutoModel.from_pretrained": "weights_only=True, trust_remote_code=False",
+    "AutoTokenizer.from_pretrained": "trust_remote_code=False",
+    "processor.from_pretrained": "trust_remote_code=False",
+    "from_pretrained": "use_safetensors=True",
+    "load_lora_adapter": "use_safetensors=True",
+}
+ALLOWED = {  # SECURITY.md and docs/encoders.md say the first two
+    ("encoders/weights.py", "torch.jit.load"): "a program of a file that the user names as an encoder",
+    ("encoders/inception.py", "FeatureExtractorInceptionV3"): "unpickles the one file that is known by its SHA-256",
+    ("models/pretrained.py", "from_single_file"): "check_source lets .safetensors through only",
+}
+
+
+def dangers_of(source):
+    """Line and name of whatever a piece of Python has that can unpickle or run what a file says."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module]
+            yield from ((node.lineno, name) for name in modules if {name, name.split(".")[0]} & MODULES_THAT_RUN)
+        # Not only where it is called: it may be called by another name.
+        if isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Load):
+            name = ast.unparse(node)
+            if name in NAMES_THAT_RUN or (name := name.rpartition(".")[2]) in METHODS_THAT_RUN:
+                yield node.lineno, name
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            rule = max((one for one in SAFE if name.endswith(one)), key=len, default=None)
+            told = {f"{keyword.arg}={ast.unparse(keyword.value)}" for keyword in node.keywords}
+            if rule and not set(filter(None, SAFE[rule].split(", "))) <= told:
+                yield node.lineno, name
+
+
 def test_nothing_is_ever_unpickled():
-    """Tensor files are safetensors: a model file from a stranger must not run code."""
-    for path in MODULES:
-        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-            if isinstance(node, ast.Call) and ast.unparse(node.func) in {"torch.load", "np.load", "numpy.load"}:
-                options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-                safe = {"torch.load": ("weights_only", "True")}.get(ast.unparse(node.func), ("allow_pickle", "False"))
-                assert options.get(safe[0]) == safe[1], f"{path.name}:{node.lineno}"
+    """A file from a stranger must not run code: safetensors, arrays without objects, and what is allowed by name.
+
+    Of imports too, as processes of a group that send each other objects unpickle them.
+    """
+    found = [
+        (path.relative_to(ROOT).as_posix(), line, name)
+        for path in MODULES
+        for line, name in dangers_of(path.read_text("utf-8"))
+    ]
+    assert [one for one in found if (one[0], one[2]) not in ALLOWED] == []
+    assert {(path, name) for path, _, name in found} == set(ALLOWED), "nothing is allowed that is not there"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "from joblib import load",
+        "torch.load(file)",
+        "torch.load(file, weights_only=False)",
+        "np.load(file, allow_pickle=True)",
+        "load = torch.jit.load",
+        "UNet2DModel.from_pretrained(folder, low_cpu_mem_usage=False)",
+        "pipeline.from_pretrained(folder, **options)",
+        "AutoModel.from_pretrained(folder, weights_only=True)",
+        "pipeline.from_single_file(file)",
+        "yaml.load(text)",
+        "exec(text)",
+        "eval(text)",
+        "unet.load_lora_adapter(folder)",
+    ],
+)
+def test_the_search_for_dangers_finds_them(source):
+    assert len(list(dangers_of(source))) == 1
+
+
+def test_evaluation_mode_and_regular_expressions_are_no_danger():
+    assert list(dangers_of("model.eval(); re.compile(text); DDPMScheduler.from_pretrained(folder)")) == []
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +241,9 @@ def archives(tmp_path_factory):
     (wheel,), (source,) = out.glob("*.whl"), out.glob("*.tar.gz")
     with zipfile.ZipFile(wheel) as file, tarfile.open(source) as tar:
         metadata = next(name for name in file.namelist() if name.endswith(".dist-info/METADATA"))
-        return set(file.namelist()), set(tar.getnames()), Parser().parsestr(file.read(metadata).decode())
+        top = f"unrote-{unrote.__version__}/"
+        packed = {name.removeprefix(top) for name in tar.getnames()}
+        return set(file.namelist()), packed, Parser().parsestr(file.read(metadata).decode())
 
 
 def test_the_wheel_has_all_of_the_package_and_nothing_else(archives):
@@ -178,8 +255,21 @@ def test_the_wheel_has_all_of_the_package_and_nothing_else(archives):
     assert metadata["Version"] == unrote.__version__
     assert metadata["License-Expression"] == "Apache-2.0"
     assert any(name.endswith("licenses/LICENSE") for name in wheel)
-    top = f"unrote-{unrote.__version__}/"
-    assert {f"{top}README.md", f"{top}LICENSE", f"{top}src/unrote/cli.py", f"{top}tests/test_package.py"} <= source
+    assert {"README.md", "LICENSE", "src/unrote/cli.py", "tests/test_package.py"} <= source
+
+
+@pytest.mark.skipif(not (PROJECT / ".git").exists(), reason="is itself unpacked from a source archive")
+def test_the_source_archive_has_all_that_is_tracked_and_nothing_that_is_ignored(archives):
+    """So its tests, which read docs, examples and benchmarks, run."""
+    _, source, _ = archives
+
+    def listed(*options):
+        done = subprocess.run(["git", "ls-files", *options], cwd=PROJECT, check=True, capture_output=True, text=True)
+        return set(done.stdout.splitlines())
+
+    tracked, ignored = listed("--cached"), listed("--others", "--ignored", "--exclude-standard")
+    assert tracked <= source
+    assert not source & ignored
 
 
 def test_extras_are_there_and_name_only_each_other(archives):

@@ -16,7 +16,9 @@ from unrote import __version__
 from unrote.cli_retest import retest
 from unrote.config import METHODS, Config, fields_of, load_config, nearest, parse_assignment, preset_names
 from unrote.errors import InputError
+from unrote.files import read_object
 
+OPTIONAL = ("transformers", "peft", "accelerate", "datasets", "onnxruntime", "torchvision", "torch-fidelity", "opacus")
 EXIT_FAILED, EXIT_UNUSABLE, EXIT_INTERRUPTED = 1, 2, 130
 
 
@@ -175,7 +177,7 @@ def train(
     run = train_config(config, images, out, device)
     if os.environ.get("RANK", "0") != "0":
         return
-    summary = json.loads((run.path / "run.json").read_text())
+    summary = read_object(run.path / "run.json", "remove it, and the same command writes it again")
     click.echo(json.dumps(summary | {"run": str(out)}) if as_json else _after_training(out, config, summary))
 
 
@@ -520,12 +522,18 @@ def completion(shell: str) -> None:
 def env() -> None:
     """Versions and machine, for bug reports."""
     import platform
-    from importlib.metadata import version
+    from importlib.metadata import PackageNotFoundError, version
 
     import torch
 
     click.echo(f"unrote {__version__}\nPython {platform.python_version()} on {platform.platform()}")
     for package in ("torch", "diffusers", "numpy", "pillow", "pydantic", "safetensors"):
         click.echo(f"{package} {version(package)}")
+    for package in OPTIONAL:
+        try:
+            found = version(package)
+        except PackageNotFoundError:
+            found = "not installed"
+        click.echo(f"{package} {found}")
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     click.echo(f"{torch.get_num_threads()} CPU threads; accelerators: {', '.join(devices) or 'none'}")

@@ -27,7 +27,7 @@ from unrote.errors import InputError
 @click.option("--holdout", metavar="DATA", help="Images that were not trained on: the control of reconstruction.")
 @click.option("--tries", default=256, show_default=True, help="Samples that are looked at for each image.")
 @click.option("--seed", default=0, show_default=True, help="Of everything random.")
-@click.option("--steps", default=50, show_default=True, help="DDIM steps.")
+@click.option("--steps", default=50, show_default=True, help="Denoising steps.")
 @click.option("--threshold", default=0.33, show_default=True, help="Neighbour ratio below which a sample is a copy.")
 @click.option("--guidance-scale", default=7.5, show_default=True, help="Of text-to-image models.")
 @click.option("--batch-size", default=32, show_default=True, help="Images denoised at once.")
@@ -76,9 +76,12 @@ def _of_report(file: Path | None, top: int) -> list[int]:
 
     summary = read_report(file / "report.json" if file.is_dir() else file, "--from-report")
     try:
-        found = [int(image["cluster"]) for image in summary["extracted"]["images"][:top]]
-    except (ValueError, KeyError, TypeError):
+        images = summary["extracted"]["images"]
+        found = None if images is None else [int(image["cluster"]) for image in images[:top]]
+    except (ValueError, OverflowError, KeyError, TypeError):
         raise InputError(f"--from-report {file}: is no report.json of an audit") from None
+    if found is None:
+        raise InputError(f"--from-report {file}: does not say which images came back; audit again, or give --index")
     if not found:
         raise InputError(f"--from-report {file}: that audit found no image copied; name some by --index")
     return found

@@ -88,6 +88,34 @@ def text_lines(path: Path) -> list[str]:
     return [line.removesuffix("\r") for line in text.split("\n")]
 
 
+def parse_json(text: str | bytes) -> Any:
+    """What a JSON text says.
+
+    Raises:
+        ValueError: it is none, or nested deeper than Python follows.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def read_object(path: Path, way_out: str) -> dict[str, Any]:
+    """The object that a JSON file consists of.
+
+    Raises:
+        OSError: it cannot be read.
+        InputError: it is no such file; the message ends in ``way_out``.
+    """
+    try:
+        found = parse_json(path.read_bytes())
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: is damaged, or was not written by unrote; {way_out}")
+    return found
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write ``content`` to ``path`` atomically."""
     with atomic_write(path) as file:

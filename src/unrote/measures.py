@@ -1,6 +1,5 @@
 """What ``import unrote`` offers to measure: audit, scan, membership, prompts. Needs no training code."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +17,7 @@ from unrote.detection.roc import separation
 from unrote.device import pick_device
 from unrote.encoders import load_encoder
 from unrote.errors import InputError
+from unrote.files import read_object
 from unrote.scanning.scan import ScanReport
 from unrote.scanning.scan import scan as _scan
 from unrote.training.images import training_images
@@ -140,8 +140,8 @@ def membership(run: Run | Path | str, holdout: Any, *, seed: int = 0, device: st
     Returns:
         JSON-able: AUC, TPR at 1 % FPR, their 95 % intervals, counts and provenance.
     """
-    # Here and not above: it takes seconds to import, and the other measures do without.
-    from diffusers import DDPMScheduler, UNet2DModel
+    # Here and not above: diffusers takes seconds to import, and the other measures do without.
+    from unrote.sampling import load_unet
 
     trained, where = Run(Path(run)), pick_device(device)
     if not trained.finished:
@@ -149,10 +149,10 @@ def membership(run: Run | Path | str, holdout: Any, *, seed: int = 0, device: st
     members = _known_images(trained)
     others = open_images(holdout, resolution=members.images.shape[1], channels=members.images.shape[3])
     shared = count_trained_on(others, members)
-    unet = UNet2DModel.from_pretrained(trained.model_folder, subfolder="unet", low_cpu_mem_usage=False).to(where).eval()
+    unet, schedule = load_unet(trained.model_folder, None, "ema")
+    unet = unet.to(where).eval()
     if unet.config.num_class_embeds is not None:
         others = labelled_as(others, members)
-    schedule = DDPMScheduler.from_pretrained(trained.model_folder, subfolder="scheduler")
     scores = [
         pia_scores(unet, schedule.alphas_cumprod, store, prediction_type=schedule.config.prediction_type, device=where)
         for store in (members, others)
@@ -226,4 +226,7 @@ def _provenance(samples: Any) -> dict[str, Any]:
         return {}
     path = Path(samples)
     file = path.with_name(f"{path.stem}.sampling.json") if path.suffix == ".npz" else path / "sampling.json"
-    return dict(json.loads(file.read_text())) if file.exists() else {}
+    if not file.exists():
+        return {}
+    settings = read_object(file, "remove it, and nothing is known of how they were made")
+    return {key: value for key, value in settings.items() if key != "schema_version"}

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from unrote.errors import InputError, first_line
-from unrote.training.reachable import TIMEOUT, patience
+from unrote.training.reachable import TIMEOUT, meeting_place, patience
 
 
 class PeerLostError(InputError):
@@ -109,11 +109,13 @@ def joined(device: torch.device) -> Iterator[Ranks]:
     if given or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Ranks.here(distributed=given)
         return
-    limit = timedelta(seconds=patience())
+    limit = patience()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     try:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=limit)
+        store, rank, size = meeting_place(limit)
+        options: dict[str, Any] = {"rank": rank, "world_size": size, "timeout": timedelta(seconds=limit)}
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, **options)
     except (ValueError, RuntimeError) as error:
         raise InputError(
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but its processes do not find one another "

@@ -1,8 +1,6 @@
 """Sampling: image i is a function of the model, the seed and i."""
 
-import json
 import logging
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -18,29 +16,25 @@ from diffusers import (
     UNet2DModel,
 )
 from numpy.typing import NDArray
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from tqdm import tqdm
 
-from unrote.errors import InputError, first_line
-from unrote.files import atomic_path, atomic_write, remove_leftovers, write_json, write_text
-from unrote.models.known import check_source
+from unrote.errors import InputError
+from unrote.models.known import check_source, why_not_loaded
 from unrote.models.task import RAW_VARIANT
 from unrote.ranks import Ranks
+from unrote.sample_folder import file_name, indices_in, pack, read_note, start, write_images, write_lines
 from unrote.seeding import generator
 from unrote.tensorfiles import weights_hash
 from unrote.text.generation import PromptDenoiser, load_text_to_image
 from unrote.text.prompts import Prompt, read_prompts
 from unrote.training.run import Run
+from unrote.versions import RESULT_VERSION
 
 if TYPE_CHECKING:
     from unrote.guards.copy_filter import CopyFilter
 
 logger = logging.getLogger("unrote")
-
-NOTE = "unrote"
-"""The text of a PNG file that says what a copy filter found."""
 
 Sampler = Literal["ddim", "ddpm", "dpm-solver++", "euler"]
 Weights = Literal["ema", "raw"]
@@ -138,7 +132,7 @@ def sample(
             eta=eta,
             guidance_scale=guidance_scale,
             negative_prompt=negative_prompt,
-            size=_size(resolution, run),
+            size=trained_size(run) if resolution is None else (resolution, resolution),
         )
     guarding = None
     if guards:
@@ -146,6 +140,7 @@ def sample(
 
         guarding = make_guards(guards, denoise, run, train=train, seed=seed, device=device)
     settings = {
+        "schema_version": RESULT_VERSION,
         "model": str(source),
         "model_sha256": weights_hash(*denoise.networks),
         "weights": weights if run is not None else "as saved",
@@ -174,10 +169,10 @@ def _generate(
     """Make the images that are not there yet, and what is written beside them."""
     folder = target.with_name(target.name + ".parts") if target.suffix == ".npz" else target
     if ranks.rank == 0:
-        _start(folder, settings)
+        start(folder, settings)
     ranks.agree({key: value for key, value in settings.items() if key != "model"} | {"num": num})
     batches = [range(first, min(first + batch_size, num)) for first in range(0, num, batch_size)]
-    there = [all((folder / _file_name(i)).exists() for i in batch) for batch in batches]
+    there = [all((folder / file_name(i)).exists() for i in batch) for batch in batches]
     # As rank 0 saw it, since some may have begun; the processes then take turns in what is missing.
     missing = [batches[i] for i in np.flatnonzero(~ranks.of_first(np.array(there)))]
     mine = missing[ranks.rank :: ranks.world]
@@ -189,7 +184,7 @@ def _generate(
                 pixels = denoise(batch)
             else:
                 pixels, notes = copy_filter(denoise, batch)
-            _write_images(folder, wanted, pixels, notes)
+            write_images(folder, wanted, pixels, notes)
             bar.update(len(wanted))
     ranks.barrier()
     if ranks.rank == 0:
@@ -209,19 +204,19 @@ def _list(
 ) -> None:
     """Write a line for every image, and pack the images if they go into one file."""
     # A folder may hold more than were asked for now; every image in it has its line.
-    found = {int(path.stem) for path in folder.glob("[0-9]*.png")} if folder == target else set[int]()
+    found = indices_in(folder) if folder == target else set[int]()
     rows = []
     for i in sorted(found | set(range(num))):
-        note = {} if not filtered else _read_note(folder / _file_name(i))
+        note = {} if not filtered else read_note(folder / file_name(i))
         label = denoise.label_of(i, note.get("attempt", 0))
-        rows.append({"index": i, "seed": settings["seed"], "file": _file_name(i)} | label | note)
-    _write_lines(folder / "samples.jsonl", rows)
+        rows.append({"index": i, "seed": settings["seed"], "file": file_name(i)} | label | note)
+    write_lines(folder / "samples.jsonl", rows)
     captions = [{"file_name": row["file"], "text": row["prompt"]} for row in rows if "prompt" in row]
     if captions:
         # As in any folder of images with captions, so that they are found again.
-        _write_lines(folder / "metadata.jsonl", captions)
+        write_lines(folder / "metadata.jsonl", captions)
     if target.suffix == ".npz":
-        _pack(folder, num, target, [row["text"] for row in captions])
+        pack(folder, num, target, [row["text"] for row in captions])
 
 
 def make_scheduler(schedule: Any, sampler: Sampler, steps: int, **changes: Any) -> Any:
@@ -359,10 +354,8 @@ def _texts(prompts: Path | str | Sequence[str | Prompt]) -> list[Prompt]:
     return [Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
 
 
-def _size(resolution: int | None, run: Run | None) -> tuple[int, int] | None:
-    """Height and width that were asked for or trained at."""
-    if resolution is not None:
-        return resolution, resolution
+def trained_size(run: Run | None) -> tuple[int, int] | None:
+    """Height and width in pixels that a run was trained at; None for no run."""
     return None if run is None else cast(tuple[int, int], tuple(run.data["shape"][:2]))
 
 
@@ -374,7 +367,7 @@ def asks_for_text(source: Path | str, run: Run | None) -> bool | None:
         return True
     try:
         return "text_encoder" in DiffusionPipeline.load_config(source)
-    except (OSError, ValueError):
+    except Exception:  # what reads untrusted files raises anything
         return None
 
 
@@ -392,68 +385,10 @@ def load_unet(source: Path | str, run: Run | None, weights: Weights) -> tuple[An
     """A UNet2DModel and its noise schedule. Raises InputError if there is none."""
     variant = weights_variant(run, weights)
     try:
-        unet = UNet2DModel.from_pretrained(source, subfolder="unet", variant=variant, low_cpu_mem_usage=False)
+        unet = UNet2DModel.from_pretrained(
+            source, subfolder="unet", variant=variant, use_safetensors=True, low_cpu_mem_usage=False
+        )
         return unet, DDPMScheduler.from_pretrained(source, subfolder="scheduler")
-    except (OSError, ValueError) as error:
-        reason = first_line(error)
+    except Exception as error:  # what reads untrusted files raises anything
+        reason = why_not_loaded(source, error)
         raise InputError(f"{source}: no diffusers pipeline with a UNet2DModel can be loaded: {reason}") from None
-
-
-def _start(folder: Path, settings: dict[str, Any]) -> None:
-    """Make the folder, or check that its samples were made with the same settings.
-
-    What killed processes left half written is removed: no other process may be writing in the folder yet.
-    """
-    file = folder / "sampling.json"
-    if not file.exists():
-        # Hidden files are what a process leaves that was killed just as it began.
-        if folder.exists() and any(folder.glob("[!.]*")):
-            raise InputError(f"--out {folder}: is not empty and holds no samples of ours; choose another")
-        folder.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(folder)
-        write_json(file, settings)
-        return
-    old = json.loads(file.read_text())
-    # The path of the model is no part of what the images depend on: its hash is.
-    keys = [key for key in settings if key != "model" and old.get(key) != settings[key]]
-    changed = [f"{key}: {old.get(key)} -> {settings[key]}" for key in keys]
-    if changed:
-        raise InputError(f"--out {folder}: holds samples made otherwise ({'; '.join(changed)}); choose another folder")
-    remove_leftovers(folder)
-
-
-def _file_name(index: int) -> str:
-    return f"{index:06d}.png"
-
-
-def _write_images(
-    folder: Path, wanted: range, pixels: NDArray[np.uint8], notes: Sequence[dict[str, Any]] | None
-) -> None:
-    """One PNG each. A note lies in the file itself, so that neither is ever there without the other."""
-    for row, (index, image) in enumerate(zip(wanted, pixels, strict=False)):
-        text = PngInfo()
-        if notes is not None:
-            text.add_text(NOTE, json.dumps(notes[row]))
-        with atomic_path(folder / _file_name(index), durable=False) as temporary:
-            Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(temporary, "PNG", pnginfo=text)
-
-
-def _read_note(file: Path) -> dict[str, Any]:
-    with Image.open(file) as image:
-        note: dict[str, Any] = json.loads(image.info[NOTE])
-    return note
-
-
-def _write_lines(file: Path, rows: Sequence[dict[str, Any]]) -> None:
-    write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def _pack(folder: Path, num: int, target: Path, captions: Sequence[str]) -> None:
-    """One ``.npz`` of all images and captions, with the settings beside it."""
-    images = np.stack([np.atleast_3d(np.asarray(Image.open(folder / _file_name(i)))) for i in range(num)])
-    arrays: dict[str, Any] = {"images": images} | ({"captions": np.array(captions)} if captions else {})
-    with atomic_write(target) as file:
-        np.savez_compressed(file, **arrays)
-    for name in ("sampling.json", "samples.jsonl"):
-        (folder / name).replace(target.with_name(f"{target.stem}.{name}"))
-    shutil.rmtree(folder)

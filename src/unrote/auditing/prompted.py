@@ -1,6 +1,5 @@
 """Generated images beside the training image whose caption they were made from."""
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from unrote.auditing.similarity import cosines, distribution
 from unrote.auditing.verdict import percent
 from unrote.data.store import ImageStore
 from unrote.errors import InputError
+from unrote.files import parse_json
 from unrote.neighbours.found import Neighbours
 from unrote.neighbours.streaming import Rows
 
@@ -41,7 +41,7 @@ def read_origins(samples: Any, names: Sequence[str]) -> list[str | None] | None:
     if not file.exists():
         return None
     try:
-        rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+        rows = [parse_json(line) for line in file.read_text("utf-8").splitlines()]
         # In an archive the images have no suffix.
         known = {name: row.get("origin") for row in rows for name in (row["file"], Path(row["file"]).stem)}
     except (ValueError, KeyError, TypeError, AttributeError):

@@ -11,8 +11,10 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from unrote.config.base import Section
-from unrote.config.sections import CONFIG_VERSION, METHOD_SETTINGS, METHODS, PARTS, Config
+from unrote.config.older import CONFIG_VERSION, STEPS
+from unrote.config.sections import METHOD_SETTINGS, METHODS, PARTS, Config
 from unrote.errors import InputError
+from unrote.versions import migrated
 
 logger = logging.getLogger("unrote")
 _S = TypeVar("_S", bound=Section)
@@ -44,7 +46,9 @@ def load_config(
     for key in ("method", "preset"):
         if key in (overrides or {}):
             raise InputError(f"{key} can't be set like a single setting, it chooses many; use --{key}")
-    written = {} if file is None else read_yaml(file)
+    written: dict[str, Any] = {"version": CONFIG_VERSION}
+    if file is not None:
+        written = _present(read_yaml(file), str(file))
     model = written.get("model")
     # What is no mapping is left for validation to complain about.
     pretrained = model.get("pretrained") if isinstance(model, Mapping) else None
@@ -72,21 +76,21 @@ def load_config(
 def parse(values: Mapping[str, Any], where: str) -> Config:
     """Validate nested ``values``; ``where`` names them in the error.
 
-    A ``version`` among them is that of the file format; fields that an older file lacks have their defaults.
+    A ``version`` among them is that of the file format, 1 if there is none; fields that it lacks have their defaults.
 
     Raises:
         InputError: naming each wrong key and what is allowed, or if the file is of a newer version.
     """
+    return validated(Config, {key: value for key, value in _present(values, where).items() if key != "version"}, where)
+
+
+def _present(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """``values`` as a file of the present version has them. Raises InputError if they are of none or a newer one."""
     version = values.get("version", 1)
     # YAML reads `yes` as True, which is a whole number to Python.
     if type(version) is not int or version < 1:
         raise InputError(f"{where}: version must be a whole number such as {CONFIG_VERSION}, not {version!r}")
-    if version > CONFIG_VERSION:
-        raise InputError(
-            f"{where}: has version {version}, this unrote knows {CONFIG_VERSION} and older: it was written by a newer "
-            "one. Upgrade with `pip install --upgrade unrote`"
-        )
-    return validated(Config, {key: value for key, value in values.items() if key != "version"}, where)
+    return migrated(dict(values), version, STEPS, where) | {"version": CONFIG_VERSION}
 
 
 def validated(section: type[_S], values: Mapping[str, Any], where: str) -> _S:

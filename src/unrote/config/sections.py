@@ -14,10 +14,8 @@ from pydantic import (
 
 from unrote.config.base import Decay, Fraction, Section
 from unrote.config.gate import GateConfig
+from unrote.config.older import CONFIG_VERSION
 from unrote.config.training import MonitorConfig, TrainingConfig
-
-CONFIG_VERSION = 1
-"""Of the fields' names and meanings, in files; a file without ``version`` has 1."""
 
 PARTS = ("ensemble", "gate", "redistribution", "augmentation")
 """IET, AGC, MSR, TAA."""

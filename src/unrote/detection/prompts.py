@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from unrote.errors import InputError, first_line
-from unrote.models.known import check_source
+from unrote.models.known import check_source, why_not_loaded
 from unrote.seeding import generator
 from unrote.text import prompts as prompt_files
 from unrote.text.mitigations import prediction_norm
@@ -209,9 +209,10 @@ def load_pipeline(source: str, device: torch.device) -> Any:
 
     check_source(source)
     try:
-        pipeline = DiffusionPipeline.from_pretrained(source, low_cpu_mem_usage=False)
+        pipeline = DiffusionPipeline.from_pretrained(source, use_safetensors=True, low_cpu_mem_usage=False)
     except ImportError as error:
         raise InputError(f"{source}: needs another package ({first_line(error)}); pip install transformers") from None
     except Exception as error:
-        raise InputError(f"{source}: cannot be loaded as a diffusers pipeline ({first_line(error)})") from error
+        reason = why_not_loaded(source, error)
+        raise InputError(f"{source}: cannot be loaded as a diffusers pipeline ({reason})") from error
     return pipeline.to(device)

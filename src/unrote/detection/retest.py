@@ -16,11 +16,21 @@ from unrote.guards.copy_filter import CopyFilter
 from unrote.guards.index import DEFAULT_RATIO, PixelIndex, is_copy
 from unrote.guards.making import Sources, make_guards
 from unrote.guards.prompts import EmbeddingNoise
-from unrote.sampling import Denoiser, Weights, asks_for_text, load_unet, make_scheduler, pipeline_of, weights_variant
+from unrote.sampling import (
+    Denoiser,
+    Weights,
+    asks_for_text,
+    load_unet,
+    pipeline_of,
+    text_sampler,
+    trained_size,
+    weights_variant,
+)
 from unrote.seeding import derive_seed
 from unrote.text.generation import PromptDenoiser, load_text_to_image
 from unrote.text.prompts import Prompt
 from unrote.training.run import Run
+from unrote.versions import RESULT_VERSION
 
 PERTURBATION = 0.1
 """Deviation of the noise on prompt embeddings, as small as what training mitigations use (Somepalli et al. 2023)."""
@@ -33,9 +43,10 @@ class Settings:
     """How a re-test searches.
 
     Attributes:
-        tries: samples that are looked at for each image; with prompts half of them with noise on the embedding.
+        tries: samples that are looked at for each image; of models with one text encoder half of them with noise on
+            the embedding.
         seed: of everything random; other noises than those of ``unrote sample`` at the same seed.
-        steps: DDIM steps.
+        steps: denoising steps, of DDIM; of flow matching models Euler's.
         batch_size: images denoised at once.
         threshold: below this neighbour ratio a sample is a copy of its nearest training image.
         guidance_scale: with prompts.
@@ -68,9 +79,10 @@ def retest(
     """Search the samples of a model for training images that should not come back.
 
     From noise: samples of a model without text are compared with all targets at once; a text-to-image model is given
-    each target's own caption, half of the time with a little noise on its embedding. A target is found by a sample
-    whose nearest training image it is (or a duplicate of it), over the augmentation orbit, at a ratio below the
-    threshold.
+    each target's own caption, half of the time with a little noise on its embedding; where several text encoders share
+    the text (SDXL, Stable Diffusion 3, FLUX) the caption alone, as one noise is not equally little to each. A target is
+    found by a sample whose nearest training image it is (or a duplicate of it), over the augmentation orbit, at a ratio
+    below the threshold.
 
     From the image: of models without text, the noised target is denoised from ever lower noise, the stronger attack of
     somebody who has the image already. What comes back at low noise comes back from any model, so the same is done to
@@ -98,10 +110,11 @@ def retest(
     weights: Weights = "ema" if run is None or run.config.training.use_ema else "raw"
     denoise: Denoiser | PromptDenoiser
     seed = derive_seed(settings.seed, "retest")
+    options: dict[str, Any] = {"steps": settings.steps, "guidance_scale": settings.guidance_scale, "seed": seed}
     if asks_for_text(source, run):
         pipeline = load_text_to_image(source, run, weights_variant(run, weights)).to(device)
-        pipeline.scheduler = make_scheduler(pipeline.scheduler, "ddim", settings.steps, clip_sample=False)
-        options: dict[str, Any] = {"steps": settings.steps, "guidance_scale": settings.guidance_scale, "seed": seed}
+        _, pipeline.scheduler = text_sampler(pipeline.scheduler, None, settings.steps)
+        options["size"] = trained_size(run)
         denoise = PromptDenoiser(pipeline, [Prompt("")], **options)
     else:
         unet, schedule = load_unet(source, run, weights)
@@ -112,8 +125,8 @@ def retest(
     # Once, for all targets: what is at work in the UNet would otherwise be there as often as it is made.
     copy_filter = make_guards(guards, denoise, run, train=images, seed=settings.seed, device=device).copy_filter
     if isinstance(denoise, PromptDenoiser):
-        found = [_found(index, [target], _asked(denoise, images, target, copy_filter, settings)) for target in wanted]
-        after = [one[0] for one in found]
+        asked = {target: _asked(denoise, images, target, copy_filter, settings, options) for target in wanted}
+        after = [_found(index, [target], samples)[0] for target, samples in asked.items()]
     else:
         after = _found(index, wanted, _sampled(_make(denoise, copy_filter), settings))
     rows = [_row(images, target, tries, settings.tries) for target, tries in zip(wanted, after, strict=True)]
@@ -122,6 +135,7 @@ def retest(
         others = None if holdout is None else Sources(run, denoise.shape).opened(holdout)
         rows, controls = _reconstructed(rows, images, others, denoise, settings)
     return {
+        "schema_version": RESULT_VERSION,
         "method": "retest",
         "model": str(source),
         "images": rows,
@@ -161,15 +175,20 @@ def _sampled(make: Made, settings: Settings, start: int = 0, num: int | None = N
 
 
 def _asked(
-    denoise: PromptDenoiser, images: ImageStore, target: int, copy_filter: CopyFilter | None, settings: Settings
+    denoise: PromptDenoiser,
+    images: ImageStore,
+    target: int,
+    copy_filter: CopyFilter | None,
+    settings: Settings,
+    options: dict[str, Any],
 ) -> Batches:
-    """Samples of the target's own caption, then with a little noise on its embedding."""
+    """Samples of the target's own caption, then with a little noise on its embedding if there is one encoder."""
     caption = None if images.captions is None else images.captions[target]
     if not caption:
         raise InputError(f"--index {target}: {images.names[target]} has no caption to ask the model for it")
-    options: dict[str, Any] = {"steps": settings.steps, "guidance_scale": settings.guidance_scale}
-    half = -(-settings.tries // 2)
-    asking = PromptDenoiser(denoise.pipeline, [Prompt(caption)], seed=derive_seed(settings.seed, "retest"), **options)
+    several = getattr(denoise.pipeline, "text_encoder_2", None) is not None
+    half = settings.tries if several else -(-settings.tries // 2)
+    asking = PromptDenoiser(denoise.pipeline, [Prompt(caption)], **options)
     own = denoise.guards
     for start, num, noise in ((0, half, []), (half, settings.tries - half, [EmbeddingNoise(PERTURBATION)])):
         asking.guards = replace(own, embeddings=[*own.embeddings, *noise])

@@ -49,7 +49,7 @@ def clip_scores(
 
     folder = model_folder("clip", where)
     with readable(folder):
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     length = encoder.model.config.text_config.max_position_embeddings
     scores = np.zeros(len(images))
     for start in range(0, len(images), batch):

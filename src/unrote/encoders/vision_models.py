@@ -108,7 +108,12 @@ def _load_model(folder: Path, device: str) -> tuple[Any, bool]:
 
     with readable(folder):
         model, loading = AutoModel.from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
+            folder,
+            dtype=torch.float32,
+            output_loading_info=True,
+            local_files_only=True,
+            weights_only=True,
+            trust_remote_code=False,  # unless told so, it asks at the terminal
         )
     if model.main_input_name != "pixel_values" and not hasattr(model, "get_image_features"):
         raise InputError(f"{folder} holds a {type(model).__name__}, which takes no images")
@@ -126,7 +131,7 @@ def image_processor(folder: Path) -> Any:
 
     with readable(folder):
         processor: Any = AutoImageProcessor
-        return processor.from_pretrained(folder, backend="pil", local_files_only=True)
+        return processor.from_pretrained(folder, backend="pil", local_files_only=True, trust_remote_code=False)
 
 
 def prepared(processor: Any, images: np.ndarray) -> torch.Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from unrote.errors import InputError
 from unrote.guards.making import make_guards
-from unrote.text.guarded import PromptGuards
+from unrote.text.guarded import PromptGuards, latent_size
 
 
 @dataclass
@@ -116,7 +116,10 @@ class GuardCallback(PipelineCallback):  # type: ignore[misc]
 
 def _check(pipeline: Any, guards: Sequence[str], prompts: Sequence[str], seeds: Sequence[int]) -> None:
     if getattr(pipeline, "unet", None) is None or getattr(pipeline, "vae_scale_factor", None) is None:
-        raise InputError(f"guards: a {type(pipeline).__name__} has no UNet under text to hook them into")
+        raise InputError(
+            f"guards: a {type(pipeline).__name__} has no UNet under text to hook them into; change its prompts before "
+            "the call, and put CopyFilter around it"
+        )
     if len(prompts) != len(seeds) or not prompts:
         raise InputError(f"guards: {len(prompts)} prompts and {len(seeds)} seeds; give one of each an image")
     names = [text.partition(":")[0] for text in guards]
@@ -130,7 +133,5 @@ def _check(pipeline: Any, guards: Sequence[str], prompts: Sequence[str], seeds: 
 
 
 def _shape(pipeline: Any, size: tuple[int, int] | None) -> tuple[int, int, int]:
-    side = pipeline.unet.config.sample_size
-    own = (side, side) if isinstance(side, int) else tuple(side)
-    height, width = size or tuple(pipeline.vae_scale_factor * n for n in own)
+    height, width = size or tuple(pipeline.vae_scale_factor * n for n in latent_size(pipeline))
     return height, width, pipeline.vae.config.out_channels

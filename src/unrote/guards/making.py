@@ -134,13 +134,13 @@ def _guidance(
     values: dict[str, Any], denoise: Any, sources: Sources, handles: list[Any], device: torch.device | str
 ) -> AntiMemorizationGuidance:
     """At work in the UNet until its handle is removed."""
+    unet, scheduler, scale = denoise.guided
+    if unet is None:
+        raise _not_for(AntiMemorizationGuidance.name, "models with a UNet", denoise.pipeline)
     train = sources.train(AntiMemorizationGuidance.name, values.get("train"))
     clusters = near_clusters(train)
     train = train.subset(np.flatnonzero(clusters == np.arange(len(train))))
     pixels = as_floats(np.asarray(train.images[:]), torch.device(device))
-    unet, scheduler, scale = denoise.guided
-    if unet is None:
-        raise InputError("--guard amg: is for models with a UNet; use the copy filter with flow matching models")
     pipeline = getattr(denoise, "pipeline", None)
     if pipeline is None and {"despecify", "deduplicate"} & set(values):
         raise InputError("--guard amg: despecify and deduplicate are for text-to-image models")
@@ -172,7 +172,9 @@ def _text_guard(name: str, values: dict[str, Any], denoise: Any) -> Any:
     if pipeline is None:
         raise InputError(f"--guard {name}: is for text-to-image models, with --prompts")
     if name in ("embedding-noise", "prompt-optimization") and getattr(pipeline, "text_encoder_2", None) is not None:
-        raise InputError(f"--guard {name}: is not for pipelines with two text encoders (SDXL)")
+        raise _not_for(name, "pipelines with one text encoder", pipeline)
+    if name == "attention" and getattr(pipeline, "unet", None) is None:
+        raise _not_for(name, "models with a UNet", pipeline)
     guard: Any
     if name in ("random-tokens", "repeat-words"):
         words = name == "random-tokens"
@@ -186,6 +188,11 @@ def _text_guard(name: str, values: dict[str, Any], denoise: Any) -> Any:
         guard = EmbeddingNoise(**values) if name == "embedding-noise" else PromptOptimization(**values)
         denoise.guards.embeddings.append(guard)
     return guard
+
+
+def _not_for(name: str, what: str, pipeline: Any) -> InputError:
+    others = "copy-filter, random-tokens and repeat-words"
+    return InputError(f"--guard {name}: is for {what}, not for a {type(pipeline).__name__}; it takes {others}")
 
 
 def _copy_filter(spec: Spec, sources: Sources, seed: int, device: str) -> CopyFilter:

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from unrote.errors import InputError
+from unrote.errors import InputError, first_line
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 """What a name on the Hub looks like: ``owner/name``."""
@@ -24,6 +24,18 @@ def check_source(source: str, what: str = "is no diffusers pipeline (it has no m
         raise InputError(f"{source}: is not .safetensors; files that must be unpickled are not read")
     if not path.exists() and not HUB_ID.fullmatch(source):
         raise InputError(f"{source}: there is no such folder, and it is no Hub id like owner/name")
+
+
+def why_not_loaded(source: Path | str, error: BaseException) -> str:
+    """Why a pipeline could not be loaded; with the way out where its weights are there, but must be unpickled."""
+    for folder in sorted(part for part in Path(source).glob("*") if part.is_dir()):
+        if not any(folder.glob("*.safetensors")) and (files := sorted(folder.glob("*.bin"))):
+            return (
+                f"{first_line(error)}; {files[0]} must be unpickled, which can run a program, and is not read. If you "
+                "trust it, convert the folder: "
+                f"DiffusionPipeline.from_pretrained('{source}', use_safetensors=False).save_pretrained(FOLDER)"
+            )
+    return first_line(error)
 
 
 _CROSS = ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D")

@@ -1,15 +1,16 @@
 """Text-to-image pipelines as diffusers saves them: Stable Diffusion 1.x to 3.x, SDXL and FLUX."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import nn
 
 from unrote.errors import InputError, first_line
 from unrote.models.families import StableDiffusion, family_of
-from unrote.models.known import KNOWN, check_source, known_autoencoder
+from unrote.models.known import KNOWN, check_source, known_autoencoder, why_not_loaded
 from unrote.tensorfiles import weights_hash
 
 
@@ -27,22 +28,8 @@ def load_pretrained(source: str, **parts: Any) -> Any:
         InputError: there is none, or it is of another family.
     """
     check_source(source)
-    if Path(source).is_file():
-        return _in_float32(_attempt(source, lambda: _single_file(source, parts)))
-    known = _attempt(source, lambda: DiffusionPipeline.load_config(source))
-    family = family_of(str(known.get("_class_name")), source)
-    pipeline = family.pipeline
-    # A pipeline that was saved without its T5 is loaded only if diffusers is told so.
-    text_parts = (name for pair in family.text_parts for name in pair)
-    absent: dict[str, Any] = {name: None for name in text_parts if not known.get(name, [None])[0]}
-    options = {"use_safetensors": True, "low_cpu_mem_usage": False, **absent, **parts}
-    try:
-        return _in_float32(pipeline.from_pretrained(source, **options))
-    except (OSError, ValueError) as error:
-        try:
-            return _in_float32(pipeline.from_pretrained(source, variant="fp16", **options))
-        except (OSError, ValueError):
-            raise InputError(f"model.pretrained: {source} can't be loaded: {first_line(error)}") from error
+    load = _single_file if Path(source).is_file() else _folder
+    return _in_float32(_attempt(source, lambda: load(source, parts)))
 
 
 @dataclass(frozen=True)
@@ -75,11 +62,16 @@ def describe(source: str) -> Description:
         # Without asking the Hub, whose library tries for most of a minute where there is no network.
         name, denoiser = KNOWN[source]
         return Description(family_of(name, source), denoiser, known_autoencoder(name), has_t5=True)
-    index = _attempt(source, lambda: DiffusionPipeline.load_config(source))
-    family = family_of(str(index.get("_class_name")), source)
-    denoiser = _attempt(source, lambda: family.denoiser.load_config(source, subfolder=family.part))
-    autoencoder = _attempt(source, lambda: AutoencoderKL.load_config(source, subfolder="vae"))
-    return Description(family, dict(denoiser), dict(autoencoder), index.get("text_encoder_3", [None])[0] is not None)
+
+    def read() -> Description:
+        index = DiffusionPipeline.load_config(source)
+        family = family_of(str(index.get("_class_name")), source)
+        denoiser = family.denoiser.load_config(source, subfolder=family.part)
+        autoencoder = AutoencoderKL.load_config(source, subfolder="vae")
+        has_t5 = index.get("text_encoder_3", [None])[0] is not None
+        return Description(family, dict(denoiser), dict(autoencoder), has_t5)
+
+    return cast(Description, _attempt(source, read))
 
 
 def base_weights(pipeline: Any) -> dict[str, str]:
@@ -102,6 +94,22 @@ def _in_float32(pipeline: Any) -> Any:
         if isinstance(part, nn.Module):
             part.float()
     return pipeline
+
+
+def _folder(source: str, parts: dict[str, Any]) -> Any:
+    """Also of a Hub id."""
+    known = DiffusionPipeline.load_config(source)
+    family = family_of(str(known.get("_class_name")), source)
+    # A pipeline that was saved without its T5 is loaded only if diffusers is told so.
+    text_parts = (name for pair in family.text_parts for name in pair)
+    absent: dict[str, Any] = {name: None for name in text_parts if not known.get(name, [None])[0]}
+    options = {"low_cpu_mem_usage": False, **absent, **parts}
+    try:
+        return family.pipeline.from_pretrained(source, use_safetensors=True, **options)
+    except (OSError, ValueError):
+        with suppress(OSError, ValueError):
+            return family.pipeline.from_pretrained(source, variant="fp16", use_safetensors=True, **options)
+        raise
 
 
 def _single_file(source: str, options: dict[str, Any]) -> Any:
@@ -142,5 +150,7 @@ def _attempt(source: str, load: Any) -> Any:
         return load()
     except ImportError as error:
         raise InputError(f"{first_line(error)}; run: pip install 'unrote[text]'") from None
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise InputError(f"model.pretrained: {source} can't be loaded: {first_line(error)}") from error
+    except InputError:
+        raise
+    except Exception as error:  # what reads untrusted files raises anything
+        raise InputError(f"model.pretrained: {source} can't be loaded: {why_not_loaded(source, error)}") from error

@@ -44,9 +44,12 @@ def card_section(report: AuditReport, baseline: Summary | None) -> str:
     summary = summary_markdown(report)
     if baseline is None:
         return summary
-    check_comparable(report.summary, baseline)
     title, rest = summary.split("\n", 1)
-    return f"{title}\n\n{comparison_table(report.summary, baseline)}\n{rest}"
+    try:
+        check_comparable(report.summary, baseline)
+        return f"{title}\n\n{comparison_table(report.summary, baseline)}\n{rest}"
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"--baseline: is no whole report.json ({error!r}); run that `unrote audit` again") from None
 
 
 def check_comparable(summary: Summary, baseline: Summary) -> None:
@@ -55,7 +58,9 @@ def check_comparable(summary: Summary, baseline: Summary) -> None:
         f"{role} images" for role in ("train", "holdout") if _fingerprint(summary, role) != _fingerprint(baseline, role)
     ]
     settings, others = summary["settings"], baseline["settings"]
-    differing += [key for key in settings if key not in ("seed", "encoders") and settings[key] != others.get(key)]
+    # What an older report had no setting for, None, it has no measure of either.
+    ignored = {"seed", "encoders"} | {key for key, value in others.items() if value is None}
+    differing += [key for key in settings if key not in ignored and settings[key] != others.get(key)]
     if differing:
         raise InputError(f"--baseline: was audited with other {', '.join(differing)}; audit it in the same way")
 

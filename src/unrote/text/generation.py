@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from unrote.data.sources import digest_of
 from unrote.errors import InputError
 from unrote.seeding import derive_seed
-from unrote.text.guarded import PromptGuards
+from unrote.text.guarded import PromptGuards, latent_size
 from unrote.text.prompts import Prompt
 from unrote.training.run import Run
 
@@ -49,13 +49,15 @@ def load_text_to_image(source: Path | str, run: Run | None, variant: str | None)
         # Not load_lora_weights, which warns that the text encoders get none.
         part = "unet" if getattr(pipeline, "unet", None) is not None else "transformer"
         folder = run.model_folder / (variant or "")
-        getattr(pipeline, part).load_lora_adapter(folder, weight_name=LORA_WEIGHTS, prefix=part)
+        denoiser = getattr(pipeline, part)
+        denoiser.load_lora_adapter(folder, weight_name=LORA_WEIGHTS, prefix=part, use_safetensors=True)
         return pipeline
     if variant is None:
         return load_pretrained(str(source))
     family = describe(str(source)).family
     options = {"subfolder": family.part, "variant": variant, "low_cpu_mem_usage": False}
-    return load_pretrained(str(source), **{family.part: family.denoiser.from_pretrained(source, **options)})
+    denoiser = family.denoiser.from_pretrained(source, use_safetensors=True, **options)
+    return load_pretrained(str(source), **{family.part: denoiser})
 
 
 class PromptDenoiser:
@@ -73,7 +75,8 @@ class PromptDenoiser:
         size: height and width in pixels; by default the pipeline's own.
 
     Raises:
-        InputError: the pipeline is of another kind, or a negative prompt is given without guidance.
+        InputError: the pipeline is of another kind or can't make this size, or a negative prompt is given without
+            guidance.
     """
 
     def __init__(
@@ -89,6 +92,7 @@ class PromptDenoiser:
         size: tuple[int, int] | None = None,
     ) -> None:
         _check_pipeline(pipeline)
+        _check_size(pipeline, size)
         if negative_prompt is not None and guidance_scale <= 1:
             raise InputError(f"--negative-prompt needs guidance: --guidance-scale is {guidance_scale:g}, not above 1")
         accepted = inspect.signature(pipeline.__call__).parameters
@@ -112,9 +116,7 @@ class PromptDenoiser:
     @property
     def shape(self) -> tuple[int, int, int]:
         """Height, width and channels of the images."""
-        unet, scale = self.pipeline.unet, self.pipeline.vae_scale_factor
-        side = unet.config.sample_size
-        height, width = (scale * n for n in ((side, side) if isinstance(side, int) else side))
+        height, width = (self.pipeline.vae_scale_factor * n for n in latent_size(self.pipeline))
         asked = self._options
         return asked["height"] or height, asked["width"] or width, self.pipeline.vae.config.out_channels
 
@@ -177,3 +179,13 @@ def _check_pipeline(pipeline: Any) -> None:
         raise InputError(f"prompts: a {kind} is no text-to-image pipeline of Stable Diffusion or FLUX")
     if unet.config.in_channels != unet.config.out_channels:
         raise InputError(f"prompts: the unet of this {kind} needs an image beside the text (such as inpainting)")
+
+
+def _check_size(pipeline: Any, size: tuple[int, int] | None) -> None:
+    """FLUX's pipeline would make a smaller image without an error, the others end in diffusers' own."""
+    unet = getattr(pipeline, "unet", None)
+    multiple = 2 * pipeline.vae_scale_factor if unet is None else 8
+    if size is not None and any(side < multiple or side % multiple for side in size):
+        raise InputError(
+            f"--resolution: {size[0]}x{size[1]} are no multiples of {multiple}, which a {type(pipeline).__name__} needs"
+        )

@@ -78,9 +78,16 @@ class PromptGuards:
         return torch.stack(rows)
 
 
+def latent_size(pipeline: Any) -> tuple[int, int]:
+    """Height and width, in latents, of the images that a pipeline makes unless it is asked for others."""
+    unet = getattr(pipeline, "unet", None)
+    # FLUX's transformer does not know a size, its pipeline does.
+    side = pipeline.default_sample_size if unet is None else unet.config.sample_size
+    return (side, side) if isinstance(side, int) else (side[0], side[1])
+
+
 def _latent_shape(pipeline: Any, height: int | None, width: int | None) -> tuple[int, int, int]:
     """Of what a pipeline starts an image of this size from."""
-    side, scale = pipeline.unet.config.sample_size, pipeline.vae_scale_factor
-    own = (side, side) if isinstance(side, int) else side
+    own, scale = latent_size(pipeline), pipeline.vae_scale_factor
     rows, columns = (asked // scale if asked else usual for asked, usual in zip((height, width), own, strict=True))
     return pipeline.unet.config.in_channels, rows, columns

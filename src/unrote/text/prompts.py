@@ -1,13 +1,12 @@
 """Files of prompts."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from unrote.data.folder import printable
 from unrote.errors import InputError
-from unrote.files import text_lines
+from unrote.files import parse_json, text_lines
 
 MAX_SEED = (1 << 63) - 1
 
@@ -50,13 +49,15 @@ def read_prompts(file: Path) -> list[Prompt]:
 
 def _from_json(line: str, where: str) -> list[Prompt]:
     try:
-        row = json.loads(line)
+        row = parse_json(line)
     except ValueError as error:
         raise InputError(f"{where}: not valid JSON ({error})") from None
     text = row.get("text", row.get("prompt")) if isinstance(row, dict) else None
     texts: list[Any] = text if isinstance(text, list) else [text]
     if not texts or not all(isinstance(one, str) for one in texts):
         raise InputError(f'{where}: needs a JSON object with a "text"')
+    if any("\ud800" <= letter <= "\udfff" for one in texts for letter in one):
+        raise InputError(f'{where}: "text" has half a character (a lone surrogate), which no tokenizer reads')
     return [Prompt(one, _seed(row, where), _origin(row, where)) for one in texts]
 
 

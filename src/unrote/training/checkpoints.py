@@ -1,13 +1,12 @@
 """Checkpoints: whole or absent, verified by checksum, the newest good one is used."""
 
-import json
 import logging
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from unrote.errors import InputError
-from unrote.files import fsync, sha256_file, write_json
+from unrote.files import fsync, parse_json, sha256_file, write_json
 from unrote.method.peers import Alone, Peers
 from unrote.method.slots import FolderSlots, MemorySlots
 from unrote.tensorfiles import load_state, save_state
@@ -90,13 +89,13 @@ class Checkpoints:
         """
         named: set[str] = set()
         for path in self._folder.glob("*.json") if self._peers.rank == 0 else ():
-            with suppress(ValueError, KeyError, TypeError):
-                named |= set(json.loads(path.read_text())["proxies"])
+            with suppress(ValueError):
+                named |= _manifest(path)["proxies"].keys()
         self._slots.pin(self._peers.gather(sorted(named))[0])
 
     def _problem_of(self, manifest_path: Path) -> str | None:
         try:
-            manifest = json.loads(manifest_path.read_text())
+            manifest = _manifest(manifest_path)
             files = {manifest_path.with_suffix(".safetensors"): manifest["state"]}
             files |= {self._slots.folder / name: checksum for name, checksum in manifest["proxies"].items()}
             # The processes share the reading.
@@ -105,7 +104,7 @@ class Checkpoints:
                     return f"{path.name} does not match its checksum"
         except FileNotFoundError as error:
             return f"{Path(error.filename).name} is missing"
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, OSError):
             return f"{manifest_path.name} can't be read"
         return None
 
@@ -121,7 +120,16 @@ class Checkpoints:
         pinned: set[str] = set()
         for path in kept:
             try:
-                pinned |= set(json.loads(path.read_text())["proxies"])
-            except (ValueError, KeyError, TypeError):
+                pinned |= _manifest(path)["proxies"].keys()
+            except ValueError:
                 path.unlink(missing_ok=True)
         return sorted(pinned)
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    """Checksums: ``state``, and ``proxies`` by the name of their file. Raises ValueError if it is no manifest."""
+    found = parse_json(path.read_bytes())
+    proxies = found.get("proxies") if isinstance(found, dict) and "state" in found else None
+    if not isinstance(proxies, dict) or any(Path(name).name != name for name in proxies):
+        raise ValueError("it is no manifest")
+    return cast(dict[str, Any], found)

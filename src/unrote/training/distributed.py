@@ -20,14 +20,13 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
-from torch.distributed.rendezvous import rendezvous
 
 from unrote.errors import InputError, first_line
 from unrote.method.assignment import assign, sharing, teams_of
 from unrote.method.peers import Alone, Average
 from unrote.method.slots import Slots
 from unrote.tensorfiles import Stored
-from unrote.training.reachable import TIMEOUT, Reachable, attempt, lives, machine, patience
+from unrote.training.reachable import TIMEOUT, Reachable, lives, machine, meeting_place, patience
 from unrote.training.sharding import TeamSlots
 from unrote.training.team import Parted, Parts, Team, form
 from unrote.training.transport import broadcast, receive, send
@@ -390,15 +389,14 @@ def _join(stop: list[int]) -> Group:
         raise InputError("torch.distributed is initialized already: train without it, each process will join by itself")
     limit = timedelta(seconds=timeout)
     try:
-        store, rank, size = next(rendezvous("env://", timeout=limit))
-        store = PrefixStore(attempt(PrefixStore("unrote", store), rank, size, timeout), store)
+        store, rank, size = meeting_place(timeout)
         dist.init_process_group("gloo", store=PrefixStore("gloo", store), rank=rank, world_size=size, timeout=limit)
     except (RuntimeError, ValueError) as error:
         raise InputError(
             f"the processes did not find each other at {os.environ.get('MASTER_ADDR')}: {first_line(error)}. "
             "Start them with torchrun, or check MASTER_ADDR, MASTER_PORT, RANK and WORLD_SIZE"
         ) from None
-    shared: Any = store
+    shared: Any = PrefixStore("unrote", store)
     if rank > 0:
         shared = Reachable(shared, f"process 0 of {size}", timeout)
     group = Group(shared, rank, size, timeout, stop)

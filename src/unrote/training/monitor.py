@@ -31,6 +31,7 @@ from unrote.training.looks_chart import looks_chart
 from unrote.training.pace import Pace
 from unrote.training.run import Run
 from unrote.training.sharding import WholeModel
+from unrote.versions import RESULT_VERSION
 
 logger = logging.getLogger("unrote")
 
@@ -125,7 +126,8 @@ class Monitor:
             logger.info("finishing with the weights after %s samples", f"{used:,}")
         if not self._whole.first:
             return
-        summary: dict[str, Any] = {"stop_when": self._settings.stop_when, "stopped": self.stopped}
+        summary: dict[str, Any] = {"schema_version": RESULT_VERSION}
+        summary |= {"stop_when": self._settings.stop_when, "stopped": self.stopped}
         summary |= {"model_samples": used, "every": self._plan.every, "planned_overhead": self._plan.overhead}
         summary |= {"overhead": self.pace.overhead, "prompts": self._prompts}
         write_json(self._run.path / "monitor.json", summary | {"looks": self._looks})

@@ -13,6 +13,7 @@ from unrote.training.card import model_card
 from unrote.training.privacy import privacy_spent
 from unrote.training.run import Run
 from unrote.training.sharding import WholeModel
+from unrote.versions import RESULT_VERSION
 
 
 def write_outputs(run: Run, config: Config, images: ImageStore, model: WholeModel, ledger: Ledger, steps: int) -> None:
@@ -31,6 +32,7 @@ def write_outputs(run: Run, config: Config, images: ImageStore, model: WholeMode
     for folder in (run.model_folder, run.path):
         write_text(folder / "README.md", card)
     summary = {
+        "schema_version": RESULT_VERSION,
         "unrote": __version__,
         "samples_seen": visits,
         "steps": steps,

@@ -7,8 +7,12 @@ import time
 import uuid
 from concurrent.futures import Future
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
+
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from unrote.errors import InputError
 
@@ -87,6 +91,17 @@ def patience() -> float:
     if not 1 <= seconds < 1e9:
         raise InputError(f"{TIMEOUT}: must be a number of seconds, at least 1, not {text!r}")
     return seconds
+
+
+def meeting_place(seconds: float) -> tuple[Any, int, int]:
+    """The store of the processes that one launcher started, as its variables say; the rank of this one; how many.
+
+    Raises:
+        RuntimeError: if they do not come within so many seconds.
+        ValueError: if a variable is missing or wrong.
+    """
+    store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=seconds)))
+    return PrefixStore(attempt(PrefixStore("unrote", store), rank, size, seconds), store), rank, size
 
 
 def attempt(store: Any, rank: int, size: int, timeout: float) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 from unrote.config import Config, changed_keys, parse, read_yaml
 from unrote.data.store import ImageStore
 from unrote.errors import InputError
-from unrote.files import remove_leftovers, write_json, write_text
+from unrote.files import parse_json, read_object, remove_leftovers, write_json, write_text
 from unrote.ownership import Ownership
 
 logger = logging.getLogger("unrote")
@@ -66,10 +66,10 @@ class Run:
         """Fingerprint, counts and shape of the training set. Raises InputError if the file is damaged."""
         file = self.path / "data.json"
         try:
-            values = json.loads(file.read_bytes())
+            values = parse_json(file.read_bytes())
             if isinstance(values["fingerprint"], str) and len(values["shape"]) == 3 and values["count"] > 0:
                 return dict(values)
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError):
             pass
         raise InputError(f"{file}: is damaged; restore it, or train into a new folder")
 
@@ -117,7 +117,7 @@ class Run:
             if weights:
                 write_json(file, dict(weights))
             return
-        noted: dict[str, str] = json.loads(file.read_text())
+        noted = read_object(file, "restore it to go on, or choose another --out")
         changed = sorted(name for name in noted.keys() | weights.keys() if noted.get(name) != weights.get(name))
         if changed:
             raise InputError(
