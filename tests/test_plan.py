@@ -45,7 +45,7 @@ CASES = [
     ("standard", {"training__batch_size": 100, "training__gradient_accumulation_steps": 3}),
     ("iet-agc", {"training__use_ema": False, "training__checkpointing_steps": 2}),
     ("iet-agc+", {"training__checkpointing_steps": 1, "training__checkpoints_total_limit": 3}),
-    ("standard", {"training__snapshots": 9, "training__checkpoints_total_limit": 1}),
+    ("standard", {"training__snapshots": 9}),
 ]
 
 
