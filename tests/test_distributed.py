@@ -59,31 +59,6 @@ def data(tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory, data):
-    """The run in one process."""
-    out = tmp_path_factory.mktemp("alone") / "run"
-    return finished(launch(1, out, data).finish(), out)
-
-
-def test_torchrun_with_two_processes_gives_the_same(tmp_path, data, alone):
-    out = tmp_path / "run"
-    command = [*TORCHRUN, "--standalone", "--nproc-per-node=2", *command_of(out, data)]
-    variables = os.environ | variables_for(out)
-    run = finished(subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300), out)
-    assert summary_of(run)["moved"] > 0 and {line["proxy"] for line in log_of(run)} == {0, 1, 2}
-    assert_same_run(run, alone)
-    assert not [path.name for path in out.iterdir() if path.name.startswith(".shared")]
-    manifest = json.loads(max((out / "checkpoints").glob("*.json")).read_text())
-    assert {name.split(".")[0] for name in manifest["proxies"]} == {
-        "global",
-        "initial",
-        "proxy-0",
-        "proxy-1",
-        "proxy-2",
-    }
-
-
 def test_more_processes_than_proxies_share_the_batches_and_say_so(tmp_path, data):
     out = tmp_path / "run"
     done = launch(2, out, data, "standard").finish()
@@ -202,7 +177,7 @@ def test_a_machine_disappears_and_torchrun_goes_on_with_the_other(tmp_path, data
     assert [path.name for path in out.rglob(".*")] == [".lock"]
 
 
-def test_torchrun_goes_on_with_as_many_processes_when_one_was_killed(tmp_path, data, long_alone):
+def test_torchrun_gives_the_same_also_when_one_of_two_was_killed(tmp_path, data, long_alone):
     """What an attempt has left in the launcher's store, as that it failed, is none of the next one's business."""
     out = tmp_path / "run"
     command = [*TORCHRUN, "--standalone", "--nproc-per-node=2", "--max-restarts=3", *command_of(out, data, **LONG)]
@@ -216,7 +191,13 @@ def test_torchrun_goes_on_with_as_many_processes_when_one_was_killed(tmp_path, d
         launcher.kill()
     assert launcher.returncode == 0, errors
     assert errors.count("going on at") == 2, errors  # once, of each
-    assert_same_run(Run(out), long_alone())
+    run = Run(out)
+    assert summary_of(run)["moved"] > 0 and {line["proxy"] for line in log_of(run)} == {0, 1, 2}
+    assert_same_run(run, long_alone())
+    assert not [path.name for path in out.iterdir() if path.name.startswith(".shared")]
+    manifest = json.loads(max((out / "checkpoints").glob("*.json")).read_text())
+    names = {name.split(".")[0] for name in manifest["proxies"]}
+    assert names == {"global", "initial", "proxy-0", "proxy-1", "proxy-2"}
 
 
 def test_a_process_that_hangs_between_speaking_and_being_counted_is_named():

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TextIO
 
 from unrote.errors import InputError
+from unrote.files import write_text
 
 logger = logging.getLogger("unrote")
 
@@ -71,7 +72,7 @@ class Ownership:
                 ended.set()
                 beating.join()
                 if self._read() == self._mark:
-                    file.truncate(0)
+                    os.truncate(self._file, 0)
 
     def check(self) -> None:
         """Make sure that this process is still the owner, before something is written that counts.
@@ -105,12 +106,13 @@ class Ownership:
     def _signed(self, file: TextIO, locked: bool, wait: bool) -> bool:
         """Whether the file names this process, after nobody else kept touching it."""
         self._watch(locked, wait)
-        file.truncate(0)
-        file.write(self._mark)
-        file.flush()
         if locked:
+            file.truncate(0)
+            file.write(self._mark)
+            file.flush()
             return True
-        os.fsync(file.fileno())
+        # In place of the file, so that of several who sign at once the last one's mark is all that it says.
+        write_text(self._file, self._mark)
         time.sleep(SETTLE_SECONDS)
         if self._read() != self._mark and not wait:
             raise BusyError(self._taken)
