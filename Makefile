@@ -12,9 +12,8 @@ OUT ?= demo
 demo: $(VENV)/.package
 	$(BIN)/unrote demo --out $(OUT)
 
-# Three at a time: many tests wait for processes of their own.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 3 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -340,3 +340,16 @@ def test_dying_after_a_divergence_changes_nothing(disk, tmp_path, monkeypatch):
         deaths += 1
     assert deaths > 1
     assert_same_run(Run(folder), run)
+
+
+def test_in_the_end_what_a_killed_process_left_to_clear_away_goes_too(tmp_path):
+    """It was killed after the last manifest was written, and the first one finished the run before it knew of that."""
+    slots = FolderSlots(tmp_path / "proxies", ["proxy-0"])
+    slots.put("proxy-0", {"weight": torch.ones(2)})
+    other = tmp_path / "proxies" / "proxy-1.00000001.safetensors"
+    other.write_bytes(b"of a checkpoint that was removed")
+    checkpoints = Checkpoints(tmp_path / "checkpoints", slots, 2)
+    checkpoints.save(1, {"steps": 1})
+    assert other.exists()
+    checkpoints.finish()
+    assert [path.name for path in (tmp_path / "proxies").iterdir()] == slots.files()

@@ -87,11 +87,21 @@ class Checkpoints:
 
         A run that goes on from its last checkpoint and only writes its outputs saves no other, which would do it.
         """
+        self._slots.pin(self._peers.gather(self._named() if self._peers.rank == 0 else [])[0])
+
+    def finish(self) -> None:
+        """The first process removes what no checkpoint names, also of the others: nobody writes any more.
+
+        One that was killed before it did so itself would leave it for good, since a finished run is not gone on with.
+        """
+        FolderSlots(self._slots.folder).pin(self._named())
+
+    def _named(self) -> list[str]:
         named: set[str] = set()
-        for path in self._folder.glob("*.json") if self._peers.rank == 0 else ():
+        for path in self._folder.glob("*.json"):
             with suppress(ValueError):
                 named |= _manifest(path)["proxies"].keys()
-        self._slots.pin(self._peers.gather(sorted(named))[0])
+        return sorted(named)
 
     def _problem_of(self, manifest_path: Path) -> str | None:
         try:

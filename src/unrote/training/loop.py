@@ -259,6 +259,8 @@ def _train(
                     monitor.keep_best(progress.whole.samples)
 
         checkpoint(last=True)
+    if peers.rank == 0:
+        checkpoints.finish()
     if model is not None:
         if monitor is not None:
             monitor.put_back_best(progress.whole.samples)
