@@ -65,6 +65,13 @@ class _Processes:
         return late
 
 
+def exit_codes(target: Any, arguments: Sequence[tuple], seconds: float = 120) -> list[int]:
+    """How processes that call ``target`` with these arguments end, by rank; those that take longer are killed."""
+    started = _Processes(target, arguments)
+    started._end(seconds)
+    return [process.exitcode for process in started.processes]
+
+
 class Command(_Processes):
     """W processes of one command, with what tests need of :class:`subprocess.Popen`.
 

@@ -4,7 +4,7 @@ import time
 
 import torch
 
-from forking import CONTEXT, Job, free_port
+from forking import Job, exit_codes, free_port
 from toy import largest_difference, log_of, summary_of, weights_of
 from unrote.training.run import Run
 
@@ -44,13 +44,8 @@ def checkpoints_in(out):
     return sorted(int(path.stem) for path in (out / "checkpoints").glob("*.json"))
 
 
-def members_found(member, out):
-    """What four processes, which call ``member(rank, port, out)``, have saved as ``out/RANK.pt``, by rank."""
+def members_found(member, out, world=4):
+    """What W processes, which call ``member(rank, port, out)``, have saved as ``out/RANK.pt``, by rank."""
     port = free_port()
-    processes = [CONTEXT.Process(target=member, args=(rank, port, out)) for rank in range(4)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-        assert process.exitcode == 0
-    return [torch.load(out / f"{rank}.pt", weights_only=False) for rank in range(4)]
+    assert exit_codes(member, [(rank, port, out) for rank in range(world)]) == [0] * world
+    return [torch.load(out / f"{rank}.pt", weights_only=False) for rank in range(world)]

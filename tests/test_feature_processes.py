@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from forking import CONTEXT, Command, variables_of
+from forking import Command, exit_codes, variables_of
 from toy import toy_images
 from unrote.encoders.base import Encoder
 from unrote.encoders.cache import features
@@ -45,15 +45,8 @@ def extract(world: int, cache: Path | None, out: Path, dies: int | None = None) 
     """Exit codes."""
     out.mkdir()
     encoders = [Mortal if rank == dies else RandomConvEncoder for rank in range(world)]
-    processes = [
-        CONTEXT.Process(target=work, args=(variables, cache, out, encoder))
-        for variables, encoder in zip(variables_of(world), encoders, strict=True)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-    return [process.exitcode for process in processes]
+    each = zip(variables_of(world), encoders, strict=True)
+    return exit_codes(work, [(variables, cache, out, encoder) for variables, encoder in each])
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
-from forking import CONTEXT, free_port
+from sharing import members_found
 from unrote import Ledger, LossGate, Redistribution, ShardEnsemble, augment_near_threshold
 from unrote.tensorfiles import Stored, clone_state
 
@@ -248,14 +248,7 @@ def shared_batches(rank, port, out):
 
 
 def test_processes_that_share_batches_have_their_share(tmp_path):
-    port = free_port()
-    processes = [CONTEXT.Process(target=shared_batches, args=(rank, port, tmp_path)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-        assert process.exitcode == 0
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    first, second = members_found(shared_batches, tmp_path, 2)
     # Shards of 5, 5 and 4: of an odd one a sample is seen by both.
     assert len(first) == len(second) == 2 * (3 + 3 + 2)
     assert set(first) | set(second) == set(range(N))

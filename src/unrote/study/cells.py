@@ -84,7 +84,7 @@ class Cell:
     def check(self) -> None:
         """Raises InputError if what is kept was trained when a default had another value: its hash is the same."""
         file = self.folder.path / "cell.json"
-        kept = json.loads(file.read_text()).get("config") if file.exists() else None
+        kept = (_read(file) or {}).get("config")
         if kept is not None:
             self.check_against(kept, self.folder.path)
 
@@ -114,8 +114,7 @@ class Folder:
     @property
     def trained(self) -> dict[str, Any] | None:
         """Costs and snapshots, if it is trained and sampled."""
-        file = self.path / "trained.json"
-        return json.loads(file.read_text()) if file.exists() else None
+        return _read(self.path / "trained.json")
 
     def samples_file(self, seen: int) -> Path:
         """The samples of the snapshot after so many samples seen."""
@@ -250,7 +249,11 @@ def counts_of(run: Run) -> dict[str, Any]:
 
 def _monitored(run: Run) -> dict[str, Any] | None:
     """What the monitor saw and decided; None if nothing looked."""
-    file = run.path / "monitor.json"
+    return _read(run.path / "monitor.json")
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    """What a JSON file says, if it is there."""
     return json.loads(file.read_text()) if file.exists() else None
 
 
@@ -286,7 +289,7 @@ def write_sheet(file: Path, samples: np.ndarray) -> None:
 @contextmanager
 def _timed(file: Path) -> Iterator[None]:
     """Add the wall-clock and processor seconds of the block to those in ``file``, also if it is interrupted."""
-    before = json.loads(file.read_text()) if file.exists() else {"wall_seconds": 0.0, "cpu_seconds": 0.0}
+    before = _read(file) or {"wall_seconds": 0.0, "cpu_seconds": 0.0}
     wall, processor = time.monotonic(), time.process_time()
     try:
         yield

@@ -1,6 +1,5 @@
 """Which rounds are looked at: as planned, and fewer as soon as the clock says that looks take more than planned."""
 
-import json
 import logging
 import math
 import time
@@ -8,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from unrote.errors import InputError
-from unrote.files import write_json
+from unrote.files import parse_json, write_json
 from unrote.training.looks import Looks
 
 logger = logging.getLogger("unrote")
@@ -91,11 +90,11 @@ class Pace:
 
 def _read(file: Path) -> list[dict[str, Any]]:
     try:
-        parts: list[dict[str, Any]] = json.loads(file.read_text("utf-8"))
+        parts: list[dict[str, Any]] = parse_json(file.read_bytes())
         whole = all(one["round"] > 0 and one["every"] >= 0 and one["seconds"] + one["overhead"] >= 0 for one in parts)
         if isinstance(parts, list) and whole:
             return parts
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError):
         pass
     raise InputError(f"{file}: is damaged; remove it: what the newest checkpoint knows of it is used")
 
