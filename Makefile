@@ -42,6 +42,9 @@ $(VENV)/.python:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
+# Others' trainers that tests run; one says that it needs torchvision, which does not go with a torch for CPUs only.
+HOSTS := denoising_diffusion_pytorch==2.3.4 ema-pytorch==0.8.3 einops==0.8.2
+
 # Without isolation the build uses the pinned backend: pip does not apply constraints to the environments it builds in.
 INSTALL := $(PIP) --no-build-isolation --editable
 $(VENV)/.package: $(VENV)/.python pyproject.toml constraints.txt
@@ -51,4 +54,5 @@ $(VENV)/.package: $(VENV)/.python pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.package
 	$(INSTALL) '.[dev]'
+	$(PIP) --no-deps $(HOSTS)
 	@touch $@

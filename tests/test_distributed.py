@@ -1,4 +1,4 @@
-"""The command in several processes gives what it gives in one, bit for bit; also by torchrun, as users start it."""
+"""The command in several processes gives what it gives in one, bit for bit; also by the launchers of users."""
 
 import json
 import os
@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from itertools import chain
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 import yaml
 from torch.distributed import HashStore, TCPStore
 
-from forking import INTERRUPTED, UNUSABLE, Command, free_port
+from forking import CONTEXT, INTERRUPTED, UNUSABLE, Command, free_port
 from toy import SETTINGS, assert_same_run, log_of, summary_of, toy_images
 from unrote.config import load_config
 from unrote.errors import InputError
@@ -177,10 +178,19 @@ def test_a_machine_disappears_and_torchrun_goes_on_with_the_other(tmp_path, data
     assert [path.name for path in out.rglob(".*")] == [".lock"]
 
 
-def test_torchrun_gives_the_same_also_when_one_of_two_was_killed(tmp_path, data, long_alone):
+def test_accelerate_launch_gives_the_same_also_when_one_of_two_was_killed(tmp_path, data, long_alone):
     """What an attempt has left in the launcher's store, as that it failed, is none of the next one's business."""
     out = tmp_path / "run"
-    command = [*TORCHRUN, "--standalone", "--nproc-per-node=2", "--max-restarts=3", *command_of(out, data, **LONG)]
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes=2",
+        "--num_machines=1",
+    ]
+    command += ["--max_restarts=3", "--mixed_precision=no", "--dynamo_backend=no", f"--main_process_port={free_port()}"]
+    command += command_of(out, data, **LONG)
     variables = os.environ | variables_for(out)
     launcher = subprocess.Popen(command, env=variables, stderr=subprocess.PIPE, text=True)
     try:
@@ -206,6 +216,40 @@ def test_a_process_that_hangs_between_speaking_and_being_counted_is_named():
     group = Group(store, 0, 2, 1.5, [])
     with pytest.raises(InputError, match=r"process 1 of 2 has given no sign of life for 1\.5 seconds"):
         group.gather(None)
+
+
+def test_who_works_long_is_waited_for(tmp_path):
+    store = HashStore()
+    first, second = (Group(store, rank, 2, 1.5, []) for rank in range(2))
+
+    def work():
+        with second.working("looking at the model"):
+            time.sleep(4)
+        return second.gather("second")
+
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(work)
+        assert first.gather("first") == other.result() == ["first", "second"]
+
+
+def hang_at_work(port):
+    group = Group(TCPStore("127.0.0.1", port, 2, is_master=False), 1, 2, 60.0, [])
+    with group.one_per_machine_first():
+        time.sleep(2)
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def test_who_hangs_while_its_machine_waits_for_it_is_named():
+    port = free_port()
+    store = TCPStore("127.0.0.1", port, 2, is_master=True, wait_for_workers=False)
+    process = CONTEXT.Process(target=hang_at_work, args=(port,))
+    process.start()
+    try:
+        store.wait(["beat/1"], timedelta(seconds=120))
+        with pytest.raises(InputError, match=r"process 1 of 2 has given no sign of life.*last heard of making the mod"):
+            Group(store, 0, 2, 3.0, []).gather(None)
+    finally:
+        process.kill()
 
 
 def test_more_lines_wait_than_a_message_of_the_store_may_hold(tmp_path):

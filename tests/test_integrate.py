@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 
@@ -16,10 +17,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import unrote
+from torchvision_standin import standing_in
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples" / "integrate"
 IMAGES, BATCH, EPOCHS = 18, 2, 3
+# The trainer of denoising-diffusion-pytorch wants 100 images and 16 in a step; each of its steps is two batches.
+MANY, MANY_BATCH, STEPS = 100, 8, 40
 
 
 def apply(diff: str, text: str) -> str:
@@ -49,13 +53,16 @@ def changed(name, stages):
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("photos")
+    return folder_of(IMAGES, tmp_path_factory.mktemp("photos"))
+
+
+def folder_of(count, folder):
     random = np.random.default_rng(0)
     rows = []
-    for index in range(IMAGES):
+    for index in range(count):
         # The last four are all alike, so that there is something to skip.
         flat = np.full((16, 16, 3), 200, np.uint8)
-        pixels = flat if index >= IMAGES - 4 else random.integers(0, 255, (16, 16, 3), np.uint8)
+        pixels = flat if index >= count - 4 else random.integers(0, 255, (16, 16, 3), np.uint8)
         Image.fromarray(pixels).save(folder / f"{index:02d}.png")
         rows.append(f'{{"file_name": "{index:02d}.png", "text": "a cat"}}\n')
     (folder / "metadata.jsonl").write_text("".join(rows))
@@ -77,15 +84,14 @@ def arguments(name, photos, pretrained, out):
     sizes = ["--resolution", "16", "--train_batch_size", str(BATCH)]
     hub = ["--train_data_dir", photos, "--output_dir", out, *sizes]
     base = ["--pretrained_model_name_or_path", pretrained]
-    steps = -(-IMAGES // BATCH)
     given = {
         "unconditional": [*hub, "--num_epochs", EPOCHS, "--ddpm_num_steps", "10", "--lr_warmup_steps", "1"],
         "text_to_image": [*hub, *base, "--num_train_epochs", EPOCHS],
         "lora": [*hub, *base, "--num_train_epochs", EPOCHS],
         "hf_trainer": [*hub, "--num_train_epochs", EPOCHS, "--timesteps", "10"],
         "ddpm_trainer": [
-            "--folder", photos, "--out", out / "model.pt", "--image_size", "16", "--timesteps", "10",
-            "--train_batch_size", BATCH, "--train_num_steps", EPOCHS * steps,
+            "--folder", photos, "--out", out, "--image_size", "16", "--dim", "8", "--timesteps", "10",
+            "--train_batch_size", MANY_BATCH, "--train_num_steps", STEPS,
         ],
         "lightning_module": [
             "--data", photos, "--out", out, "--resolution", "16", "--timesteps", "10", "--batch_size", BATCH,
@@ -129,38 +135,49 @@ def run(name, stages, folder, given, old="", new=""):
 def weights_in(out):
     """What a script saved, by name."""
     found = next(iter(sorted(out.rglob("*unet*/*.safetensors")) + sorted(out.glob("*.safetensors"))), None)
-    return load_file(found) if found else torch.load(out / "model.pt", weights_only=True)["model"]
+    return load_file(found) if found else torch.load(out / "model-last.pt", weights_only=True)["model"]
 
 
 NAMES = ["unconditional", "text_to_image", "lora", "ddpm_trainer", "lightning_module", "hf_trainer"]
 
 
+NEEDED = {"lightning_module": "pytorch_lightning", "ddpm_trainer": "denoising_diffusion_pytorch"}
+
+
 @pytest.fixture(params=NAMES)
 def name(request):
-    if request.param == "lightning_module" and find_spec("pytorch_lightning") is None:
-        pytest.skip("pytorch-lightning is not installed")
+    if (package := NEEDED.get(request.param)) is None:
+        return request.param
+    if find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
+    if package not in sys.modules and find_spec("torchvision") is None:
+        with standing_in():
+            import_module(package)
     return request.param
 
 
 def test_a_script_of_somebody_else_and_its_diffs(name, photos, pretrained, tmp_path):
+    count, batch, batches = IMAGES, BATCH, EPOCHS * -(-IMAGES // BATCH)
+    if name == "ddpm_trainer":
+        count, batch, batches = MANY, MANY_BATCH, 2 * STEPS
+        (tmp_path / "photos").mkdir()
+        photos = folder_of(MANY, tmp_path / "photos")
     for stages in (1, 3):
         out = tmp_path / f"out-{stages}"
         out.mkdir()
         gates, ensembles = run(name, stages, tmp_path, arguments(name, photos, pretrained, out))
         assert (len(gates), len(ensembles)) == (1, stages > 1)
-        steps = EPOCHS * -(-IMAGES // BATCH) * (2 if name == "ddpm_trainer" else 1)
-        assert gates[0].batches == steps if stages == 1 else gates[0].batches >= steps
+        assert gates[0].batches == batches if stages == 1 else gates[0].batches >= batches
     (gate,), (ensemble,) = gates, ensembles
-    # Half-rounds: every image is seen twice in a round, in shards of 5, 5, 4 and 4. The loop that counts steps, each of
-    # two batches, does as many as before.
-    per_round = 2 * (3 + 3 + 2 + 2)
-    rounds = EPOCHS if name != "ddpm_trainer" else steps // per_round
+    # Half-rounds: every image is seen twice in a round. The trainer that counts steps does as many as before, and what
+    # it began of a round is no round.
+    per_round = 2 * sum(-(-len(shard) // batch) for shard in ensemble.shards)
+    rounds, left = divmod(batches, per_round) if name == "ddpm_trainer" else (EPOCHS, 0)
     assert ensemble.round_index == rounds > 0
-    left = steps % per_round if name == "ddpm_trainer" else 0
     visits = gate.ledger.visits
-    assert (visits.min() >= 2 * rounds) and visits.sum() <= 2 * rounds * IMAGES + left * BATCH
+    assert (visits.min() >= 2 * rounds) and visits.sum() <= 2 * rounds * count + left * batch
     assert gate.ledger.skips.sum() > 0
-    assert torch.cat(ensemble.shards).sort().values.tolist() == list(range(IMAGES))
+    assert torch.cat(ensemble.shards).sort().values.tolist() == list(range(count))
     assert_saved_is_the_aggregate(name, tmp_path / "out-3", ensemble)
 
 

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+import unrote.training.checkpoints
 from toy import assert_same_run, toy_images, toy_run, weights_of
 from unrote.errors import InputError
 from unrote.method.slots import FolderSlots
@@ -289,6 +290,29 @@ def test_none_whole_is_an_error_that_names_them_all(tmp_path):
     with pytest.raises(InputError, match=r"no checkpoint is whole \(000000009: .*; 000000006: .*backup"):
         checkpoints_of(tmp_path)[0].load_newest()
     assert names(tmp_path / "checkpoints") == before
+
+
+@pytest.mark.parametrize("which", ["state", "proxy"])
+def test_what_the_disk_made_something_else_of_is_noticed_before_an_older_one_goes(tmp_path, monkeypatch, which):
+    checkpoints, slots = three_saved(tmp_path)
+    slots.put("proxy-0", {"weights": torch.full((2,), 12.0)})
+    kept, writing = names(tmp_path / "checkpoints"), unrote.training.checkpoints.save_state
+
+    def badly_written(path, state):
+        checksum = writing(path, state)
+        damage(path)
+        return checksum
+
+    if which == "state":
+        monkeypatch.setattr(unrote.training.checkpoints, "save_state", badly_written)
+    else:
+        damage(tmp_path / "proxies" / slots.files()[0])
+    with pytest.raises(InputError, match=f"{'000000012' if which == 'state' else 'proxy-0'}.*something else than was"):
+        checkpoints.save(12, state_of(12, slots))
+    assert set(names(tmp_path / "checkpoints")) >= set(kept)
+    checkpoints, slots = checkpoints_of(tmp_path)
+    slots.load_state_dict(checkpoints.load_newest()["slots"])
+    assert slots.get("proxy-0")["weights"].whole().tolist() == [9, 9]
 
 
 # A proxy that diverges.

@@ -7,7 +7,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -130,6 +130,16 @@ def write_text(path: Path, content: str) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Write ``content`` to ``path`` atomically, as indented ASCII JSON."""
     write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def read_back(path: Path) -> str:
+    """Hex SHA-256 of a file as it is on the disk: written out, and not read from the system's memory if it can be."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        if hasattr(os, "posix_fadvise"):
+            with suppress(OSError):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return sha256_file(path)
 
 
 def sha256_file(path: Path, progress: Callable[[int], object] | None = None) -> str:

@@ -53,6 +53,7 @@ class Ranks:
         """Every process's ``state``, in the order of ranks; shapes and dtypes are the same everywhere."""
         device = "cuda" if self.world > 1 and dist.get_backend() == "nccl" else "cpu"
         state = {name: np.array(array) for name, array in state.items()}  # the caller may merge while this goes on
+        self.barrier()
         for source in range(self.world):
             if self.world == 1:
                 yield state
@@ -85,10 +86,18 @@ class Ranks:
             )
 
     def barrier(self) -> None:
-        """Wait until every process is here."""
+        """Wait until every process is here.
+
+        Raises:
+            PeerLostError: naming the first that did not come in time, where ``gloo`` connects them.
+        """
         if self.world > 1:
             with _together():
-                dist.barrier()
+                if dist.get_backend() == "gloo":
+                    # The first one says who is missing, if the others have not given up at the same moment.
+                    dist.monitored_barrier(timeout=timedelta(seconds=patience() * (2 if self.rank else 1)))
+                else:
+                    dist.barrier()
 
 
 @contextmanager

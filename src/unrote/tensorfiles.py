@@ -5,7 +5,7 @@ States are read and averaged in bundles of tensors, so that none need be whole i
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -38,7 +38,7 @@ class Stored:
 
     Attributes:
         skeleton: its structure in terms of JSON, with plain values and the names of tensors.
-        forms: type and shape of each tensor by name, in their order.
+        forms: type and shape of each tensor by name, in the order in which a file has them.
         read: from names to these tensors, contiguous on the CPU and shared with nothing.
     """
 
@@ -49,8 +49,7 @@ class Stored:
     @staticmethod
     def of(state: Any) -> "Stored":
         """What lies in memory."""
-        tensors: dict[str, Tensor] = {}
-        skeleton = _flatten(state, "", tensors)
+        skeleton, tensors = _taken_apart(state)
         forms = {name: _form(tensor) for name, tensor in tensors.items()}
         return Stored(skeleton, forms, lambda names: {name: _copied(tensors[name]) for name in names})
 
@@ -66,7 +65,7 @@ class Stored:
         """
         try:
             skeleton, found = _header(path)
-            forms = {name: found[name][1] for name in _names(skeleton)}
+            forms = _chosen({name: form for name, (_, form) in found.items()}, skeleton)
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(f"{path}: is no state that unrote wrote, or is damaged ({reason})") from None
@@ -88,7 +87,7 @@ class Stored:
         return self._under(dict(self.skeleton["dict"])[name])
 
     def _under(self, skeleton: Any) -> "Stored":
-        return replace(self, skeleton=skeleton, forms={name: self.forms[name] for name in _names(skeleton)})
+        return replace(self, skeleton=skeleton, forms=_chosen(self.forms, skeleton))
 
     def description(self) -> str:
         """All but the tensors' content, as JSON; see :func:`described`."""
@@ -115,20 +114,20 @@ class Stored:
     @torch.no_grad()
     def into(self, live: Any) -> Any:
         """The state; where ``live`` has a tensor of the same form, that tensor, overwritten."""
-
-        def tensors() -> Iterator[Tensor]:
-            for names in self.bundles():
-                found = self.read(names)
-                yield from map(found.pop, names)
-
-        return _unflatten(self.skeleton, tensors(), live)
+        places: dict[str, tuple[Any, bool]] = {}
+        _unflatten(self.skeleton, live, lambda name, *place: places.update({name: place}))
+        done: dict[str, Tensor] = {}
+        for names in self.bundles():
+            found = self.read(names)
+            done |= {name: _placed(found.pop(name), *places[name]) for name in names}
+        return _unflatten(self.skeleton, live, lambda name, *_: done[name])
 
     def whole(self) -> Any:
         """The state, tensors on the CPU."""
         return self.into(None)
 
 
-def save_state(path: Path, state: Any, *, durable: bool = True) -> None:
+def save_state(path: Path, state: Any, *, durable: bool = True) -> str:
     """Write ``state`` atomically.
 
     Args:
@@ -136,25 +135,32 @@ def save_state(path: Path, state: Any, *, durable: bool = True) -> None:
         state: nested dicts (keys: str or int), lists and tuples of tensors, numbers, strings, bools and None.
         durable: see :func:`unrote.files.atomic_path`.
 
+    Returns:
+        Hex SHA-256 of what the file should consist of, whatever becomes of it on the disk.
+
     Raises:
         TypeError: for a leaf of another type.
     """
-    tensors: dict[str, Tensor] = {}
-    skeleton = _flatten(state, "", tensors)
+    skeleton, tensors = _taken_apart(state)
     header: dict[str, Any] = {"__metadata__": {_SKELETON: json.dumps(skeleton)}}
     end = 0
-    # Large numbers first, so that each lies at a multiple of its size.
-    for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].itemsize):
+    for name, tensor in tensors.items():
         begin, end = end, end + tensor.nbytes
         header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     content = json.dumps(header).encode()
     content += b" " * (-len(content) % 8)
+    digest = hashlib.sha256()
     with atomic_path(path, durable=durable) as temporary, temporary.open("wb") as file:
-        file.write(len(content).to_bytes(8, "little") + content)
-        for name, tensor in tensors.items():
-            file.seek(8 + len(content) + header[name]["data_offsets"][0])
+
+        def write(part: Any) -> None:
+            digest.update(part)
+            file.write(part)
+
+        write(len(content).to_bytes(8, "little") + content)
+        for tensor in tensors.values():
             # One at a time: safetensors' own writer has them all on the CPU and contiguous at once.
-            file.write(bytes_of(whole(tensor).cpu().contiguous()).numpy().data)
+            write(bytes_of(whole(tensor).cpu().contiguous()).numpy().data)
+    return digest.hexdigest()
 
 
 def load_state(path: Path, parts: Sequence[str] | None = None) -> Any:
@@ -223,9 +229,7 @@ def own_part(tensor: Tensor) -> Tensor:
 
 def join_in(state: Any) -> None:
     """Give one's parts of a nested state to another process that keeps the whole, by a file or in memory."""
-    tensors: dict[str, Tensor] = {}
-    _flatten(state, "", tensors)
-    for tensor in tensors.values():
+    for tensor in _taken_apart(state)[1].values():
         whole(tensor)
 
 
@@ -258,6 +262,16 @@ def bytes_of(tensor: Tensor) -> Tensor:
     return tensor.view(-1).view(torch.uint8)
 
 
+def _taken_apart(state: Any) -> tuple[Any, dict[str, Tensor]]:
+    """The structure of a state, and its tensors: large numbers first, so that each lies at a multiple of its size.
+
+    All that gives parts of tensors away or gathers them goes by this order.
+    """
+    tensors: dict[str, Tensor] = {}
+    skeleton = _flatten(state, "", tensors)
+    return skeleton, dict(sorted(tensors.items(), key=lambda item: -item[1].itemsize))
+
+
 def _flatten(state: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(state, Tensor):
         # The number keeps apart what a path can't: the keys 1 and "1", or "a/b" and a dict in a dict.
@@ -282,34 +296,33 @@ def _is_channels_last(tensor: Tensor) -> bool:
     return tensor.is_contiguous(memory_format=torch.channels_last)
 
 
-def _names(skeleton: dict[str, Any]) -> Iterator[str]:
-    """Of the tensors, in order."""
-    ((kind, content),) = skeleton.items()
-    if kind in ("tensor", "channels_last"):
-        yield content
-    elif kind == "dict":
-        yield from (name for _, value in content for name in _names(value))
-    elif kind in ("list", "tuple"):
-        yield from (name for value in content for name in _names(value))
+def _chosen(forms: Mapping[str, Form], skeleton: Any) -> dict[str, Form]:
+    """Of ``forms`` those that the skeleton names, in their order. Raises KeyError if one is missing."""
+    names: set[str] = set()
+    _unflatten(skeleton, None, lambda name, *_: names.add(name))
+    if missing := names - forms.keys():
+        raise KeyError(min(missing))
+    return {name: form for name, form in forms.items() if name in names}
 
 
-def _unflatten(skeleton: dict[str, Any], tensors: Iterator[Tensor], live: Any) -> Any:
+def _unflatten(skeleton: dict[str, Any], live: Any, leaf: Callable[[str, Any, bool], Any]) -> Any:
+    """What the skeleton describes; ``leaf`` gives a tensor by its name, what ``live`` has there, and how it lies."""
     ((kind, content),) = skeleton.items()
     match kind:
         case "tensor" | "channels_last":
-            return _placed(next(tensors), live, channels_last=kind == "channels_last")
+            return leaf(content, live, kind == "channels_last")
         case "dict":
             old = live if isinstance(live, dict) else {}
-            return {key: _unflatten(value, tensors, old.get(key)) for key, value in content}
+            return {key: _unflatten(value, old.get(key), leaf) for key, value in content}
         case "list" | "tuple":
             olds = live if isinstance(live, list | tuple) and len(live) == len(content) else [None] * len(content)
-            values = [_unflatten(value, tensors, old) for value, old in zip(content, olds, strict=True)]
+            values = [_unflatten(value, old, leaf) for value, old in zip(content, olds, strict=True)]
             return values if kind == "list" else tuple(values)
         case _:
             return content
 
 
-def _placed(tensor: Tensor, live: Any, *, channels_last: bool) -> Tensor:
+def _placed(tensor: Tensor, live: Any, channels_last: bool) -> Tensor:
     """``tensor`` in the memory of ``live`` if that has its form, or else on its device."""
     if not isinstance(live, Tensor):
         return tensor.contiguous(memory_format=torch.channels_last) if channels_last else tensor
@@ -318,7 +331,7 @@ def _placed(tensor: Tensor, live: Any, *, channels_last: bool) -> Tensor:
             mine.copy_(own_part(part_like(tensor, live)))
             return live
         return live.copy_(tensor)
-    return _placed(tensor, None, channels_last=channels_last).to(live.device)
+    return _placed(tensor, None, channels_last).to(live.device)
 
 
 def weighted_average(states: Iterable[Mapping[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:

@@ -81,6 +81,9 @@ class FolderSlots:
     Args:
         folder: made if it does not exist.
         names: those of this process, whose files it takes over and clears away; None is all.
+
+    Attributes:
+        checksums: hex SHA-256, by file, of what was written into those that hold the current states.
     """
 
     def __init__(self, folder: Path, names: Iterable[str] | None = None) -> None:
@@ -88,6 +91,7 @@ class FolderSlots:
         self._names = None if names is None else frozenset(names)
         self.pinned: frozenset[str] = frozenset()
         self._files: dict[str, str] = {}
+        self.checksums: dict[str, str] = {}
         folder.mkdir(parents=True, exist_ok=True)
         # After whatever an earlier process left: its checkpoints may name those files.
         self._version = max((int(path.stem.rpartition(".")[2]) for path in folder.glob("*.safetensors")), default=0)
@@ -96,7 +100,7 @@ class FolderSlots:
         """Write ``state`` as the newest version of ``name``; durable only after a checkpoint syncs it."""
         self._version += 1
         old, new = self._files.get(name), f"{name}.{self._version:08d}.safetensors"
-        save_state(self.folder / new, state, durable=False)
+        self.checksums[new] = save_state(self.folder / new, state, durable=False)
         self._files[name] = new
         self._remove(old)
 
@@ -105,6 +109,7 @@ class FolderSlots:
         self._remove(self._files.pop(name, None))
 
     def _remove(self, file: str | None) -> None:
+        self.checksums.pop(file or "", None)
         if file is not None and file not in self.pinned:
             (self.folder / file).unlink(missing_ok=True)
 

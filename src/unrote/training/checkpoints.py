@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from unrote.errors import InputError
-from unrote.files import fsync, parse_json, sha256_file, write_json
+from unrote.files import fsync, parse_json, read_back, sha256_file, write_json
 from unrote.method.peers import Alone, Peers
 from unrote.method.slots import FolderSlots, MemorySlots
 from unrote.tensorfiles import load_state, save_state
@@ -34,17 +34,21 @@ class Checkpoints:
         folder.mkdir(parents=True, exist_ok=True)
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Write a checkpoint and remove the oldest beyond the limit.
+        """Write a checkpoint, read it back, and then remove the oldest beyond the limit.
 
         Every process brings the files of its own proxies onto the disk; the first writes ``state`` and the manifest.
+
+        Raises:
+            InputError: if the disk has something else than was written.
         """
         everyone = self._peers.gather(self._own_checksums())
         pinned: list[str] = []
         if self._peers.rank == 0:
             path = self._folder / f"{step:09d}.safetensors"
-            save_state(path, state)
+            checksum = save_state(path, state)
+            _compare(path, checksum)
             proxies = {name: checksum for one in everyone for name, checksum in one.items()}
-            manifest = {"step": step, "state": sha256_file(path), "proxies": dict(sorted(proxies.items()))}
+            manifest = {"step": step, "state": checksum, "proxies": dict(sorted(proxies.items()))}
             write_json(path.with_suffix(".json"), manifest)
             pinned = self._prune(path.stem)
         self._slots.pin(self._peers.gather(pinned)[0])
@@ -54,8 +58,8 @@ class Checkpoints:
         names = self._slots.files()
         for name in names:
             if name not in self._checksums:
-                fsync(self._slots.folder / name)
-                self._checksums[name] = sha256_file(self._slots.folder / name)
+                _compare(self._slots.folder / name, self._slots.checksums[name])
+                self._checksums[name] = self._slots.checksums[name]
         fsync(self._slots.folder)
         return {name: self._checksums[name] for name in names}
 
@@ -71,6 +75,7 @@ class Checkpoints:
             found = self._peers.gather(self._problem_of(path))
             problem = next((one for one in found if one is not None), None)
             if problem is None:
+                self._checksums = _manifest(path)["proxies"]
                 state: dict[str, Any] = load_state(path.with_suffix(".safetensors"))
                 return state
             logger.warning("checkpoint %s is damaged (%s): using the one before", path.stem, problem)
@@ -134,6 +139,14 @@ class Checkpoints:
             except ValueError:
                 path.unlink(missing_ok=True)
         return sorted(pinned)
+
+
+def _compare(path: Path, checksum: str) -> None:
+    if read_back(path) != checksum:
+        raise InputError(
+            f"{path}: the disk has something else than was written; see that it is sound. Checkpoints from before are "
+            "kept, and the same command goes on from there"
+        )
 
 
 def _manifest(path: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ is missing and who has failed; tensors go by gloo once everybody is there. Only 
 import json
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -49,9 +50,14 @@ class Single(Alone):
         self.settle: Callable[[], None] = lambda: None
         self._stop = stop
 
-    def gather(self, message: Any, *, patient: bool = False) -> list[Any]:
-        """Everybody's ``message`` (what JSON can hold), by rank; ``patient`` waits however long the others take."""
+    def gather(self, message: Any) -> list[Any]:
+        """Everybody's ``message`` (what JSON can hold), by rank."""
         return [message]
+
+    @contextmanager
+    def working(self, doing: str) -> Iterator[None]:
+        """Around what takes one process long, without steps, while others wait: it gives signs of life meanwhile."""
+        yield
 
     @contextmanager
     def one_per_machine_first(self) -> Iterator[None]:
@@ -167,8 +173,8 @@ class Group(Single):
     def _asked(self) -> bool:
         return bool(self._stop) or self._heard
 
-    def gather(self, message: Any, *, patient: bool = False) -> list[Any]:
-        """Everybody's ``message``; ``patient`` waits however long the others take.
+    def gather(self, message: Any) -> list[Any]:
+        """See :meth:`Single.gather`.
 
         Raises:
             InputError: if another process has failed or gives no sign of life.
@@ -192,7 +198,7 @@ class Group(Single):
                 # All have spoken, but somebody stands still before counting itself.
                 return silent or [rank for rank in range(self.size) if rank != self.rank]
 
-            self._await(arrived, missing, patient)
+            self._await(arrived, missing)
             answers = self._store.multi_get([f"{name}/{rank}" for rank in range(self.size)])
             # Everybody is here, so nobody reads the messages of the meeting before any more.
             if self._meetings > 1:
@@ -204,10 +210,31 @@ class Group(Single):
         """See :meth:`Single.one_per_machine_first`."""
         first = os.environ.get("LOCAL_RANK", "0") == "0"
         if not first:
-            self.gather(None, patient=True)
-        yield
+            self.gather(None)
+        with self.working("making the model"):
+            yield
         if first:
-            self.gather(None, patient=True)
+            self.gather(None)
+
+    @contextmanager
+    def working(self, doing: str) -> Iterator[None]:
+        """See :meth:`Single.working`."""
+        ended = threading.Event()
+
+        def beat() -> None:
+            # Where the store is gone, the process finds that out when it asks for the others.
+            with suppress(RuntimeError):
+                self._beat(doing)
+                while not ended.wait(1.0):
+                    self._beat(doing)
+
+        beating = threading.Thread(target=beat, daemon=True)
+        beating.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            beating.join()
 
     def sum(self, numbers: Tensor) -> Tensor:
         """See :meth:`unrote.method.peers.Peers.sum`."""
@@ -267,12 +294,15 @@ class Group(Single):
                 # Also while waiting for the others, who would otherwise train on until they come to a meeting.
                 self._tell("stop", str(self.rank))
                 self._told = True
-            self._store.set(f"beat/{self.rank}", f"{self._looked} {doing}")
+            self._beat(doing)
             if self._store.check(["failed"]):
                 raise InputError(self._store.get("failed").decode())
             if death := self._death():
                 raise InputError(death)
             self._heard = self._heard or bool(self._store.check(["stop"]))
+
+    def _beat(self, doing: str) -> None:
+        self._store.set(f"beat/{self.rank}", f"{time.monotonic()} {doing}")
 
     def _finish(self, work: Any) -> None:
         """Wait for what a team does together."""
@@ -287,9 +317,9 @@ class Group(Single):
             return True
 
         with self._named("sharing a batch"):
-            self._await(done, lambda: self._own, False)
+            self._await(done, lambda: self._own)
 
-    def _await(self, done: Callable[[float], bool], missing: Callable[[], Iterable[int]], patient: bool) -> None:
+    def _await(self, done: Callable[[float], bool], missing: Callable[[], Iterable[int]]) -> None:
         """Wait until ``done``, told how long already, and look around meanwhile for those who may be ``missing``."""
         begun = time.monotonic()
         since, seen = dict.fromkeys(range(self.size), begun), dict.fromkeys(range(self.size), b"")
@@ -307,7 +337,7 @@ class Group(Single):
                 beat = self._store.get(f"beat/{rank}") if self._store.check([f"beat/{rank}"]) else b""
                 if beat != seen[rank]:
                     seen[rank], since[rank] = beat, time.monotonic()
-                if time.monotonic() - since[rank] > self._timeout and not patient:
+                if time.monotonic() - since[rank] > self._timeout:
                     raise InputError(self._missing(rank, beat.decode()))
 
     def _missing(self, rank: int, beat: str) -> str:

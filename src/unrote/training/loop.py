@@ -252,9 +252,9 @@ def _train(
 
             if monitor is not None:
                 if model is not None:
-                    monitor.look(ensemble.round_index, progress.whole.samples, progress.whole.steps, journal)
-                # A look may take longer than a process that is silent is waited for.
-                monitor.load_state_dict(peers.gather(monitor.state_dict(), patient=True)[0])
+                    with peers.working("looking at the model"):
+                        monitor.look(ensemble.round_index, progress.whole.samples, progress.whole.steps, journal)
+                monitor.load_state_dict(peers.gather(monitor.state_dict())[0])
                 if model is not None:
                     monitor.keep_best(progress.whole.samples)
 
@@ -262,11 +262,12 @@ def _train(
     if peers.rank == 0:
         checkpoints.finish()
     if model is not None:
-        if monitor is not None:
-            monitor.put_back_best(progress.whole.samples)
-        write_outputs(run, config, images, model, ledger, progress.whole.steps)
-    # The first process says that all is written; it waits for nobody who hangs.
-    peers.gather(None, patient=peers.rank > 0)
+        with peers.working("writing the outputs"):
+            if monitor is not None:
+                monitor.put_back_best(progress.whole.samples)
+            write_outputs(run, config, images, model, ledger, progress.whole.steps)
+    # The first process says that all is written.
+    peers.gather(None)
 
 
 def _all_finite(model: torch.nn.Module) -> bool:
