@@ -24,6 +24,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["forking_imports"])
 INTERRUPTED, UNUSABLE = 130, 2
+DEVICE = os.environ.get("UNROTE_TEST_DEVICE", "cpu")
+"""Where jobs compute."""
 
 
 def free_port() -> int:
@@ -214,7 +216,7 @@ def _train(out: Path, method: str, settings: dict[str, Any], limit: int | None) 
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     images = captioned_images() if "model.pretrained" in settings else toy_images()
     try:
-        train(images, out=out, method=method, settings=SETTINGS | settings, device="cpu")
+        train(images, out=out, method=method, settings=SETTINGS | settings, device=DEVICE)
     except (InputError, OSError) as error:
         print(error, file=sys.stderr)
         return UNUSABLE

@@ -220,7 +220,7 @@ def test_a_process_that_hangs_between_speaking_and_being_counted_is_named():
 
 def test_who_works_long_is_waited_for(tmp_path):
     store = HashStore()
-    first, second = (Group(store, rank, 2, 1.5, []) for rank in range(2))
+    first, second = (Group(store, rank, 2, 2.5, []) for rank in range(2))
 
     def work():
         with second.working("looking at the model"):
@@ -250,6 +250,7 @@ def test_who_hangs_while_its_machine_waits_for_it_is_named():
             Group(store, 0, 2, 3.0, []).gather(None)
     finally:
         process.kill()
+        process.join()
 
 
 def test_more_lines_wait_than_a_message_of_the_store_may_hold(tmp_path):

@@ -1,4 +1,7 @@
-"""The number of processes W is no part of the result: equal bit for bit up to one process a proxy, else to rounding."""
+"""The number of processes W is no part of the result: equal bit for bit up to one process a proxy, else to rounding.
+
+On a GPU, whose kernels may add up in another order at each call, always to rounding: ``UNROTE_TEST_DEVICE=cuda``.
+"""
 
 import pytest
 
@@ -7,14 +10,14 @@ pytest.importorskip("peft")
 
 from safetensors.torch import load_file
 
-from forking import Job
+from forking import DEVICE, Job
 from toy import assert_same_run, largest_difference, summary_of, weights_of
 from unrote.training.run import Run
 
 pytestmark = pytest.mark.usefixtures("module_cache")
 
 TOLERANCE = 1e-5
-"""Of the weights, where ranks share a proxy and its gradients are added up in another order."""
+"""Of the weights, where ranks share a proxy and its gradients are added up in another order, or on a GPU."""
 UNCONDITIONAL = {"training.epochs": 2, "training.batch_size": 7}
 LORA = {
     "model.train": "lora", "model.lora.rank": 2, "training.epochs": 2, "training.batch_size": 5,
@@ -37,7 +40,7 @@ def test_the_result_is_the_same(request, tmp_path, method, shards, lora):
     alone, *others = (Run(tmp_path / str(world)) for world in jobs)
     assert method == "standard" or summary_of(alone)["skipped"] > 0
     for world, run in enumerate(others, 2):
-        if world <= shards:
+        if world <= shards and DEVICE == "cpu":
             assert_same_run(run, alone)
             continue
         assert largest_difference(weights(run, lora), weights(alone, lora)) < TOLERANCE, world

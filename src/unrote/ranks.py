@@ -94,8 +94,8 @@ class Ranks:
         if self.world > 1:
             with _together():
                 if dist.get_backend() == "gloo":
-                    # The first one says who is missing, if the others have not given up at the same moment.
-                    dist.monitored_barrier(timeout=timedelta(seconds=patience() * (2 if self.rank else 1)))
+                    # The first one says who is missing; the others wait as long as their group does.
+                    dist.monitored_barrier(timeout=timedelta(seconds=patience()))
                 else:
                     dist.barrier()
 
@@ -123,7 +123,7 @@ def joined(device: torch.device) -> Iterator[Ranks]:
         torch.cuda.set_device(device)
     try:
         store, rank, size = meeting_place(limit)
-        options: dict[str, Any] = {"rank": rank, "world_size": size, "timeout": timedelta(seconds=limit)}
+        options: dict[str, Any] = {"rank": rank, "world_size": size, "timeout": timedelta(seconds=2 * limit)}
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, **options)
     except (ValueError, RuntimeError) as error:
         raise InputError(

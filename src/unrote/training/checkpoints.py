@@ -50,6 +50,9 @@ class Checkpoints:
             proxies = {name: checksum for one in everyone for name, checksum in one.items()}
             manifest = {"step": step, "state": checksum, "proxies": dict(sorted(proxies.items()))}
             write_json(path.with_suffix(".json"), manifest)
+            read_back(path.with_suffix(".json"))
+            if _manifest(path.with_suffix(".json")) != manifest:
+                raise _unsound(path.with_suffix(".json"))
             pinned = self._prune(path.stem)
         self._slots.pin(self._peers.gather(pinned)[0])
         self._checksums = {name: self._checksums[name] for name in self._slots.files()}
@@ -143,10 +146,14 @@ class Checkpoints:
 
 def _compare(path: Path, checksum: str) -> None:
     if read_back(path) != checksum:
-        raise InputError(
-            f"{path}: the disk has something else than was written; see that it is sound. Checkpoints from before are "
-            "kept, and the same command goes on from there"
-        )
+        raise _unsound(path)
+
+
+def _unsound(path: Path) -> InputError:
+    return InputError(
+        f"{path}: the disk has something else than was written; see that it is sound. Checkpoints from before are "
+        "kept, and the same command goes on from there"
+    )
 
 
 def _manifest(path: Path) -> dict[str, Any]:

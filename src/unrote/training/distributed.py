@@ -238,7 +238,9 @@ class Group(Single):
 
     def sum(self, numbers: Tensor) -> Tensor:
         """See :meth:`unrote.method.peers.Peers.sum`."""
-        with self._named("adding up the ledger"):
+        # Here it is noticed who is missing.
+        self.gather(None)
+        with self.working("adding up the ledger"), self._named("adding up the ledger"):
             dist.all_reduce(numbers)
         return numbers
 
@@ -254,7 +256,7 @@ class Group(Single):
 
         def read(names: Sequence[str]) -> dict[str, Tensor]:
             forms = {name: states[0].forms[name] for name in names}
-            with self._named("averaging the proxies"):
+            with self.working("averaging the proxies"), self._named("averaging the proxies"):
                 averaged = None
                 own = (state.read(names) for state in states)
                 if self.rank == 0:
@@ -273,7 +275,9 @@ class Group(Single):
     def fail(self, reason: str) -> None:
         """Tell the others to stop because of ``reason``."""
         with suppress(RuntimeError):
-            self._tell("failed", f"process {self.rank} failed: {reason}")
+            # Who fails because another did would hide what that one said.
+            if not self._store.check(["failed"]):
+                self._tell("failed", f"process {self.rank} failed: {reason}")
 
     def leave(self, seconds: float) -> None:
         """The process that has the store goes last, or the others could not read why."""
@@ -322,7 +326,7 @@ class Group(Single):
     def _await(self, done: Callable[[float], bool], missing: Callable[[], Iterable[int]]) -> None:
         """Wait until ``done``, told how long already, and look around meanwhile for those who may be ``missing``."""
         begun = time.monotonic()
-        since, seen = dict.fromkeys(range(self.size), begun), dict.fromkeys(range(self.size), b"")
+        since, seen = dict.fromkeys(range(self.size), begun), dict.fromkeys(range(self.size), "")
         while not done(time.monotonic() - begun):
             if time.monotonic() - self._looked < 1:
                 continue
@@ -334,16 +338,19 @@ class Group(Single):
                     return
                 raise
             for rank in missing():
-                beat = self._store.get(f"beat/{rank}") if self._store.check([f"beat/{rank}"]) else b""
+                beat = self._heard_of(rank)
                 if beat != seen[rank]:
                     seen[rank], since[rank] = beat, time.monotonic()
                 if time.monotonic() - since[rank] > self._timeout:
-                    raise InputError(self._missing(rank, beat.decode()))
+                    raise InputError(self._missing(rank, beat, self._timeout))
 
-    def _missing(self, rank: int, beat: str) -> str:
+    def _heard_of(self, rank: int) -> str:
+        return str(self._store.get(f"beat/{rank}").decode()) if self._store.check([f"beat/{rank}"]) else ""
+
+    def _missing(self, rank: int, beat: str, seconds: float) -> str:
         last = beat.partition(" ")[2] or "starting"
         return (
-            f"process {rank} of {self.size} has given no sign of life for {self._timeout:g} seconds, last heard of "
+            f"process {rank} of {self.size} has given no sign of life for {seconds:g} seconds, last heard of "
             f"{last}. See what became of it, or raise {TIMEOUT} if it is only slow; the same command goes on from here"
         )
 
@@ -375,7 +382,17 @@ class Group(Single):
         end = time.monotonic() + 1
         while not (death := self._death()) and time.monotonic() < end:
             time.sleep(0.02)
-        return death
+        return death or self._silence()
+
+    def _silence(self) -> str | None:
+        """Who gives no signs of life while it should do something together with the others."""
+        with suppress(RuntimeError):
+            before = [self._heard_of(rank) for rank in range(self.size)]
+            time.sleep(3)
+            for rank, beat in enumerate(before):
+                if rank != self.rank and beat == self._heard_of(rank):
+                    return self._missing(rank, beat, 3)
+        return None
 
     def _others(self) -> bool:
         """Whether any of the others may still be there."""

@@ -190,11 +190,18 @@ def _train(
         if whole.steps > saved and (last or whole.samples < budget.total):
             if peers.rank == 0:
                 run.ownership.check()
-            parts = {"ensemble": ensemble.save(), "ledger": ledger.state_dict(), "log": journal.save()}
-            parts |= {"progress": progress.state_dict()}
-            parts |= {} if monitor is None else {"monitor": monitor.state_dict()}
-            checkpoints.save(whole.steps, parts | asdict(whole) | {"proxies": proxies})
+            with peers.working("writing a checkpoint"):
+                parts = {"ensemble": ensemble.save(), "ledger": ledger.state_dict(), "log": journal.save()}
+                parts |= {"progress": progress.state_dict()}
+                parts |= {} if monitor is None else {"monitor": monitor.state_dict()}
+                checkpoints.save(whole.steps, parts | asdict(whole) | {"proxies": proxies})
             saved = whole.steps
+
+    @contextmanager
+    def together(doing: str) -> Iterator[None]:
+        """Around what the first process does with the whole model, and those that hold parts of it with it."""
+        with peers.working(doing), peers.team.computing():
+            yield
 
     def settle() -> None:
         progress.advance(ensemble.round_index, ensemble.part)
@@ -248,21 +255,24 @@ def _train(
             finished = ensemble.round_index
             before, after = (training.snapshots * n // budget.num_rounds for n in (finished - 1, finished))
             if after > before and model is not None:
-                save_model(run.snapshot_folder(progress.whole.samples), model)
+                with together("writing a snapshot"):
+                    save_model(run.snapshot_folder(progress.whole.samples), model)
 
             if monitor is not None:
                 if model is not None:
-                    with peers.working("looking at the model"):
+                    with together("looking at the model"):
                         monitor.look(ensemble.round_index, progress.whole.samples, progress.whole.steps, journal)
                 monitor.load_state_dict(peers.gather(monitor.state_dict())[0])
                 if model is not None:
-                    monitor.keep_best(progress.whole.samples)
+                    with together("keeping the best"):
+                        monitor.keep_best(progress.whole.samples)
 
         checkpoint(last=True)
     if peers.rank == 0:
+        run.ownership.check()
         checkpoints.finish()
     if model is not None:
-        with peers.working("writing the outputs"):
+        with together("writing the outputs"):
             if monitor is not None:
                 monitor.put_back_best(progress.whole.samples)
             write_outputs(run, config, images, model, ledger, progress.whole.steps)
