@@ -150,7 +150,7 @@ def name(request):
         return request.param
     if find_spec(package) is None:
         pytest.skip(f"{package} is not installed")
-    if package not in sys.modules and find_spec("torchvision") is None:
+    if request.param == "ddpm_trainer" and package not in sys.modules:
         with standing_in():
             import_module(package)
     return request.param
