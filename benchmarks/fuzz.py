@@ -91,12 +91,10 @@ def readers_in(work: Path, draw: random.Random) -> tuple[tuple[DataInputs, Model
     }  # fmt: skip
 
 
-# What libraries import late would be compiled into files, which are no writes of ours.
-sys.dont_write_bytecode = True
-
-
 def fuzz(count: int, seed: int, limit: float, work: Path, wanted: Sequence[str]) -> dict[str, Any]:
     """Read ``count`` changed inputs of the kinds ``wanted``; what came of each kind, and every failure."""
+    # What libraries import late would be compiled into files, which are no writes of ours.
+    sys.dont_write_bytecode = True
     os.environ["UNROTE_CACHE"] = str(work / "cache")
     os.environ["TMPDIR"] = tempfile.tempdir = str(work)
     inputs, readers = readers_in(work, random.Random(seed))

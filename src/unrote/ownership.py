@@ -6,13 +6,13 @@ import logging
 import os
 import secrets
 import socket
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
+from unrote.beating import beating
 from unrote.errors import InputError
 from unrote.files import write_text
 
@@ -63,14 +63,10 @@ class Ownership:
             locked = self._lock(file, wait)
             while not self._signed(file, locked, wait):
                 pass
-            ended = threading.Event()
-            beating = threading.Thread(target=self._beat, args=(ended,), daemon=True)
-            beating.start()
             try:
-                yield
+                with beating(self._beat, BEAT_SECONDS):
+                    yield
             finally:
-                ended.set()
-                beating.join()
                 if self._read() == self._mark:
                     os.truncate(self._file, 0)
 
@@ -141,7 +137,6 @@ class Ownership:
     def _read(self) -> str:
         return self._seen()[0]
 
-    def _beat(self, ended: threading.Event) -> None:
-        while not ended.wait(BEAT_SECONDS):
-            with suppress(OSError):
-                os.utime(self._file)
+    def _beat(self) -> None:
+        with suppress(OSError):
+            os.utime(self._file)

@@ -318,7 +318,8 @@ class ShardEnsemble:
             proxies = [self._slots.get(f"proxy-{k}", parts) for k in self._mine]
             sizes = [len(shard) for shard in self.shards]
             weights = [size / sum(sizes) for size in sizes]
-            put_back(self._averaged, self._peers.average(proxies, weights, self._average))
+            with self._peers.working("averaging the proxies"):
+                put_back(self._averaged, self._peers.average(proxies, weights, self._average))
             if self._outer is not None:
                 self._step_out(self._outer)
             self._common.put("global", take(self._averaged))

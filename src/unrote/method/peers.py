@@ -1,6 +1,7 @@
 """The processes among which the proxies of an ensemble are dealt out."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -45,6 +46,9 @@ class Peers(Protocol):
     def wait(self) -> None:
         """Until every process is here. A process waits here when its proxies have had their turns."""
 
+    def working(self, doing: str) -> AbstractContextManager[None]:
+        """Around what takes one process long, without steps, while others wait: it gives signs of life meanwhile."""
+
     def sum(self, numbers: Tensor) -> Tensor:
         """The sum of everybody's ``numbers``, int64 on the CPU, of equal shapes."""
 
@@ -74,6 +78,10 @@ class Alone:
 
     def wait(self) -> None:
         """For nobody."""
+
+    def working(self, doing: str) -> AbstractContextManager[None]:
+        """Nobody waits."""
+        return nullcontext()
 
     def sum(self, numbers: Tensor) -> Tensor:
         """The own ones."""

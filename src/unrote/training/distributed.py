@@ -9,7 +9,6 @@ is missing and who has failed; tensors go by gloo once everybody is there. Only 
 import json
 import logging
 import os
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -22,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 
+from unrote.beating import beating
 from unrote.errors import InputError, first_line
 from unrote.method.assignment import assign, sharing, teams_of
 from unrote.method.peers import Alone, Average
@@ -53,11 +53,6 @@ class Single(Alone):
     def gather(self, message: Any) -> list[Any]:
         """Everybody's ``message`` (what JSON can hold), by rank."""
         return [message]
-
-    @contextmanager
-    def working(self, doing: str) -> Iterator[None]:
-        """Around what takes one process long, without steps, while others wait: it gives signs of life meanwhile."""
-        yield
 
     @contextmanager
     def one_per_machine_first(self) -> Iterator[None]:
@@ -218,23 +213,16 @@ class Group(Single):
 
     @contextmanager
     def working(self, doing: str) -> Iterator[None]:
-        """See :meth:`Single.working`."""
-        ended = threading.Event()
+        """See :meth:`unrote.method.peers.Peers.working`."""
 
         def beat() -> None:
             # Where the store is gone, the process finds that out when it asks for the others.
             with suppress(RuntimeError):
                 self._beat(doing)
-                while not ended.wait(1.0):
-                    self._beat(doing)
 
-        beating = threading.Thread(target=beat, daemon=True)
-        beating.start()
-        try:
+        beat()
+        with beating(beat, 1.0):
             yield
-        finally:
-            ended.set()
-            beating.join()
 
     def sum(self, numbers: Tensor) -> Tensor:
         """See :meth:`unrote.method.peers.Peers.sum`."""
@@ -256,7 +244,7 @@ class Group(Single):
 
         def read(names: Sequence[str]) -> dict[str, Tensor]:
             forms = {name: states[0].forms[name] for name in names}
-            with self.working("averaging the proxies"), self._named("averaging the proxies"):
+            with self._named("averaging the proxies"):
                 averaged = None
                 own = (state.read(names) for state in states)
                 if self.rank == 0:
