@@ -2,11 +2,15 @@
 
 import json
 import logging
+import re
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from doc_commands import ROOT, commands_of
+from launching import in_process
 from memorizing import LONG, pictures, save
 from toy import SETTINGS, WALL_CLOCK, assert_same_run, everything_of, toy_images, toy_run, weights_of
 from unrote.api import plan, train
@@ -244,6 +248,20 @@ def test_the_plan_of_a_run_says_what_looking_costs(tmp_path):
     config = load_config(method="standard", overrides=settings | {"monitor.steps": 20})
     with pytest.raises(InputError, match=r"monitor\.max_overhead: a single look"):
         plan(config, toy_images(), tmp_path)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_the_command_of_the_faq_looks_often_enough_at_300_images(tmp_path, monkeypatch, capsys, precision):
+    (command,) = [one for one in commands_of(ROOT / "docs/faq.md") if "monitor.every" in one.line]
+    for name, count in (("photos", 300), ("held-out", 30)):
+        (tmp_path / name).mkdir()
+        for index, pixels in enumerate(toy_images(count, side=32, seed=count).images):
+            Image.fromarray(pixels).save(tmp_path / name / f"{index}.png")
+    monkeypatch.chdir(tmp_path)
+    words = [*command.arguments, "--dry-run", "--set", f"training.mixed_precision={precision}"]
+    assert in_process(words, monkeypatch) == 0
+    looks = int(re.search(r"^monitor +(\d+) looks", capsys.readouterr().out, re.MULTILINE)[1])
+    assert looks == {"no": 10, "bf16": 7}[precision]
 
 
 def test_large_images_are_compared_smaller():
