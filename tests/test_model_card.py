@@ -10,8 +10,10 @@ from PIL import Image
 from toy import toy_images, toy_run
 from unrote.card_section import BEGIN, END, section, with_section
 from unrote.cli import cli
+from unrote.config import METHODS, load_config
 from unrote.errors import InputError
 from unrote.report.model_card import comparison_table
+from unrote.training.card import model_card, of_repository
 
 
 @pytest.fixture(scope="module")
@@ -117,3 +119,55 @@ def test_what_is_no_report_that_can_be_read_is_refused(runs, tmp_path, content, 
 def test_cards_whose_marks_were_taken_out_get_the_section_at_the_end():
     assert with_section("# Mine\n", "result\n") == f"# Mine\n\n{section('result')}\n"
     assert with_section(f"# Mine\n\n{section('old')}\n\nMore\n", "new") == f"# Mine\n\n{section('new')}\n\nMore\n"
+
+
+def card_of(method="standard", privacy=None, **settings):
+    config = load_config(method=method, overrides={key.replace("__", "."): value for key, value in settings.items()})
+    return model_card(config, toy_images(), 100, 10, privacy or {})
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_card_claims_what_the_method_is(method):
+    card = card_of(method)
+    assert ("IET-AGC+ lowers" in card, "is made to lower memorization" in card) == (False, method != "standard")
+    assert ("were skipped" in card) == (method not in ("standard", "iet"))
+    assert "no differential-privacy guarantee" in card
+    private = card_of(method, {"epsilon": 3.14159, "delta": 1e-5})
+    assert "ε = 3.14 at δ = 1e-05" in private and "no differential-privacy" not in private
+
+
+@pytest.mark.parametrize("train", ["full", "lora"])
+def test_a_base_model_is_named_if_it_is_on_the_hub(tmp_path, monkeypatch, train):
+    """A folder of the same form is none."""
+    hub = card_of(model__pretrained="owner/base", model__train=train)
+    assert "base_model: owner/base\n" in hub and "`owner/base`, trained with `standard`" in hub
+    (tmp_path / "owner/base").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    local = card_of(model__pretrained="owner/base", model__train=train)
+    assert "base_model" not in local and "owner/base" not in local and "text-to-image model, trained with" in local
+    pushed = of_repository(hub, "me/mine")
+    assert "`config.yaml`" in hub and "`config.yaml`" not in pushed and "model/" not in pushed
+    if train == "full":
+        assert 'from_pretrained("me/mine")' in pushed and "`variant='raw'` loads those without averaging." in pushed
+        return
+    assert 'from_pretrained("BASE_MODEL")' in local
+    assert 'from_pretrained("owner/base")\npipeline.load_lora_weights("me/mine")' in pushed
+    assert "The repository holds the averaged (EMA) weights; `raw/` has those without averaging." in pushed
+
+
+@pytest.mark.parametrize(
+    ("source", "shown"),
+    [
+        ("emoji:holdout", True),
+        ("hf:owner/set:test", True),
+        ("photos/", False),
+        ("owner/set", False),
+        ("hf:../set", False),
+    ],
+)
+def test_data_is_named_if_others_can_get_it(tmp_path, monkeypatch, source, shown):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    card = card_of(data__source=source, data__include="keep.txt")
+    assert (f'data.source: "{source}"' in card) == shown and "keep.txt" not in card

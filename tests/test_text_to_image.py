@@ -398,7 +398,7 @@ def test_the_command_tunes_a_folder_of_captioned_pictures(tmp_path, base):
     assert plan["parameters"] == sum(tensor.numel() for tensor in saved(run, "lora").values())
     assert sum(path.stat().st_size for path in run.path.rglob("*") if path.is_file()) <= plan["disk_bytes"] + 100_000
     card = (run.path / "README.md").read_text()
-    assert f"base_model: {base}" in card and "load_lora_weights" in card
+    assert "base_model:" not in card and str(base) not in card and "load_lora_weights" in card
 
 
 def test_the_papers_recipe_is_planned_on_a_folder_in_that_layout(tmp_path, base):

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from unrote.method.gate import LossGate
     from unrote.method.ledger import Ledger
     from unrote.method.loader import RoundLoader
+    from unrote.publishing import push_run
     from unrote.sampling import sample
     from unrote.training.near_threshold import augment_near_threshold
     from unrote.training.run import Run
@@ -37,6 +38,7 @@ _HOMES = {
     "membership": "unrote.measures",
     "open_images": "unrote.data",
     "prompt_scores": "unrote.detection.prompts",
+    "push_run": "unrote.publishing",
     "sample": "unrote.sampling",
     "scan": "unrote.measures",
     "train": "unrote.api",
@@ -58,6 +60,7 @@ __all__ = [
     "membership",
     "open_images",
     "prompt_scores",
+    "push_run",
     "sample",
     "scan",
     "train",

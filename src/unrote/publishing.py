@@ -1,42 +1,39 @@
 """A finished run on the Hugging Face Hub: the model where diffusers looks for it, and its card."""
 
+import json
 from pathlib import Path
 from typing import Any
 
-from unrote.errors import InputError
+from unrote.errors import InputError, first_line
+from unrote.training.card import of_repository
 from unrote.training.run import Run
 
 
-def files_to_push(folder: Path, repository: str) -> dict[str, Path | bytes]:
+def files_to_push(folder: Path | str, repository: str) -> dict[str, Path | bytes]:
     """What :func:`push_run` uploads: path in the repository → file, or content.
 
-    The model as it is, and its card with the repository's name in the example. Neither the configuration nor the
-    ledger: they name paths and training images.
+    The model as it is, but for the paths that diffusers notes in its configurations, and its card with the
+    repository's name in the example. Neither the configuration nor the ledger: they name paths and training images.
 
     Raises:
-        InputError: if the folder is no finished run, or the repository's name is none.
+        InputError: if the folder is no finished run or its model or card is gone, or the repository's name is none.
     """
+    folder = Path(folder)
     run = Run(folder)
-    base = run.config.model.pretrained if run.config.model.train == "lora" else None
-    if not run.finished:
+    if not (run.config and run.finished):  # the first raises where there is none
         raise InputError(f"{folder}: the run is not finished; give the same `unrote train` command again, then push")
-    owner, slash, name = repository.partition("/")
-    if not (owner and slash and name) or "/" in name:
-        raise InputError(f"{repository}: a repository of the Hub is written OWNER/NAME")
-    card = (folder / "README.md").read_text("utf-8")
-    call = "load_lora_weights" if base is not None else "from_pretrained"
-    card = card.replace(f'{call}("model")', f'{call}("{repository}")').replace("`model/`", "The repository")
-    card = card.replace(
-        " `config.yaml` has every setting, `ledger.csv` what the method saw of each\ntraining image.", ""
-    )
+    _check_name(repository)
     model = run.model_folder
-    files: dict[str, Path | bytes] = {
-        path.relative_to(model).as_posix(): path for path in sorted(model.rglob("*")) if path.is_file()
-    }
-    return files | {"README.md": card.encode()}
+    found = [path for path in sorted(model.rglob("*")) if path.is_file() and path != model / "README.md"]
+    card = folder / "README.md"
+    if not found or not card.is_file():
+        gone = card if found else model
+        raise InputError(f"{gone} is gone, though the run is finished; put it back, or train again into another folder")
+    files = {path.relative_to(model).as_posix(): _without_origin(path) for path in found}
+    return files | {"README.md": of_repository(card.read_text("utf-8"), repository).encode()}
 
 
-def push_run(folder: Path, repository: str, *, private: bool = True) -> str:
+def push_run(folder: Path | str, repository: str, *, private: bool = True) -> str:
     """Upload a finished run in one commit; the repository is made if there is none. Returns the commit's address.
 
     Args:
@@ -45,10 +42,9 @@ def push_run(folder: Path, repository: str, *, private: bool = True) -> str:
         private: of a repository that is made now.
 
     Raises:
-        InputError: see :func:`files_to_push`, or the Hub refuses; nothing is uploaded then.
+        InputError: see :func:`files_to_push`, or the Hub refuses or is not reached; there is no commit then.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
     files = files_to_push(folder, repository)
     api: Any = HfApi()
@@ -56,9 +52,58 @@ def push_run(folder: Path, repository: str, *, private: bool = True) -> str:
     try:
         api.create_repo(repository, private=private, exist_ok=True)
         commit = api.create_commit(repository, adds, commit_message="Model trained with unrote")
-    except (HfHubHTTPError, LocalTokenNotFoundError) as error:
-        raise InputError(
-            f"{repository}: the Hub refuses: {str(error).strip().splitlines()[0]}. Log in with `hf auth login`, with a "
-            "token that may write there"
-        ) from None
+    except _hub_errors() as error:
+        raise InputError(f"{repository}: {_why(error, Path(folder))}") from None
     return str(commit.commit_url)
+
+
+def _check_name(repository: str) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    owner, slash, name = repository.partition("/")
+    if not (owner and slash and name) or "/" in name:
+        raise InputError(f"{repository}: a repository of the Hub is written OWNER/NAME")
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise InputError(f"{repository}: is no name of a repository of the Hub: {first_line(error)}") from None
+
+
+def _without_origin(path: Path) -> Path | bytes:
+    """A file of the model; of a configuration, without where on this machine it was loaded from."""
+    if path.suffix != ".json":
+        return path
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except ValueError:
+        return path
+    if not isinstance(content, dict) or "_name_or_path" not in content:
+        return path
+    del content["_name_or_path"]
+    return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def _hub_errors() -> tuple[type[Exception], ...]:
+    """What the Hub's client raises: its own kinds, and those of the HTTP library that its version is built on."""
+    from huggingface_hub import errors
+
+    http: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]
+    return http, OSError, ValueError
+
+
+def _why(error: Exception, folder: Path) -> str:
+    """What went wrong, and the way out."""
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+
+    status = getattr(getattr(error, "response", None), "status_code", 0)
+    if isinstance(error, OfflineModeIsEnabled):
+        return "the Hub is not asked, since HF_HUB_OFFLINE is set: unset it, then push again"
+    if isinstance(error, LocalTokenNotFoundError) or (isinstance(error, HfHubHTTPError) and status < 500):
+        return f"the Hub refuses: {first_line(error)}. Log in with `hf auth login`, with a token that may write there"
+    if isinstance(error, ValueError):
+        said = " ".join(str(error).split())
+        return f"the Hub does not take it: {said}. Mend the lines at the top of {folder / 'README.md'}, then push again"
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename} can't be read: {error.strerror}"
+    return f"the Hub does not answer ({first_line(error)}): look at the network and HF_ENDPOINT, then push again"

@@ -81,7 +81,7 @@ def _measures(summary: Summary) -> dict[str, str]:
     copies = headline(summary)
     words = f"near-copies (squared-l2 below {HEADLINE['squared-l2']:g}, up to {orbit_words(summary)})"
     found = {
-        "audited": code(summary["name"]),
+        "audited": code(Path(summary["name"]).name),
         "generated images": f"{summary['counts']['generated']:,}",
         words: f"{percent(copies['fraction'])} ({interval(copies)})",
         "distinct training images that came back": f"{summary['extracted']['distinct']:,}",

@@ -28,7 +28,8 @@ def write_outputs(run: Run, config: Config, images: ImageStore, model: WholeMode
     if not model.first:
         return
     visits, skips = int(columns["visits"].sum()), int(columns["skips"].sum())
-    card = model_card(config, images, visits, skips)
+    privacy = privacy_spent(config.training, len(images), steps)
+    card = model_card(config, images, visits, skips, privacy)
     for folder in (run.model_folder, run.path):
         write_text(folder / "README.md", card)
     summary = {
@@ -40,7 +41,7 @@ def write_outputs(run: Run, config: Config, images: ImageStore, model: WholeMode
         "augmented": int(columns["augmented"].sum()),
         "moved": int(columns["moves"].sum()),
     }
-    write_json(run.path / "run.json", summary | privacy_spent(config.training, len(images), steps))
+    write_json(run.path / "run.json", summary | privacy)
 
 
 def save_model(folder: Path, model: WholeModel) -> None:
