@@ -50,7 +50,7 @@ def main() -> None:
     if not rows:
         wheel = build_wheel(work)
         venv.create(work / "env", with_pip=True)
-        real = f"{install.replace('unrote', str(wheel))} --quiet --constraint {options.constraint.resolve()}"
+        real = f"{install.replace('./unrote', str(wheel))} --quiet --constraint {options.constraint.resolve()}"
         rows = [timed(install, real, work)]
     for command in commands[len(rows) - 1 :]:
         kept.write_text(json.dumps(rows))

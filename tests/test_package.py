@@ -285,6 +285,7 @@ def test_extras_are_there_and_name_only_each_other(archives):
 def test_the_citation_is_of_this_package():
     citation = yaml.safe_load((PROJECT / "CITATION.cff").read_text("utf-8"))
     assert (citation["cff-version"], citation["title"], citation["license"]) == ("1.2.0", "unrote", "Apache-2.0")
+    assert citation["version"] == unrote.__version__
     assert [str(row["identifiers"][0]["value"]) for row in citation["references"]] == [
         "arXiv:2407.15328",
         "arXiv:2502.09434",
