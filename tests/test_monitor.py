@@ -241,6 +241,15 @@ def test_a_look_with_text_is_counted_with_guidance_and_decoding():
     assert plan(model__train="lora").overhead == pytest.approx(plan(model__train="lora").count * passes / 200_000)
 
 
+def test_a_style_affords_the_looks_that_its_recipe_says():
+    cheap = {"monitor.every": 1, "monitor.samples": 8, "monitor.steps": 10, "monitor.max_overhead": 0.2}
+    config = load_config(preset="art-style-lora", overrides=cheap)
+    assert plan_looks(config, 3 * 60, 20).count == 5, "60 pictures, 20 rounds of three epochs"
+    assert plan_looks(config, 3 * 16, 67).count == 4, "docs/faq.md: 16 pictures, 200 epochs"
+    with pytest.raises(InputError, match=r"a single look of 64 samples in 25 steps is 72\.0%"):
+        plan_looks(load_config(preset="art-style-lora", overrides={"monitor.every": 1}), 3 * 60, 20)
+
+
 def test_the_plan_of_a_run_says_what_looking_costs(tmp_path):
     settings = SETTINGS | {"monitor.every": 1, "monitor.samples": 2, "monitor.steps": 2, "monitor.max_overhead": 0.05}
     config = load_config(method="standard", overrides=settings)
