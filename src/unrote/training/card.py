@@ -141,7 +141,7 @@ def _limits(config: Config, privacy: Mapping[str, float]) -> str:
         spent = f"ε = {privacy['epsilon']:.3g} at δ = {privacy['delta']:g}"
         return (
             f"Trained by DP-SGD: {spent}, by an accountant for batches that take each image\nindependently. Batches "
-            "here were shuffled, which that proof does not cover."
+            "here were shuffled, and the noise follows from the seed: a baseline for studies, no guarantee to rely on."
         )
     if config.method == "standard":
         return (
