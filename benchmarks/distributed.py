@@ -31,9 +31,9 @@ from unrote.api import train_config
 from unrote.config import load_config
 from unrote.data.store import in_memory_store
 from unrote.files import write_json
-from unrote.method.ensemble import ShardEnsemble
 from unrote.method.peers import Alone
 from unrote.method.shards import redistribute, split_shards
+from unrote.method.slots import FolderSlots
 from unrote.models.denoiser import build_unet
 from unrote.tensorfiles import Stored, save_state, weighted_average
 from unrote.training.checkpoints import Checkpoints
@@ -217,27 +217,35 @@ def exchange(folder: Path) -> None:
 
 @contextmanager
 def clocked_checkpoints(found: list[dict[str, Any]]) -> Iterator[None]:
-    """What each checkpoint takes inside the block: writing the live proxy, checksums, fsync, and the state."""
-    put, save = ShardEnsemble.save, Checkpoints.save
+    """What each checkpoint takes inside the block, with all that was written of proxies since the one before.
 
-    def clocked_put(self: ShardEnsemble) -> dict[str, Any]:
+    That is more than its own share: a proxy is written at the end of its turn whether or not there are checkpoints, but
+    not hashed.
+    """
+    put, save = FolderSlots.put, Checkpoints.save
+    since = {"wall": 0.0, "processor": 0.0, "new_bytes": 0.0}
+
+    def add(seconds: dict[str, float], size: float = 0) -> None:
+        for name, value in (seconds | {"new_bytes": size}).items():
+            since[name] += value
+
+    def clocked_put(self: FolderSlots, name: str, state: dict[str, Any]) -> None:
         clock = Clock()
-        state = put(self)
-        found.append(clock.read())
-        return state
+        put(self, name, state)
+        add(clock.read(), (self.folder / self.state_dict()["files"][name]).stat().st_size)
 
     def clocked_save(self: Checkpoints, step: int, state: dict[str, Any]) -> None:
-        slots = self._slots
-        new = [slots.folder / name for name in slots.files() if name not in self._checksums]
-        size, clock = sum(path.stat().st_size for path in new), Clock()
+        clock = Clock()
         save(self, step, state)
-        found[-1] = {kind: value + found[-1][kind] for kind, value in clock.read().items()} | {"new_bytes": size}
+        add(clock.read())
+        found.append(dict(since))
+        since.update(dict.fromkeys(since, 0.0))
 
-    ShardEnsemble.save, Checkpoints.save = clocked_put, clocked_save  # type: ignore[method-assign]
+    FolderSlots.put, Checkpoints.save = clocked_put, clocked_save  # type: ignore[method-assign]
     try:
         yield
     finally:
-        ShardEnsemble.save, Checkpoints.save = put, save  # type: ignore[method-assign]
+        FolderSlots.put, Checkpoints.save = put, save  # type: ignore[method-assign]
 
 
 def checkpointed(folder: Path, images: int, settings: dict[str, Any]) -> dict[str, Any]:
