@@ -59,7 +59,7 @@ def push_run(folder: Path | str, repository: str, *, private: bool = True) -> st
 
 def _check_name(repository: str) -> None:
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     owner, slash, name = repository.partition("/")
     if not (owner and slash and name) or "/" in name:
