@@ -27,6 +27,7 @@ from unrote.method.shards import SampleStream, split_shards
 from unrote.models.adapters import average_products
 from unrote.models.denoiser import DenoisingLoss
 from unrote.models.making import make_task
+from unrote.publishing import files_to_push
 from unrote.sampling import sample
 from unrote.seeding import derive_seed
 from unrote.training.budget import make_budget
@@ -399,6 +400,10 @@ def test_the_command_tunes_a_folder_of_captioned_pictures(tmp_path, base):
     assert sum(path.stat().st_size for path in run.path.rglob("*") if path.is_file()) <= plan["disk_bytes"] + 100_000
     card = (run.path / "README.md").read_text()
     assert "base_model:" not in card and str(base) not in card and "load_lora_weights" in card
+    pushed = files_to_push(run.path, "me/style")
+    assert {"pytorch_lora_weights.safetensors", "raw/pytorch_lora_weights.safetensors", "README.md"} == set(pushed)
+    for content in pushed.values():
+        assert str(base).encode() not in (content if isinstance(content, bytes) else content.read_bytes())
 
 
 def test_the_papers_recipe_is_planned_on_a_folder_in_that_layout(tmp_path, base):
