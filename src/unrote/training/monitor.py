@@ -207,7 +207,7 @@ class Monitor:
         if self._model is None or not self._whole.first:
             return
         self._named.append(set() if self._best is None else {self._file(self._best["samples"])})
-        for file in set(self._kept()) - set.union(*self._named):
+        for file in set(self._kept()) - set[Path]().union(*self._named):
             file.unlink()
 
     def _kept(self) -> list[Path]:
