@@ -33,6 +33,7 @@ import torch
 import transformers
 from fuzz_data import DataInputs
 from fuzz_models import ModelInputs
+from fuzz_watch import Watch
 
 from unrote.data.decode import BadImage
 from unrote.errors import InputError
@@ -43,37 +44,8 @@ SHARES = {
 }  # fmt: skip
 """Kinds of inputs, and which part of them each is."""
 
-
-class Watch:
-    """Forbids what no input may bring about."""
-
-    def __init__(self, folder: Path) -> None:
-        self.allowed, self.found, self.on = str(folder.resolve()), [], False
-        sys.addaudithook(self._note)
-
-    def _note(self, event: str, args: tuple[Any, ...]) -> None:
-        if not self.on:
-            return
-        if event == "open":
-            path, mode, flags = args
-            writes = flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND) if flags else 0
-            if (writes or (mode and set(mode) & set("wax+"))) and not isinstance(path, int):
-                self._inside(event, path)
-        elif event in ("os.rename", "os.link", "os.symlink"):
-            self._inside(event, args[1], args[-1])
-        elif event in ("os.remove", "os.rmdir", "os.mkdir", "os.chmod"):
-            self._inside(event, args[0], args[-1])
-        elif event in ("os.truncate", "shutil.rmtree"):
-            self._inside(event, args[0])
-        elif event in ("pickle.find_class", "subprocess.Popen", "os.system", "os.exec", "socket.connect"):
-            self.found.append(f"{event} {args!r:.80}")
-
-    def _inside(self, event: str, path: Any, folder: int = -1) -> None:
-        # Where a tree is removed, its parts are named below a folder that is open.
-        base = Path(f"/proc/self/fd/{folder}").readlink() if folder >= 0 else Path()
-        real = os.path.realpath(base / os.fsdecode(path))
-        if not real.startswith((self.allowed, "/dev/null")):
-            self.found.append(f"{event} {real}")
+OWN_FILES = {"config.yaml", "again.yaml", "data.npz", "prompts.jsonl", "prompts.txt", "set.archive"}
+"""Inputs that are written into the working folder; nothing else may come to lie beside them."""
 
 
 def _too_long(*_: object) -> None:
@@ -96,7 +68,8 @@ def fuzz(count: int, seed: int, limit: float, work: Path, wanted: Sequence[str])
     # What libraries import late would be compiled into files, which are no writes of ours.
     sys.dont_write_bytecode = True
     os.environ["UNROTE_CACHE"] = str(work / "cache")
-    os.environ["TMPDIR"] = tempfile.tempdir = str(work)
+    os.environ["TMPDIR"] = tempfile.tempdir = str(work / "tmp")
+    (work / "tmp").mkdir()
     inputs, readers = readers_in(work, random.Random(seed))
     watch = Watch(work)
     whole = sum(SHARES[kind] for kind in wanted)
@@ -104,6 +77,7 @@ def fuzz(count: int, seed: int, limit: float, work: Path, wanted: Sequence[str])
     random.Random(seed).shuffle(kinds)
     outcomes, failures, slowest, shown = Counter[str](), [], 0.0, 0
     signal.signal(signal.SIGALRM, _too_long)
+    known = {path.name for path in work.iterdir()} | {"cache"} | OWN_FILES
     for number, kind in enumerate(kinds):
         for part in inputs:
             part.draw = random.Random(f"{seed}/{number}")
@@ -124,7 +98,8 @@ def fuzz(count: int, seed: int, limit: float, work: Path, wanted: Sequence[str])
         finally:
             watch.on = False
             signal.setitimer(signal.ITIMER_REAL, 0)
-        failures += [f"{kind} {number}: {what}" for what in watch.found]
+        strays = sorted({path.name for path in work.iterdir()} - known)
+        failures += [f"{kind} {number}: {what}" for what in (*watch.found, *(f"left {name}" for name in strays))]
         if len(failures) > shown:
             print(*failures[shown:], sep="\n", file=sys.stderr, flush=True)
             shown = len(failures)

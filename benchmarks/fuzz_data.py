@@ -130,16 +130,32 @@ class DataInputs:
         name = self.draw.choice(list(self.archives))
         convert, members = self.archives[name]
         members, inside = dict(members), self.draw.random() < 0.5
+        link = None
         if inside:
             key = self.draw.choice(list(members))
-            members[key] = self._member(members[key], list(members.values()))
-        packed = packed_as(self.draw.choice(("zip", "tar", "tar.gz")), members)
+            match self.draw.randrange(4):
+                case 0:
+                    members[self._elsewhere(key)] = members.pop(key)
+                case 1:
+                    link = key, self._elsewhere(key)
+                case _:
+                    members[key] = self._member(members[key], list(members.values()))
+        packed = packed_as(self.draw.choice(("zip", "tar", "tar.gz")), members, link)
         file = self.folder / "set.archive"
         file.write_bytes(packed if inside else mutated(packed, self.draw, [packed]))
         try:
-            fetch(NamedSet(name, "", (Archive("set.archive", convert),), None), self.folder / "sets", file)
+            made = fetch(NamedSet(name, "", (Archive("set.archive", convert),), None), self.folder / "sets", file)
+            assert not [path for path in made.rglob("*") if path.is_symlink()]
         finally:
+            left = {path.name for path in (self.folder / "sets").iterdir() if path.is_dir()}
             shutil.rmtree(self.folder / "sets", ignore_errors=True)
+            assert left <= {name}, left
+
+    def _elsewhere(self, name: str) -> str:
+        """The name of a member, as one who wants to write outside would have it."""
+        plain = self.draw.choice((name, Path(name).name, "x.png"))
+        before = self.draw.choice(("../", "../../../", "/", "a/../../", "./", "\\..\\", "C:\\", "a\0"))
+        return self.draw.choice((before + plain, before, "n" * 300 + plain, plain + "/", plain + "/x.png", ".."))
 
     def _member(self, content: bytes, others: list[bytes]) -> bytes:
         return changed_json(content, self.draw) if content[:1] in b"[{" else mutated(content, self.draw, others)
@@ -165,8 +181,8 @@ def archive_seeds() -> dict[str, tuple[Any, dict[str, bytes]]]:
     }
 
 
-def packed_as(kind: str, members: dict[str, bytes]) -> bytes:
-    """The members as one file."""
+def packed_as(kind: str, members: dict[str, bytes], link: tuple[str, str] | None = None) -> bytes:
+    """The members as one file; that of a ``link``, if it is of a kind that has them, is one to somewhere else."""
     stream = io.BytesIO()
     if kind == "zip":
         with zipfile.ZipFile(stream, "w") as container:
@@ -178,5 +194,7 @@ def packed_as(kind: str, members: dict[str, bytes]) -> bytes:
         for name, content in members.items():
             entry = tarfile.TarInfo(name)
             entry.size = len(content)
+            if link is not None and name == link[0]:
+                entry.type, entry.linkname, entry.size = tarfile.SYMTYPE, link[1], 0
             tar.addfile(entry, io.BytesIO(content))
     return stream.getvalue() if kind == "tar" else gzip.compress(stream.getvalue(), mtime=0)

@@ -203,6 +203,32 @@ def test_a_checkpoint_of_the_trainer_is_of_the_average_by_the_callback(stages, a
     assert all(torch.equal(saved[key], value) for key, value in whole.items()) == average
 
 
+VALIDATED = """
+    def val_dataloader(self):
+        return DataLoader(self.dataset, batch_size=self.batch_size)
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+    def on_validation_epoch_end(self):
+        torch.save(self.model.state_dict(), Path(self.trainer.default_root_dir) / "validated.pt")
+
+    def configure_optimizers"""
+
+
+@pytest.mark.parametrize(("stages", "average"), [(3, False), (4, True)])
+def test_lightning_validates_the_average_by_the_callback(stages, average, photos, tmp_path):
+    pytest.importorskip("pytorch_lightning")
+    out = tmp_path / "out"
+    out.mkdir()
+    given = arguments("lightning_module", photos, None, out)
+    _, (ensemble,) = run("lightning_module", stages, tmp_path, given, "\n    def configure_optimizers", VALIDATED)
+    assert ensemble.round_index == EPOCHS
+    validated = torch.load(out / "validated.pt", weights_only=True)
+    whole = ensemble.slots.get("global").whole()["model"]
+    assert all(torch.equal(validated[key], value) for key, value in whole.items()) == average
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_each_diff_leaves_a_whole_program(name):
     for stages in range(5):

@@ -23,6 +23,7 @@ from unrote.errors import InputError
 from unrote.guards.quick import QuickAudit, smaller
 from unrote.limits import MONITORED, StopRule, parse_stop_rule
 from unrote.sampling import sample
+from unrote.tensorfiles import load_state
 from unrote.training.looks import plan_looks
 from unrote.training.run import Run
 
@@ -134,6 +135,16 @@ def test_it_stops_when_told_and_is_finished(tmp_path, caplog):
     assert "nothing to do" in caplog.text
 
 
+def best_named(out):
+    """Samples after which the weights are best, by each of the checkpoints."""
+    states = [load_state(path)["monitor"]["best"] for path in (out / "checkpoints").glob("*.safetensors")]
+    return {best["samples"] for best in states if best is not None}
+
+
+def best_kept(out):
+    return {int(path.stem) for path in (out / "monitor").glob("*.safetensors")}
+
+
 def test_stopped_in_the_middle_and_gone_on_it_is_the_same_run(tmp_path, monkeypatch):
     """Killed at each look, just before and just after it is made; checkpoints lie between looks."""
     from unrote.training.monitor import Monitor
@@ -161,9 +172,13 @@ def test_stopped_in_the_middle_and_gone_on_it_is_the_same_run(tmp_path, monkeypa
     for deadly.at, deadly.after in ((1, True), (3, False), (5, True), (8, False), (8, True)):
         with pytest.raises(Killed):
             toy_run(tmp_path / "disturbed", **settings)
+        assert best_named(tmp_path / "disturbed") <= best_kept(tmp_path / "disturbed")
     monkeypatch.undo()
     found = toy_run(tmp_path / "disturbed", **settings)
     assert_same_run(found, expected)
+    kept, named = best_kept(expected.path), best_named(expected.path)
+    assert decisions_of(expected)["model_samples"] in named
+    assert kept == named
     assert decisions_of(found) == decisions_of(expected)
 
 

@@ -195,6 +195,8 @@ def _train(
                 parts |= {"progress": progress.state_dict()}
                 parts |= {} if monitor is None else {"monitor": monitor.state_dict()}
                 checkpoints.save(whole.steps, parts | asdict(whole) | {"proxies": proxies})
+                if monitor is not None:
+                    monitor.checkpointed()
             saved = whole.steps
 
     @contextmanager

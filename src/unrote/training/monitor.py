@@ -6,6 +6,7 @@ grows with the number of images: between the two there is a model that does one 
 
 import logging
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property
@@ -81,6 +82,8 @@ class Monitor:
         self.stopped = False
         self._looks: list[dict[str, Any]] = []
         self._best: dict[str, Any] | None = None
+        # By each of the checkpoints that are kept, newest last; of those of an earlier process, all that there are.
+        self._named = deque([set(self._kept())], maxlen=config.training.checkpoints_total_limit)
 
     def look(self, rounds: int, samples: int, step: int, journal: Journal) -> None:
         """Look at the model after ``rounds`` rounds if it is due, log what is seen, and decide.
@@ -194,9 +197,21 @@ class Monitor:
             join_in(state)
             return
         save_state(kept, state)
-        for file in kept.parent.glob("*.safetensors"):
-            if file != kept:
-                file.unlink()
+
+    def checkpointed(self) -> None:
+        """A checkpoint names the best weights by now: those that none does any more are removed.
+
+        A run that goes back to an older checkpoint must find what that one names, also where the same look, on another
+        device, would not find the same to be the best.
+        """
+        if self._model is None or not self._whole.first:
+            return
+        self._named.append(set() if self._best is None else {self._file(self._best["samples"])})
+        for file in set(self._kept()) - set[Path]().union(*self._named):
+            file.unlink()
+
+    def _kept(self) -> list[Path]:
+        return sorted((self._run.path / "monitor").glob("*.safetensors"))
 
     def _rank(self, look: Mapping[str, Any]) -> tuple[float, float]:
         return max(0.0, look["share"] - self._rule.greatest), look["frechet"]
