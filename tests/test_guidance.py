@@ -124,6 +124,23 @@ def test_the_change_is_along_the_gradient_of_the_similarity(kind):
     torch.testing.assert_close(noise_of(after) - noise_of(before), 0.2 * sigma * size * unit, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_in_half_precision_the_change_is_the_same_but_for_rounding(half):
+    refs = references()
+    x = 0.8 * refs[:2] + 0.1 * torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    changes = []
+    for dtype in (torch.float32, half):
+        unet, time = Towards(refs[:2].flip(0).to(dtype), "epsilon"), torch.tensor(300)
+        before = unet(x.to(dtype), time)[0]
+        handle = AntiMemorizationGuidance(refs, threshold=1.0, strength=0.2).attach(unet, scheduler("epsilon"))
+        after = unet(x.to(dtype), time)[0]
+        handle.remove()
+        assert after.dtype == dtype
+        changes.append((after - before).float())
+    assert changes[0].norm() > 0.5
+    assert (changes[1] - changes[0]).norm() < 0.1 * changes[0].norm()
+
+
 def test_the_schedule_is_a_parabola():
     refs = references()
     half = refs[:1] + 0.2 * (refs[1:2] - refs[:1])

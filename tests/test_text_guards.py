@@ -159,6 +159,7 @@ def test_attention_ignores_the_end_and_the_padding(pipeline):
     text = pipeline.encode_prompt(prompts, "cpu", 1, False)[0]
     free = pipeline.encode_prompt(["", ""], "cpu", 1, False)[0]
     x, time = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor(500)
+    pipeline._guidance_scale = 7.5  # as in a call
     usual = pipeline.unet(x, time, encoder_hidden_states=torch.cat([free, text])).sample
     with AttentionReweighting(1.0).on(pipeline, prompts):
         found = pipeline.unet(x, time, encoder_hidden_states=torch.cat([free, text])).sample
@@ -168,6 +169,59 @@ def test_attention_ignores_the_end_and_the_padding(pipeline):
         torch.testing.assert_close(found[2 + row :][:1], cut, rtol=1e-4, atol=1e-5)
     again = pipeline.unet(x, time, encoder_hidden_states=torch.cat([free, text])).sample
     torch.testing.assert_close(again, usual, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("scale", [7.5, 1.0])
+def test_attention_is_guarded_in_every_image_of_a_prompt(pipeline, scale):
+    def images(prompts, **more):
+        noises = [torch.Generator().manual_seed(seed) for seed in range(4)]
+        options = {"num_inference_steps": 2, "guidance_scale": scale, "generator": noises, "output_type": "np"}
+        return pipeline(prompts, **options, **more).images
+
+    guard, each = AttentionReweighting(), ["red cat", "red cat", "a", "a"]
+    with guard.on(pipeline, each):
+        expected = images(each)
+    with guard.on(pipeline, ["red cat", "a"]):
+        found = images(["red cat", "a"], num_images_per_prompt=2)
+    np.testing.assert_array_equal(found, expected)
+    plain = images(each)
+    assert all((found[row] != plain[row]).any() for row in range(4))
+    with guard.on(pipeline, ["red cat"] * 3), pytest.raises(InputError, match=r"made for 3 prompts.*makes 4 images"):
+        images(each)
+
+
+@pytest.mark.parametrize("scale", [7.5, 1.0])
+def test_a_callback_is_for_one_prompt_an_image(pipeline, scale):
+    callback = GuardCallback(pipeline, ["repeat-words"], ["red cat"], [0])
+    with pytest.raises(InputError, match="made for 1 images, and the call makes 2"):
+        pipeline(
+            "red cat", num_inference_steps=2, num_images_per_prompt=2, guidance_scale=scale,
+            callback_on_step_end=callback,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_in_half_precision_a_guard_does_nearly_the_same(folder, half):
+    """Near by the size of what the guard changes, which rounding alone does not reach."""
+    from diffusers import DiffusionPipeline
+
+    train = captioned()
+
+    def images(dtype, guards):
+        pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, low_cpu_mem_usage=False)
+        pipeline.vae.register_to_config(scaling_factor=SPREAD)
+        pipeline.set_progress_bar_config(disable=True)
+        pipeline.scheduler = make_scheduler(pipeline.scheduler, "ddim", 10, clip_sample=False)
+        callback = GuardCallback(pipeline, guards, PROMPTS[:2], [0, 1], train=train) if guards else None
+        noises = [torch.Generator().manual_seed(seed) for seed in range(2)]
+        options = {"num_inference_steps": 10, "generator": noises, "output_type": "latent"}
+        return pipeline(PROMPTS[:2], callback_on_step_end=callback, **options).images.float()
+
+    images(half, ["amg:threshold=1"])  # training images are encoded
+    guards = ["prompt-optimization:target=1e-9,steps=4", "attention"]
+    effect = images(torch.float32, guards) - images(torch.float32, [])
+    found = images(half, guards) - images(half, [])
+    assert (found - effect).norm() < 0.5 * effect.norm()
 
 
 SPREAD = 700.0

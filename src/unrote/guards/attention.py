@@ -4,7 +4,7 @@ In memorized samples attention concentrates on the *summary tokens*, the end of 
 are masked, and the logits of the beginning token are multiplied; the words of the prompt share the rest.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,14 +31,23 @@ class AttentionReweighting:
 
     @contextmanager
     def on(self, pipeline: Any, prompts: Sequence[str]) -> Iterator[None]:
-        """Reweight the attention of a pipeline's UNet to ``prompts`` [B], one an image, inside the block.
+        """Reweight the attention of a pipeline's UNet to ``prompts`` [B] of a call, inside the block.
 
-        A batch with classifier-free guidance has the empty text in its first half, which is left as it is.
+        A batch with classifier-free guidance has the empty text in its first half, which is left as it is. Of several
+        images per prompt, those of one prompt follow each other, as diffusers has it.
+
+        Raises:
+            InputError: while the UNet is called, if its batch is none of ``prompts``.
         """
         unet = pipeline.unet
         before = dict(unet.attn_processors)
         kept = _kept(pipeline.tokenizer, prompts)
-        ours = {name: _Processor(kept, self.scale) if ".attn2." in name else one for name, one in before.items()}
+        ours = {
+            name: _Processor(one, kept, self.scale, lambda: bool(pipeline.do_classifier_free_guidance))
+            if ".attn2." in name
+            else one
+            for name, one in before.items()
+        }
         unet.set_attn_processor(ours)
         try:
             yield
@@ -48,6 +57,17 @@ class AttentionReweighting:
     def settings(self) -> dict[str, Any]:
         """The scale."""
         return {"guard": "attention", "scale": self.scale}
+
+
+@contextmanager
+def unweighted(unet: Any) -> Iterator[None]:
+    """Attention without this guard inside the block, for calls with another batch."""
+    now = dict(unet.attn_processors)
+    unet.set_attn_processor({name: one.usual if isinstance(one, _Processor) else one for name, one in now.items()})
+    try:
+        yield
+    finally:
+        unet.set_attn_processor(now)
 
 
 def _kept(tokenizer: Any, prompts: Sequence[str]) -> Tensor:
@@ -62,8 +82,9 @@ def _kept(tokenizer: Any, prompts: Sequence[str]) -> Tensor:
 class _Processor:
     """Cross-attention with logits changed; otherwise as diffusers computes it for Stable Diffusion's UNet."""
 
-    def __init__(self, kept: Tensor, scale: float) -> None:
-        self._kept, self._scale = kept, scale
+    def __init__(self, usual: Any, kept: Tensor, scale: float, guided: Callable[[], bool]) -> None:
+        self.usual = usual
+        self._kept, self._scale, self._guided = kept, scale, guided
 
     def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         """Attention of [B', P, D] to the text [B', L, E]."""
@@ -85,8 +106,14 @@ class _Processor:
 
     def _reweighted(self, logits: Tensor) -> Tensor:
         """Logits [B', heads, P, L] of the images with text; of a guided batch the second half."""
-        kept = self._kept.to(logits.device)
-        free = len(logits) - len(kept)
+        free = len(logits) // 2 if self._guided() else 0
+        images, left = divmod(len(logits) - free, len(self._kept))
+        if left or not images:
+            raise InputError(
+                f"--guard attention: was made for {len(self._kept)} prompts, and the call makes {len(logits) - free} "
+                "images: give it the prompts of the call"
+            )
+        kept = self._kept.to(logits.device).repeat_interleave(images, 0)
         steered = logits[free:].masked_fill(~kept[:, None, None], -torch.inf)
         first = steered[..., :1] * self._scale
         return torch.cat([logits[:free], torch.cat([first, steered[..., 1:]], -1)])

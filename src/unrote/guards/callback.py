@@ -98,13 +98,13 @@ class GuardCallback(PipelineCallback):  # type: ignore[misc]
             self._embedding = True
             self._changed = self._embedded(kwargs["sample"] if "sample" in kwargs else args[0])
             self._embedding = False
-        if len(given) % len(self._changed) or len(given) > 2 * len(self._changed):
+        free = given[: len(given) // 2] if self._pipeline.do_classifier_free_guidance else given[:0]
+        if len(given) - len(free) != len(self._changed):
             self.close()
             raise InputError(
-                f"the callback was made for {len(self._changed)} images, and the call makes other ones: give it the "
-                "prompts and seeds of one call"
+                f"the callback was made for {len(self._changed)} images, and the call makes {len(given) - len(free)}: "
+                "give it a prompt and a seed for each image of one call"
             )
-        free = given[: len(given) - len(self._changed)]
         return args, kwargs | {"encoder_hidden_states": torch.cat([free, self._changed.to(given)])}
 
     @torch.no_grad()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from unrote.errors import InputError
+from unrote.guards.attention import unweighted
 from unrote.text.mitigations import prediction_norm
 
 
@@ -37,18 +38,20 @@ class PromptOptimization:
         unet, scheduler = pipeline.unet, pipeline.scheduler
         time = scheduler.timesteps[0]
         x = scheduler.scale_model_input(noise[None].to(unet.device, unet.dtype) * scheduler.init_noise_sigma, time)
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad(), unweighted(unet):
             x, time, empty = x.clone(), time.clone(), empty.clone()
-            changed = embedding.clone().requires_grad_()
+            # Adam's steps would be lost to rounding, or to overflow, in half precision.
+            changed = embedding.float().clone().requires_grad_()
             optimizer = torch.optim.Adam([changed], lr=self.lr)
             free = unet(x, time, encoder_hidden_states=empty[None]).sample.detach()
             for _ in range(self.steps):
-                norm = prediction_norm(unet(x, time, encoder_hidden_states=changed[None]).sample, free)
+                steered = unet(x, time, encoder_hidden_states=changed[None].to(embedding.dtype)).sample
+                norm = prediction_norm(steered, free)
                 if float(norm.detach()) < self.target:
                     break
                 (changed.grad,) = torch.autograd.grad(norm.sum(), changed)
                 optimizer.step()
-            return changed.detach()
+            return changed.detach().to(embedding.dtype)
 
     def settings(self) -> dict[str, Any]:
         """Target, steps and learning rate."""

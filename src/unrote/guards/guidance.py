@@ -16,6 +16,8 @@ from torch import Tensor
 from unrote.errors import InputError
 
 NUM_NEIGHBORS = 50
+GRADIENT_SCALE = 256.0
+"""A power of two, which changes nothing in float32."""
 Embed = Callable[[Sequence[int]], dict[str, Any]]
 """The UNet's text arguments for the captions of training images."""
 
@@ -103,7 +105,7 @@ class AntiMemorizationGuidance:
 
     def ratio(self, clean: Tensor) -> tuple[Tensor, Tensor]:
         """The neighbour ratio of images [B, C, H, W], float [B], and their nearest references, int64 [B]."""
-        flat = clean.flatten(1)
+        flat = _full(clean.flatten(1))
         references = self._references.to(flat.device, flat.dtype)
         nearest = (
             torch.cdist(flat.detach(), references).topk(min(NUM_NEIGHBORS, len(references)), largest=False).indices
@@ -137,13 +139,15 @@ class AntiMemorizationGuidance:
         with torch.inference_mode(False), torch.enable_grad():
             x = part.x.clone().requires_grad_()
             ratio, _ = self.ratio(self._clean(part, x, part.recombined(x)))
-            (gradient,) = torch.autograd.grad(-ratio.sum(), x)
+            # Only its direction counts; in half precision so small a gradient would be rounded to nothing.
+            (gradient,) = torch.autograd.grad(-GRADIENT_SCALE * ratio.sum(), x)
+        gradient = _full(gradient)
         direction = gradient / gradient.flatten(1).norm(dim=1).clamp(min=1e-12).view(-1, 1, 1, 1)
-        noise = part.as_noise(part.combined).flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+        noise = _full(part.as_noise(part.combined)).flatten(1).norm(dim=1).view(-1, 1, 1, 1)
         return part.from_noise_change(self.strength * part.sigma * noise * direction)
 
     def _clean(self, step: "_Step", x: Tensor, prediction: Tensor) -> Tensor:
-        clean = step.as_clean(x, prediction)
+        clean = step.as_clean(_full(x), _full(prediction))
         return clean.clamp(-1, 1) if self._clip else clean
 
 
@@ -236,6 +240,11 @@ class _Step:
             free = self.free[rows]
             changed[rows + self.batch // 2] = free + (combined - free) / self.scale
         return changed
+
+
+def _full(value: Tensor) -> Tensor:
+    """In float32 if it is in less: distances and small numbers are lost in half precision."""
+    return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
 def _picked(value: Any, rows: Tensor, batch: int) -> Any:

@@ -148,7 +148,8 @@ def _guidance(
     if pipeline is not None:
         vae = pipeline.vae
         with torch.no_grad():
-            pixels = torch.cat([vae.encode(part).latent_dist.mean for part in torch.split(pixels, 8)])
+            parts = [part.to(vae.dtype) for part in torch.split(pixels, 8)]
+            pixels = torch.cat([vae.encode(part).latent_dist.mean.float() for part in parts])
         pixels = (pixels - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
         if train.captions is not None and getattr(pipeline, "text_encoder_2", None) is None:
             embed = _captions_of(pipeline, train.captions)

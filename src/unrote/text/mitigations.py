@@ -73,7 +73,7 @@ def prediction_norm(conditional: Tensor, unconditional: Tensor) -> Tensor:
     Returns:
         float32 [B].
     """
-    norms: Tensor = (conditional - unconditional).float().flatten(1).norm(dim=1)
+    norms: Tensor = (conditional.float() - unconditional.float()).flatten(1).norm(dim=1)
     return norms
 
 
