@@ -113,6 +113,35 @@ def test_the_command_takes_what_an_audit_found(memorizing, tmp_path):
         assert ("not found in 40 tries" if after is None else f"found again after {after} tries") in result.output
 
 
+def test_positions_of_other_images_are_refused(memorizing, tmp_path):
+    others = pictures(COUNT, seed=5)
+    audit(others.subset(np.arange(8)), others).save(tmp_path / "report")
+    result = CliRunner().invoke(cli, ["retest", str(memorizing.path), "--from-report", str(tmp_path / "report")])
+    assert isinstance(result.exception, InputError)
+    assert "other images than those whose report" in str(result.exception)
+    for wrong in ("--top", "--most-skipped"):
+        assert "not in the range" in CliRunner().invoke(cli, ["retest", str(memorizing.path), wrong, "0"]).output
+
+
+def test_an_image_of_a_class_is_searched_among_samples_of_its_class(tmp_path):
+    images, settings = toy_images(), SETTINGS | {"model.class_conditional": True, "training.epochs": 1}
+    classes = {"labels": np.arange(len(images)) % 3, "class_names": ("a", "b", "c")}
+    store = in_memory_store(images.images, source="classes", **classes)
+    run = train(store, out=tmp_path / "run", method="standard", settings=settings)
+    unet, schedule = load_unet(run.model_folder, None, "ema")
+    denoise = Denoiser(unet.eval(), schedule, "ddim", 2, 0.0, derive_seed(0, "retest"))
+    planted = images.images.copy()
+    for target, label in ((1, 1), (2, 2)):
+        denoise.label = label
+        planted[target] = denoise(range(4))[target]
+    search = Settings(tries=4, steps=2, batch_size=4, threshold=1e-6, reconstruct=False)
+    store = in_memory_store(planted, source="classes", **classes)
+    found = retest(run.model_folder, [2, 0, 1], store, settings=search)["images"]
+    assert [(row["index"], row["found_after"]) for row in found] == [(2, 3), (0, None), (1, 2)]
+    with pytest.raises(InputError, match="the model has 3 classes"):
+        retest(run.model_folder, [0], in_memory_store(planted, source="none"), settings=search)
+
+
 def test_the_command_takes_what_was_skipped_most(tmp_path):
     np.savez(tmp_path / "toy.npz", images=toy_images().images)
     run = train(tmp_path / "toy.npz", out=tmp_path / "run", method="agc", settings=SETTINGS | {"training.epochs": 8})

@@ -20,9 +20,18 @@ from unrote.errors import InputError
     type=click.Path(path_type=Path),
     help="report.json of an audit: the images it found copied.",
 )
-@click.option("--most-skipped", type=int, metavar="N", help="The N training images that the run skipped most often.")
 @click.option(
-    "--top", default=16, show_default=True, help="With --from-report: so many images, most often copied first."
+    "--most-skipped",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="The N training images that the run skipped most often.",
+)
+@click.option(
+    "--top",
+    type=click.IntRange(min=1),
+    default=16,
+    show_default=True,
+    help="With --from-report: so many images, most often copied first.",
 )
 @click.option("--holdout", metavar="DATA", help="Images that were not trained on: the control of reconstruction.")
 @click.option("--tries", default=256, show_default=True, help="Samples that are looked at for each image.")
@@ -59,8 +68,9 @@ def retest(
     from unrote.files import write_json
 
     targets = [*indices, *_of_report(report, top), *_of_ledger(model, most_skipped)]
-    where = pick_device(device)
-    result = search(model, targets, train, holdout=holdout, settings=Settings(**options), guards=guards, device=where)
+    fingerprint = _fingerprint(model, report, most_skipped)
+    settings: dict[str, Any] = {"settings": Settings(**options), "guards": guards, "device": pick_device(device)}
+    result = search(model, targets, train, fingerprint=fingerprint, holdout=holdout, **settings)
     if out is not None:
         write_json(out, result)
     click.echo(json.dumps(result) if as_json else _table(result))
@@ -87,6 +97,17 @@ def _of_report(file: Path | None, top: int) -> list[int]:
     return found
 
 
+def _fingerprint(model: str, report: Path | None, most_skipped: int | None) -> str | None:
+    """Of the images that positions are of; None where none says."""
+    from unrote.auditing.reading import read_report
+    from unrote.training.run import Run
+
+    if report is None:
+        return None if most_skipped is None else str(Run(Path(model)).data["fingerprint"])
+    train = read_report(report / "report.json" if report.is_dir() else report, "--from-report")["data"]["train"]
+    return None if train is None else train.get("fingerprint")
+
+
 def _of_ledger(model: str, num: int | None) -> list[int]:
     if num is None:
         return []
@@ -96,7 +117,7 @@ def _of_ledger(model: str, num: int | None) -> list[int]:
     ledger = Run(Path(model)).read_ledger()
     if ledger is None:
         raise InputError(f"--most-skipped: {model} is no finished run with a ledger")
-    found: list[int] = most_skipped(ledger)[:num].tolist()
+    found: list[int] = most_skipped(ledger, num).tolist()
     if not found:
         raise InputError(f"--most-skipped: {model} never skipped an image; name some by --index")
     return found

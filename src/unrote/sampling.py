@@ -277,20 +277,24 @@ class Denoiser:
         steps: see :func:`sample`.
         eta: see :func:`sample`.
         seed: see :func:`sample`.
+
+    Attributes:
+        label: the class of every image of a class-conditional model; None for all classes in turn.
     """
 
     def __init__(self, unet: Any, schedule: Any, sampler: Sampler, steps: int, eta: float, seed: int) -> None:
         self._unet, self._seed = unet, seed
         self._scheduler = make_scheduler(schedule, sampler, steps)
         self.guided = (unet, self._scheduler, lambda: 1.0)
+        self.label: int | None = None
         self.shape: tuple[int, int, int] = (*[unet.config.sample_size] * 2, unet.config.in_channels)
         self._eta = {"eta": eta} if sampler == "ddim" else {}
         self.networks, self.settings = (unet,), dict[str, Any]()
 
     def label_of(self, index: int, attempt: int = 0) -> dict[str, Any]:
-        """``{"label": …}`` of image ``index``, classes in turn; empty for an unconditional model."""
+        """``{"label": …}`` of image ``index``; empty for an unconditional model."""
         classes = self._unet.config.num_class_embeds
-        return {"label": index % classes} if classes else {}
+        return {"label": index % classes if self.label is None else self.label} if classes else {}
 
     @torch.inference_mode()
     def __call__(self, indices: Sequence[int], attempt: int = 0) -> NDArray[np.uint8]:

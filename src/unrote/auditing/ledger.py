@@ -38,9 +38,9 @@ def times_copied(pairs: Mapping[str, np.ndarray], num_train: int) -> np.ndarray:
     return counts
 
 
-def most_skipped(ledger: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Indices of the training images skipped most often (then: at the highest rate, then: in order), at most 48."""
-    order = np.lexsort((-skip_rate(ledger), -ledger["skips"]))[:MOST_SKIPPED]
+def most_skipped(ledger: Mapping[str, np.ndarray], num: int = MOST_SKIPPED) -> np.ndarray:
+    """Indices of ``num`` training images or fewer, skipped most often (then: at the highest rate, then: in order)."""
+    order = np.lexsort((-skip_rate(ledger), -ledger["skips"]))[:num]
     chosen: np.ndarray = order[ledger["skips"][order] > 0]
     return chosen
 

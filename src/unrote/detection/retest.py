@@ -71,6 +71,7 @@ def retest(
     targets: Sequence[int],
     train: Any = None,
     *,
+    fingerprint: str | None = None,
     holdout: Any = None,
     settings: Settings | None = None,
     guards: Sequence[str] = (),
@@ -78,7 +79,8 @@ def retest(
 ) -> dict[str, Any]:
     """Search the samples of a model for training images that should not come back.
 
-    From noise: samples of a model without text are compared with all targets at once; a text-to-image model is given
+    From noise: samples of a model without text are compared with all targets at once, of a class-conditional one those
+    of each class with the targets of that class; a text-to-image model is given
     each target's own caption, half of the time with a little noise on its embedding; where several text encoders share
     the text (SDXL, Stable Diffusion 3, FLUX) the caption alone, as one noise is not equally little to each. A target is
     found by a sample whose nearest training image it is (or a duplicate of it), over the augmentation orbit, at a ratio
@@ -92,6 +94,7 @@ def retest(
         model: a run folder, or a folder or Hub id of a diffusers pipeline.
         targets: positions among the training images.
         train: the training images; by default those of the run.
+        fingerprint: of the images that the positions are of, if it is known: of other ones nothing is searched.
         holdout: images that were not trained on, the control of the reconstruction; as many are used as there are
             targets.
         settings: how to search.
@@ -103,7 +106,8 @@ def retest(
         upper bound of the chance per try; Wilson) and ``reconstruction``; ``controls``; settings.
 
     Raises:
-        InputError: no such model, images or targets, or a target has no caption to ask for it.
+        InputError: no such model, images or targets, the images have another fingerprint, or a target has no caption or
+            class to ask for it.
     """
     settings = settings or Settings()
     source, run = pipeline_of(model)
@@ -120,7 +124,7 @@ def retest(
         unet, schedule = load_unet(source, run, weights)
         denoise = Denoiser(unet.to(device).eval(), schedule, "ddim", settings.steps, 0.0, seed)
     images = Sources(run, denoise.shape).train("retest", train)
-    wanted = _checked(targets, images)
+    wanted = _checked(targets, images, fingerprint)
     index = PixelIndex(images, threshold=settings.threshold)
     # Once, for all targets: what is at work in the UNet would otherwise be there as often as it is made.
     copy_filter = make_guards(guards, denoise, run, train=images, seed=settings.seed, device=device).copy_filter
@@ -128,7 +132,7 @@ def retest(
         asked = {target: _asked(denoise, images, target, copy_filter, settings, options) for target in wanted}
         after = [_found(index, [target], samples)[0] for target, samples in asked.items()]
     else:
-        after = _found(index, wanted, _sampled(_make(denoise, copy_filter), settings))
+        after = _found_by_class(index, wanted, images, denoise, copy_filter, settings)
     rows = [_row(images, target, tries, settings.tries) for target, tries in zip(wanted, after, strict=True)]
     controls: list[dict[str, Any]] = []
     if settings.reconstruct and isinstance(denoise, Denoiser):
@@ -147,14 +151,42 @@ def retest(
     }
 
 
-def _checked(targets: Sequence[int], images: ImageStore) -> list[int]:
-    """The targets once each. Raises InputError if there are none, or one is no position."""
+def _checked(targets: Sequence[int], images: ImageStore, fingerprint: str | None) -> list[int]:
+    """The targets once each. Raises InputError if there are none, one is no position, or they are of other images."""
+    if fingerprint not in (None, images.fingerprint):
+        raise InputError(
+            f"{images.source}: are other images than those whose report or ledger says which to search for; give "
+            "--train those, or name some by --index"
+        )
     if not targets:
         raise InputError("there are no images to search for; give --index, --from-report or --most-skipped")
     wrong = [target for target in targets if not 0 <= target < len(images)]
     if wrong:
         raise InputError(f"--index {wrong[0]}: there are {len(images):,} training images, 0 to {len(images) - 1:,}")
     return list(dict.fromkeys(targets))
+
+
+def _found_by_class(
+    index: PixelIndex,
+    wanted: Sequence[int],
+    images: ImageStore,
+    denoise: Denoiser,
+    copy_filter: CopyFilter | None,
+    settings: Settings,
+) -> list[int | None]:
+    """After how many tries each target was found, of a class-conditional model all with the target's own class."""
+    classes = denoise.networks[0].config.num_class_embeds
+    labels: Any = [None] * len(images)
+    if classes:
+        if images.labels is None or not 0 <= images.labels.min() <= images.labels.max() < classes:
+            raise InputError(f"{images.source}: the model has {classes} classes, and these images are not all of them")
+        labels = images.labels.tolist()
+    after: dict[int, int | None] = {}
+    for label in dict.fromkeys(labels[target] for target in wanted):
+        denoise.label = label
+        part = [target for target in wanted if labels[target] == label]
+        after |= zip(part, _found(index, part, _sampled(_make(denoise, copy_filter), settings)), strict=True)
+    return [after[target] for target in wanted]
 
 
 Made = Callable[[Sequence[int]], np.ndarray]
