@@ -14,7 +14,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,8 @@ class Job(_Processes):
         world: W.
         method: see :func:`unrote.train`.
         settings: dotted fields.
-        limit: bytes that a file may have in rank 0, as on a disk that is full; None for no limit.
+        before: called with the rank in each process before it trains, for what is to go wrong there; of a module that
+            they can import.
         hosts: a network namespace for each, which then is a machine of that name; none for this machine.
         variables: of the environment.
     """
@@ -149,7 +151,7 @@ class Job(_Processes):
         method: str = "iet-agc+",
         settings: dict[str, Any] | None = None,
         *,
-        limit: int | None = None,
+        before: Callable[[int], None] | None = None,
         hosts: Sequence[str] = (),
         **variables: str,
     ) -> None:
@@ -158,7 +160,8 @@ class Job(_Processes):
         arguments = []
         for rank, (own, log) in enumerate(zip(variables_of(world), self._logs, strict=True)):
             host = hosts[rank] if hosts else None
-            arguments.append((host, own | variables, log, out, method, settings or {}, limit if rank == 0 else None))
+            told = None if before is None else partial(before, rank)
+            arguments.append((host, own | variables, log, out, method, settings or {}, told))
         super().__init__(_work, arguments)
 
     @property
@@ -184,14 +187,16 @@ def _work(
     out: Path,
     method: str,
     settings: dict[str, Any],
-    limit: int | None,
+    before: Callable[[], None] | None,
 ) -> None:
     if host is not None:
         _move_to(host)
     os.environ.update(variables)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(descriptor, 2)
-    sys.exit(_train(out, method, settings, limit))
+    if before is not None:
+        before()
+    sys.exit(_train(out, method, settings))
 
 
 def _move_to(host: str) -> None:
@@ -204,16 +209,11 @@ def _move_to(host: str) -> None:
     socket.sethostname(host)
 
 
-def _train(out: Path, method: str, settings: dict[str, Any], limit: int | None) -> int:
-    import resource
-
+def _train(out: Path, method: str, settings: dict[str, Any]) -> int:
     from toy import SETTINGS, captioned_images, toy_images
     from unrote.api import train
     from unrote.errors import InputError
 
-    if limit is not None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then writing fails, as on a full disk
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     images = captioned_images() if "model.pretrained" in settings else toy_images()
     try:
         train(images, out=out, method=method, settings=SETTINGS | settings, device=DEVICE)

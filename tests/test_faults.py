@@ -2,10 +2,12 @@
 
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
 import time
+from functools import partial
 
 import pytest
 
@@ -107,6 +109,28 @@ def test_the_first_process_ends_when_another_stands_still_at_the_end(tmp_path, c
     assert_same_run(Run(out), calm)
 
 
+def stands_still_while_averaging(rank):
+    from unrote.training import distributed
+
+    def send(*_):
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    if rank == 1:
+        distributed.send = send
+
+
+def test_who_stands_still_while_proxies_are_averaged_is_named(tmp_path, calm):
+    out = tmp_path / "run"
+    job = Job(out, 2, settings=MANY, before=stands_still_while_averaging, UNROTE_PEER_TIMEOUT="3")
+    job.processes[0].join(60)
+    message = job.messages()[0]
+    assert job.processes[0].exitcode == UNUSABLE, message
+    assert "process 1 of 2 has given no sign of life for 3 seconds, last heard of averaging" in message
+    job.kill(ranks=[1])
+    job.wait(60)
+    goes_on(out, 3, calm)
+
+
 ADDRESSES = ("10.83.0.1", "10.83.1.1")
 
 
@@ -179,17 +203,25 @@ def test_a_second_run_in_the_folder_refuses_and_the_first_goes_on(tmp_path, calm
     assert_same_run(Run(out), calm)
 
 
-def test_a_disk_that_is_full_at_a_checkpoint(tmp_path, calm):
-    """Rank 0 can't write files larger than 64 KiB: the log fits, no state does."""
+def disk_is_full(which, rank):
+    """One process can't write files larger than 64 KiB: the log fits, no state does."""
+    if rank == which:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then writing fails, as on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_disk_that_is_full_at_a_checkpoint(tmp_path, calm, which):
     out = tmp_path / "run"
     first = Job(out, 2, settings=MANY)
     until(lambda: checkpoints_in(out), first)
     first.kill(ranks=[0, 1])
     first.wait()
     kept = checkpoints_in(out)
-    full = Job(out, 2, settings=MANY, limit=1 << 16)
-    codes = full.wait(60)
-    assert codes[0] != 0 and codes[1] != 0, full.messages()
+    full = Job(out, 2, settings=MANY, before=partial(disk_is_full, which))
+    codes, messages = full.wait(60), full.messages()
+    assert codes == [UNUSABLE, UNUSABLE], messages
+    assert "File too large" in messages[which] and f"process {which}" in messages[1 - which], messages
     assert checkpoints_in(out) == kept, "what was whole is still there"
     goes_on(out, 2, calm)
     assert [path.name for path in out.rglob(".*")] == [".lock"]
