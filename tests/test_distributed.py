@@ -178,6 +178,27 @@ def test_a_machine_disappears_and_torchrun_goes_on_with_the_other(tmp_path, data
     assert [path.name for path in out.rglob(".*")] == [".lock"]
 
 
+def test_a_launcher_that_is_told_to_stop_leaves_a_checkpoint_and_more_processes_go_on(tmp_path, data, long_alone):
+    """As Slurm and Kubernetes tell it: torchrun passes the signal on, and waits. Then three where there were two."""
+    out = tmp_path / "run"
+    command = [*TORCHRUN, "--standalone", "--nproc-per-node=2", *command_of(out, data, **LONG)]
+    launcher = subprocess.Popen(command, env=os.environ | variables_for(out), stderr=subprocess.PIPE, text=True)
+    try:
+        assert wait_for_checkpoints(out, launcher, 10)
+        workers = workers_of(launcher)
+        assert sorted(workers) == [0, 1]
+        launcher.send_signal(signal.SIGTERM)
+        _, errors = launcher.communicate(timeout=100)
+    finally:
+        launcher.kill()
+    assert launcher.returncode != 0
+    assert "stopped; the same command goes on" in errors, errors
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers.values()), "no orphans"
+    assert not Run(out).finished and (out / ".lock").read_text() == ""
+    run = finished(launch(3, out, data, **LONG).finish(), out)
+    assert_same_run(run, long_alone())
+
+
 def test_accelerate_launch_gives_the_same_also_when_one_of_two_was_killed(tmp_path, data, long_alone):
     """What an attempt has left in the launcher's store, as that it failed, is none of the next one's business."""
     out = tmp_path / "run"
