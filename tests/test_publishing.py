@@ -142,6 +142,7 @@ def test_without_a_network_it_says_so(run, monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match="me/a: the Hub is not asked, since HF_HUB_OFFLINE is set"):
         push_run(run.path, "me/a")
     with socket.create_server(("127.0.0.1", 0)) as taken:

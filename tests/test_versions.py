@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import yaml
 from click.testing import CliRunner
+from PIL import Image
 
 from toy import toy_images, toy_run
 from unrote.auditing.reading import SCHEMA_VERSION, read_report
@@ -116,8 +117,11 @@ def test_which_images_came_back_is_unknown_without_pairs_or_with_duplicates(olde
 
 
 def test_retest_takes_its_images_from_an_older_report(older, tmp_path):
-    np.savez(tmp_path / "images.npz", images=its_images()[1].images)
-    run = toy_run(tmp_path / "run", images=tmp_path / "images.npz", training__epochs=1)
+    images, folder = its_images()[1], tmp_path / "images"
+    folder.mkdir()
+    for name, pixels in zip(images.names, images.images, strict=True):
+        Image.fromarray(pixels).save(folder / name)
+    run = toy_run(tmp_path / "run", images=folder, training__epochs=1)
     command = ["retest", str(run.path), "--tries", "2", "--steps", "2", "--no-reconstruct", "--json", "--from-report"]
     done = CliRunner().invoke(cli, [*command, str(older())], catch_exceptions=False)
     result = json.loads(done.stdout.splitlines()[-1])

@@ -80,7 +80,8 @@ def main() -> None:
         click.echo(f"error: {error.filename or 'input/output'}: {error.strerror or error}", err=True)
         code = EXIT_UNUSABLE
     except (KeyboardInterrupt, click.Abort):
-        click.echo("stopped; the same command goes on from what is on the disk", err=True)
+        kept = sys.argv[1:2] not in (["retest"], ["membership"], ["prompts"])
+        click.echo(f"stopped; {'the same command goes on from here' if kept else 'nothing was written'}", err=True)
         code = EXIT_INTERRUPTED
     sys.exit(code if isinstance(code, int) else 0)
 

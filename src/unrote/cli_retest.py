@@ -67,10 +67,11 @@ def retest(
     from unrote.device import pick_device
     from unrote.files import write_json
 
-    targets = [*indices, *_of_report(report, top), *_of_ledger(model, most_skipped)]
-    fingerprint = _fingerprint(model, report, most_skipped)
+    named = [_of_report(report, top), _of_ledger(model, most_skipped)]
+    targets = [*indices, *(position for positions, _ in named for position in positions)]
+    known = [fingerprint for _, fingerprint in named if fingerprint is not None]
     settings: dict[str, Any] = {"settings": Settings(**options), "guards": guards, "device": pick_device(device)}
-    result = search(model, targets, train, fingerprint=fingerprint, holdout=holdout, **settings)
+    result = search(model, targets, train, fingerprints=known, holdout=holdout, **settings)
     if out is not None:
         write_json(out, result)
     click.echo(json.dumps(result) if as_json else _table(result))
@@ -78,49 +79,40 @@ def retest(
         raise click.exceptions.Exit(1)
 
 
-def _of_report(file: Path | None, top: int) -> list[int]:
-    """The training images that an audit found copied, most often first."""
+def _of_report(file: Path | None, top: int) -> tuple[list[int], str | None]:
+    """The training images that an audit found copied, most often first, and the fingerprint of all of them."""
     if file is None:
-        return []
+        return [], None
     from unrote.auditing.reading import read_report
 
     summary = read_report(file / "report.json" if file.is_dir() else file, "--from-report")
     try:
         images = summary["extracted"]["images"]
         found = None if images is None else [int(image["cluster"]) for image in images[:top]]
+        fingerprint = summary["data"]["train"]["fingerprint"]
     except (ValueError, OverflowError, KeyError, TypeError):
         raise InputError(f"--from-report {file}: is no report.json of an audit") from None
     if found is None:
         raise InputError(f"--from-report {file}: does not say which images came back; audit again, or give --index")
     if not found:
         raise InputError(f"--from-report {file}: that audit found no image copied; name some by --index")
-    return found
+    return found, str(fingerprint)
 
 
-def _fingerprint(model: str, report: Path | None, most_skipped: int | None) -> str | None:
-    """Of the images that positions are of; None where none says."""
-    from unrote.auditing.reading import read_report
-    from unrote.training.run import Run
-
-    if report is None:
-        return None if most_skipped is None else str(Run(Path(model)).data["fingerprint"])
-    train = read_report(report / "report.json" if report.is_dir() else report, "--from-report")["data"]["train"]
-    return None if train is None else train.get("fingerprint")
-
-
-def _of_ledger(model: str, num: int | None) -> list[int]:
+def _of_ledger(model: str, num: int | None) -> tuple[list[int], str | None]:
     if num is None:
-        return []
+        return [], None
     from unrote.auditing.ledger import most_skipped
     from unrote.training.run import Run
 
-    ledger = Run(Path(model)).read_ledger()
+    run = Run(Path(model))
+    ledger = run.read_ledger()
     if ledger is None:
         raise InputError(f"--most-skipped: {model} is no finished run with a ledger")
     found: list[int] = most_skipped(ledger, num).tolist()
     if not found:
         raise InputError(f"--most-skipped: {model} never skipped an image; name some by --index")
-    return found
+    return found, str(run.data["fingerprint"])
 
 
 def _table(result: dict[str, Any]) -> str:

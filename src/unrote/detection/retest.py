@@ -71,7 +71,7 @@ def retest(
     targets: Sequence[int],
     train: Any = None,
     *,
-    fingerprint: str | None = None,
+    fingerprints: Sequence[str] = (),
     holdout: Any = None,
     settings: Settings | None = None,
     guards: Sequence[str] = (),
@@ -94,7 +94,7 @@ def retest(
         model: a run folder, or a folder or Hub id of a diffusers pipeline.
         targets: positions among the training images.
         train: the training images; by default those of the run.
-        fingerprint: of the images that the positions are of, if it is known: of other ones nothing is searched.
+        fingerprints: of the images that the positions are of, where they are known: others are not searched.
         holdout: images that were not trained on, the control of the reconstruction; as many are used as there are
             targets.
         settings: how to search.
@@ -124,7 +124,7 @@ def retest(
         unet, schedule = load_unet(source, run, weights)
         denoise = Denoiser(unet.to(device).eval(), schedule, "ddim", settings.steps, 0.0, seed)
     images = Sources(run, denoise.shape).train("retest", train)
-    wanted = _checked(targets, images, fingerprint)
+    wanted = _checked(targets, images, fingerprints)
     index = PixelIndex(images, threshold=settings.threshold)
     # Once, for all targets: what is at work in the UNet would otherwise be there as often as it is made.
     copy_filter = make_guards(guards, denoise, run, train=images, seed=settings.seed, device=device).copy_filter
@@ -151,9 +151,9 @@ def retest(
     }
 
 
-def _checked(targets: Sequence[int], images: ImageStore, fingerprint: str | None) -> list[int]:
+def _checked(targets: Sequence[int], images: ImageStore, fingerprints: Sequence[str]) -> list[int]:
     """The targets once each. Raises InputError if there are none, one is no position, or they are of other images."""
-    if fingerprint not in (None, images.fingerprint):
+    if set(fingerprints) - {images.fingerprint}:
         raise InputError(
             f"{images.source}: are other images than those whose report or ledger says which to search for; give "
             "--train those, or name some by --index"

@@ -37,7 +37,7 @@ class AttentionReweighting:
         images per prompt, those of one prompt follow each other, as diffusers has it.
 
         Raises:
-            InputError: while the UNet is called, if its batch is none of ``prompts``.
+            InputError: while the UNet is called, if its images are no multiple of ``prompts``.
         """
         unet = pipeline.unet
         before = dict(unet.attn_processors)

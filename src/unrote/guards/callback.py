@@ -11,7 +11,7 @@ from torch import Tensor
 
 from unrote.errors import InputError
 from unrote.guards.making import make_guards
-from unrote.text.guarded import PromptGuards, latent_size
+from unrote.text.guarded import PromptGuards, guidance_of, latent_size
 
 
 @dataclass
@@ -25,7 +25,7 @@ class _Around:
     @property
     def guided(self) -> tuple[Any, Any, Any]:
         """The UNet, the sampler and the guidance scale of the call."""
-        return self.pipeline.unet, self.pipeline.scheduler, lambda: getattr(self.pipeline, "guidance_scale", 1.0)
+        return self.pipeline.unet, self.pipeline.scheduler, lambda: guidance_of(self.pipeline)
 
 
 class GuardCallback(PipelineCallback):  # type: ignore[misc]

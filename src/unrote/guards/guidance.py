@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from unrote.errors import InputError
+from unrote.text.guarded import guidance_of
 
 NUM_NEIGHBORS = 50
 GRADIENT_SCALE = 256.0
@@ -73,7 +74,7 @@ class AntiMemorizationGuidance:
     @contextmanager
     def on(self, pipeline: Any) -> Iterator[None]:
         """Guide a diffusers pipeline with a ``unet`` inside the block."""
-        handle = self.attach(pipeline.unet, pipeline.scheduler, lambda: getattr(pipeline, "guidance_scale", 1.0))
+        handle = self.attach(pipeline.unet, pipeline.scheduler, lambda: guidance_of(pipeline))
         try:
             yield
         finally:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from unrote.data.sources import digest_of
 from unrote.errors import InputError
 from unrote.seeding import derive_seed
-from unrote.text.guarded import PromptGuards, latent_size
+from unrote.text.guarded import PromptGuards, guidance_of, latent_size
 from unrote.text.prompts import Prompt
 from unrote.training.run import Run
 
@@ -107,7 +107,7 @@ class PromptDenoiser:
         self._options: dict[str, Any] = {**guidance, "num_inference_steps": steps, "height": height, "width": width}
         self._options |= {"eta": eta} if "eta" in accepted else {}
         self.guards, self.pipeline = PromptGuards(), pipeline
-        self.guided = (getattr(pipeline, "unet", None), pipeline.scheduler, lambda: guidance_scale)
+        self.guided = (getattr(pipeline, "unet", None), pipeline.scheduler, lambda: guidance_of(pipeline))
         self.networks = tuple(part for name in NETWORKS if (part := getattr(pipeline, name, None)) is not None)
         texts = digest_of([(prompt.text, prompt.seed) for prompt in prompts])
         self.settings = {**guidance, "negative_prompt": negative_prompt, "size": size and list(size)}

@@ -78,6 +78,11 @@ class PromptGuards:
         return torch.stack(rows)
 
 
+def guidance_of(pipeline: Any) -> float:
+    """The scale of classifier-free guidance in a call; 1 where the batch is not doubled, as in distilled models."""
+    return float(pipeline.guidance_scale) if getattr(pipeline, "do_classifier_free_guidance", False) else 1.0
+
+
 def latent_size(pipeline: Any) -> tuple[int, int]:
     """Height and width, in latents, of the images that a pipeline makes unless it is asked for others."""
     unet = getattr(pipeline, "unet", None)
