@@ -1,12 +1,15 @@
 """Re-test: what a memorizing model gives back is found, what it never saw is not, and the search is repeatable."""
 
 import json
+import os
+import signal
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from launching import in_process
 from memorizing import COUNT, pictures
 from tiny_pipelines import tiny_stable_diffusion
 from toy import SETTINGS, toy_images
@@ -220,3 +223,19 @@ def test_guards_of_a_text_to_image_model_work_once_however_many_images_are_asked
     result = retest(tmp_path / "sd", [0, 1, 2], store, settings=settings, guards=["amg", "random-tokens:count=1"])
     assert calls == [2] * (3 * 4 // 2 * 2), "once a step: the training images are those that are searched for"
     assert result["guards"] == ["amg", "random-tokens:count=1"]
+
+
+@pytest.mark.parametrize("command", ["retest", "membership"])
+def test_one_that_is_interrupted_says_that_nothing_was_written(
+    command, memorizing, holdout, tmp_path, monkeypatch, capsys
+):
+    def interrupted(*_):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr("unrote.guards.index.PixelIndex.__call__", interrupted)
+    monkeypatch.setattr("unrote.detection.membership.as_noise", interrupted)
+    own = ["--index", 0, "--tries", 4, "--out", tmp_path / "result.json"]
+    words = [command, memorizing.path, *(own if command == "retest" else ["--holdout", holdout])]
+    assert in_process(words, monkeypatch) == 130
+    assert "stopped; nothing was written" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
