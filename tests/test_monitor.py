@@ -200,6 +200,8 @@ def test_pareto_finishes_with_the_look_nearest_to_real_images_among_those_allowe
     if shares[-1] > 0.25:
         assert decisions_of(run)["stopped"]
         assert best is not looks[-1]
+    said = f"The weights are those after {best['samples']:,} samples" in (run.path / "README.md").read_text()
+    assert said == (best is not looks[-1])
     snapshot = Run(tmp_path / "run").snapshot_folder(best["samples"])
     for variant in (None, "raw"):
         name = f"diffusion_pytorch_model{'' if variant is None else '.' + variant}.safetensors"

@@ -27,7 +27,14 @@ How much of the training set this model reproduces is not known until it is audi
 a model trained with `--method standard`."""
 
 
-def model_card(config: Config, images: ImageStore, visits: int, skips: int, privacy: Mapping[str, float]) -> str:
+def model_card(
+    config: Config,
+    images: ImageStore,
+    visits: int,
+    skips: int,
+    privacy: Mapping[str, float],
+    earlier: int | None = None,
+) -> str:
     """What was trained on what, how to load it, and what is not known of it; no path of this machine.
 
     Args:
@@ -36,13 +43,18 @@ def model_card(config: Config, images: ImageStore, visits: int, skips: int, priv
         visits: samples seen.
         skips: those of them that were skipped.
         privacy: as :func:`unrote.training.privacy.privacy_spent` gives it.
+        earlier: how many of them the weights saw, if the monitor kept earlier ones than the last.
     """
     shards = f"{config.num_shards} shards" if config.num_shards > 1 else "one shard"
     _, height, width, _ = images.images.shape
     named = public_data(images.source)
     source = "" if named is None else f" from `{named}`"
-    share = f"{skips:,} ({skips / max(visits, 1):.1%})"
-    skipped = f", of which\n{share} were skipped because the model already knew them unusually well"
+    seen = f"{visits:,} samples seen"
+    if config.gate.enabled:
+        share = f"{skips:,} ({skips / max(visits, 1):.1%})"
+        seen += f", of which\n{share} were skipped because the model already knew them unusually well"
+    if earlier is not None:
+        seen += f".\nThe weights are those after {earlier:,} samples, which the monitor found to be best"
     return f"""---
 {_head(config)}
 ---
@@ -50,7 +62,7 @@ def model_card(config: Config, images: ImageStore, visits: int, skips: int, priv
 # {_title(config)}
 
 Trained by unrote {__version__} on {len(images):,} images of {width}x{height} pixels{source}
-(fingerprint `{images.fingerprint[:16]}`), in {shards}; {visits:,} samples seen{skipped if config.gate.enabled else ""}.
+(fingerprint `{images.fingerprint[:16]}`), in {shards}; {seen}.
 
 ```python
 {_usage(config)}

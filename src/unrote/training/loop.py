@@ -275,9 +275,10 @@ def _train(
         checkpoints.finish()
     if model is not None:
         with together("writing the outputs"):
-            if monitor is not None:
-                monitor.put_back_best(progress.whole.samples)
-            write_outputs(run, config, images, model, ledger, progress.whole.steps)
+            samples = progress.whole.samples
+            used = samples if monitor is None else monitor.put_back_best(samples)
+            left = None if used == samples else used
+            write_outputs(run, config, images, model, ledger, progress.whole.steps, left)
     # The first process says that all is written.
     peers.gather(None)
 

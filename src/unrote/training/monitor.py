@@ -117,10 +117,10 @@ class Monitor:
         if self.stopped:
             logger.info("stopping: monitor.stop_when is %s", self._settings.stop_when)
 
-    def put_back_best(self, samples: int) -> None:
+    def put_back_best(self, samples: int) -> int:
         """Give the model the weights to finish with, and write ``monitor.json`` and ``monitor.svg``: what was seen.
 
-        ``samples`` is how many those weights have seen that the model has now.
+        ``samples`` is how many those weights have seen that the model has now; returned, how many those that it gets.
         """
         used = samples
         if self._best is not None and self._best["samples"] != used:
@@ -128,13 +128,14 @@ class Monitor:
             put_back(self._parts(), Stored.at(self._file(used)))
             logger.info("finishing with the weights after %s samples", f"{used:,}")
         if not self._whole.first:
-            return
+            return used
         summary: dict[str, Any] = {"schema_version": RESULT_VERSION}
         summary |= {"stop_when": self._settings.stop_when, "stopped": self.stopped}
         summary |= {"model_samples": used, "every": self._plan.every, "planned_overhead": self._plan.overhead}
         summary |= {"overhead": self.pace.overhead, "prompts": self._prompts}
         write_json(self._run.path / "monitor.json", summary | {"looks": self._looks})
         self._draw(used)
+        return used
 
     def _draw(self, used: int | None) -> None:
         """The looks so far as a picture."""

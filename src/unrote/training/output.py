@@ -16,9 +16,18 @@ from unrote.training.sharding import WholeModel
 from unrote.versions import RESULT_VERSION
 
 
-def write_outputs(run: Run, config: Config, images: ImageStore, model: WholeModel, ledger: Ledger, steps: int) -> None:
+def write_outputs(
+    run: Run,
+    config: Config,
+    images: ImageStore,
+    model: WholeModel,
+    ledger: Ledger,
+    steps: int,
+    earlier: int | None = None,
+) -> None:
     """Write ``model/``, ``ledger.csv``, ``README.md`` and, last, ``run.json``, which says that all is there.
 
+    The weights are those after ``earlier`` samples; None is all that were seen.
     All that hold a part of the model call it; only the first writes.
     """
     columns = ledger.columns()
@@ -29,7 +38,7 @@ def write_outputs(run: Run, config: Config, images: ImageStore, model: WholeMode
         return
     visits, skips = int(columns["visits"].sum()), int(columns["skips"].sum())
     privacy = privacy_spent(config.training, len(images), steps)
-    card = model_card(config, images, visits, skips, privacy)
+    card = model_card(config, images, visits, skips, privacy, earlier)
     for folder in (run.model_folder, run.path):
         write_text(folder / "README.md", card)
     summary = {
