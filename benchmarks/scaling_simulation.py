@@ -2,8 +2,9 @@
 
 Simulated, not run: W processes with one proxy each (or K / W), every one at its own speed, which then meet and average
 as :mod:`unrote.training.distributed` does: rank 0 receives every proxy of the others one after another, adds it, and
-broadcasts the average. What a proxy costs to add is measured (``benchmarks/distributed.py averaging``); the time of a
-step, the network, how far machines are apart in speed and how often they fail are assumptions, listed in the result.
+broadcasts the average. What a proxy costs to add and to receive and what a checkpoint takes to write are measured
+(``benchmarks/distributed.py averaging checkpoints``); the time of a step, the network, how far machines are apart in
+speed and how often they fail are assumptions, listed in the result.
 Beside it, what a ring all-reduce would take, which does not add in a fixed order and is not what is implemented.
 
     python benchmarks/scaling_simulation.py
@@ -48,27 +49,29 @@ class Job:
 
 @dataclass(frozen=True)
 class Cluster:
-    """Where. All of it is assumed but what adding costs.
+    """Where. All of it is assumed but what adding, receiving and writing cost.
 
     Attributes:
         bytes_per_second: of one process's network, either way.
         add_seconds_per_byte: reading a proxy and adding it in float64: measured.
+        receive_seconds_per_byte: what one process takes to receive or send, however fast the network: measured.
         spread: standard deviation of the logarithm of a process's speed, drawn anew each round.
         stall_chance: that a process stands still once in a round, such as for a slow disk or a neighbour's job.
         stall_seconds: how long.
         hours_between_failures: of one process.
         restart_seconds: until all are running again.
-        checkpoint_seconds: of one checkpoint, which all write at once.
+        checkpoint_seconds: of one checkpoint, in which each process writes one proxy: measured, for a job's size.
     """
 
     bytes_per_second: float
     add_seconds_per_byte: float
+    receive_seconds_per_byte: float
+    checkpoint_seconds: float
     spread: float = 0.03
     stall_chance: float = 0.01
     stall_seconds: float = 30.0
     hours_between_failures: float = 2000.0
     restart_seconds: float = 180.0
-    checkpoint_seconds: float = 20.0
 
 
 def round_of(job: Job, cluster: Cluster, shards: int, world: int, seed: int) -> dict[str, float]:
@@ -81,7 +84,7 @@ def round_of(job: Job, cluster: Cluster, shards: int, world: int, seed: int) -> 
     computing, slowest = float(busy.mean()), float(busy.max(1).mean())
     size = job.averaged_bytes
     adding = shards * size * cluster.add_seconds_per_byte
-    sending = size / cluster.bytes_per_second
+    sending = size * max(1 / cluster.bytes_per_second, cluster.receive_seconds_per_byte)
     gathering = (shards - int(blocks[0])) * sending
     broadcasting = math.ceil(math.log2(world)) * sending if world > 1 else 0.0
     total = slowest + adding + gathering + broadcasting
@@ -111,18 +114,23 @@ def checkpointing(cluster: Cluster, world: int) -> dict[str, float]:
     return {"processes": world, "interval_minutes": interval / 60, "lost": lost / (1 + lost)}
 
 
-def scenarios(add: float) -> list[tuple[Job, Cluster, list[tuple[int, int]]]]:
+def scenarios(cost: dict[str, float]) -> list[tuple[Job, Cluster, list[tuple[int, int]]]]:
     """What is simulated: shards and processes of each."""
-    ethernet, fast = Cluster(1.25e9, add), Cluster(25e9, add)
+
+    def on(bytes_per_second: float, job: Job) -> Cluster:
+        # A proxy's file: weights, their moving average and two moments in float32.
+        writing = 16 * job.parameters * cost["write"]
+        return Cluster(bytes_per_second, cost["add"], cost["receive"], writing)
+
     cifar = Job("CIFAR-10 as in the papers, 35.7 M, 100 local epochs", 35.7e6, 5000, 100, 128, 0.1)
     short = Job("the same with 4 local epochs", 35.7e6, 5000, 4, 128, 0.1)
     large = Job("Stable Diffusion's UNet, 866 M, 40,000 images a shard, 1 local epoch", 866e6, 40_000, 1, 8, 0.5)
     few = [(10, 1), (10, 2), (10, 5), (10, 10)]
     many = [(n, n) for n in (1, 4, 16, 64, 256, 1024, 4096)]
-    return [(cifar, ethernet, few), (short, ethernet, few), (large, fast, many)]
+    return [(cifar, on(1.25e9, cifar), few), (short, on(1.25e9, short), few), (large, on(25e9, large), many)]
 
 
-def simulate(add: float, seed: int) -> dict[str, Any]:
+def simulate(cost: dict[str, float], seed: int) -> dict[str, Any]:
     """Every scenario."""
     rows = [
         {
@@ -130,14 +138,14 @@ def simulate(add: float, seed: int) -> dict[str, Any]:
             "cluster": asdict(cluster),
             "rounds": [round_of(job, cluster, shards, world, seed) for shards, world in sizes],
         }
-        for job, cluster, sizes in scenarios(add)
+        for job, cluster, sizes in scenarios(cost)
     ]
-    worlds = (1, 8, 64, 512, 4096)
+    worlds, large = (1, 8, 64, 512, 4096), scenarios(cost)[-1][1]
     return {
         "seed": seed,
         "simulated_rounds": ROUNDS,
         "scenarios": rows,
-        "failures": [checkpointing(Cluster(1.0, add), world) for world in worlds],
+        "failures": [checkpointing(large, world) for world in worlds],
     }
 
 
@@ -169,11 +177,20 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def measured_add(path: Path) -> float:
-    """Processor seconds per byte of reading a proxy and adding it, as benchmarks/distributed.py found."""
-    found = json.loads(path.read_text())["averaging"]
-    seconds: float = found["measured"]["average_seconds_per_proxy"]["processor"]
-    return seconds / (8 * found["parameters"])
+def measured_costs(path: Path) -> dict[str, float]:
+    """Seconds per byte as benchmarks/distributed.py found.
+
+    Processor time of adding and receiving; wall time, with the disk, of writing, hashing and reading back.
+    """
+    found = json.loads(path.read_text())
+    averaging, written = found["averaging"], found["checkpoints"]["papers"]["one"]
+    size, measured = 8 * averaging["parameters"], averaging["measured"]
+    return {
+        "add": measured["average_seconds_per_proxy"]["processor"] / size,
+        # There, and the average back.
+        "receive": measured["transport_seconds_per_proxy"]["processor"] / (2 * size),
+        "write": written["wall"] / written["new_bytes"],
+    }
 
 
 def main() -> None:
@@ -183,7 +200,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULTS / "scaling_simulation.json")
     arguments = parser.parse_args()
-    result = simulate(measured_add(arguments.measured), arguments.seed)
+    result = simulate(measured_costs(arguments.measured), arguments.seed)
     write_json(arguments.out, result)
     write_text(arguments.out.with_suffix(".md"), table(result))
     print(table(result))
