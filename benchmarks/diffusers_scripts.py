@@ -1,7 +1,7 @@
 """diffusers' own three training examples, changed as docs/integrate.md says, at toy size: what the parts saw in them.
 
 No package contains the scripts, so this takes a checkout of diffusers; CI runs scripts of the same structure. Where
-torchvision is not installed, Pillow stands in for its transforms.
+torchvision is not installed, Pillow stands in for its transforms. It fails where a part did nothing or did it wrongly.
 
     python benchmarks/diffusers_scripts.py DIFFUSERS
 """
@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from difflib import unified_diff
 from importlib.machinery import ModuleSpec
 from importlib.metadata import version
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
@@ -59,13 +60,15 @@ def edits(name: str) -> dict[str, str]:
     # What counts steps must have the new loader.
     before = r"(?m)^    global_step = 0$" if plain else r"(?m)^    # We need to recalculate our total training steps"
     images = r'batch\["input"\]\.to\([\w=]+\)' if plain else r'batch\["pixel_values"\]\.to\([\w=]+\)'
-    parts = f"""    gate = unrote_gate({TIMESTEPS})
-    ensemble = unrote_ensemble({trained}, optimizer, {data}, 4, gate=gate{kept})
+    # What is below the average is skipped, so that a run as short as this skips.
+    parts = f"""    gate = unrote.LossGate({TIMESTEPS}, 1.0, bank=unrote.LossBank({TIMESTEPS}, bins=1, warm_start=True))
+    ensemble = unrote.ShardEnsemble({trained}, optimizer, {data}, 4, gate=gate{kept})
     ensemble.redistribution = unrote.Redistribution()
     train_dataloader = ensemble.loader(lambda part: accelerator.prepare(
         torch.utils.data.DataLoader(part, args.train_batch_size, shuffle=True{collate})))
 """
     return {
+        r"(?m)^import diffusers$": r"\g<0>\nimport unrote",
         loss: rf"\1gate({per_sample}, timesteps, train_dataloader.index)",
         before: parts + r"\g<0>",
         r"(?<=clean_images = )" + images if plain else r"(?<=vae\.encode\()" + images: (
@@ -136,30 +139,28 @@ def prepare(work: Path) -> None:
 def run(name: str, text: str, work: Path) -> dict[str, Any]:
     """What gate and ensemble say after the changed script."""
     prepare(work)
-    file, made = work / f"{name}.py", []
-    file.write_text(changed(name, text))
+    file, made, usual = work / f"{name}.py", [], unrote.ShardEnsemble
+    edited = changed(name, text)
+    file.write_text(edited)
 
-    def gate(timesteps: int) -> unrote.LossGate:
-        # What is below the average is skipped, so that a run as short as this skips.
-        bank = unrote.LossBank(timesteps, bins=1, warm_start=True)
-        return unrote.LossGate(timesteps, skip_ratio=1.0, bank=bank)
-
-    def ensemble(*args: Any, **options: Any) -> unrote.ShardEnsemble:
-        made.append(unrote.ShardEnsemble(*args, **options))
+    def remembered(*args: Any, **options: Any) -> unrote.ShardEnsemble:
+        made.append(usual(*args, **options))
         return made[0]
 
+    unrote.ShardEnsemble = remembered  # type: ignore[assignment,misc]
     torch.manual_seed(0)
     with nullcontext() if find_spec("torchvision") else stand_in():
         spec = spec_from_file_location(name, file)
         assert spec is not None and spec.loader is not None
         module: Any = module_from_spec(spec)
-        module.unrote, module.unrote_gate, module.unrote_ensemble = unrote, gate, ensemble
         sys.argv = [name, *given(name, work)]
         spec.loader.exec_module(module)
         module.main(*([module.parse_args()] if name == "train_unconditional" else []))
     (parts,) = made
     ledger = parts.gate.ledger
-    return {
+    lines = [line for line in unified_diff(text.splitlines(), edited.splitlines(), n=0) if line.startswith("+")]
+    found = {
+        "lines_added_or_changed": len(lines) - 1,  # the first names the file
         "rounds": parts.round_index,
         "batches": parts.gate.batches,
         "least_visits": int(ledger.visits.min()),
@@ -167,6 +168,10 @@ def run(name: str, text: str, work: Path) -> dict[str, Any]:
         "moves": int(ledger.moves.sum()),
         "each_image_in_one_shard": torch.cat(list(parts.shards)).sort().values.tolist() == list(range(IMAGES)),
     }
+    # Both parts of each of three rounds.
+    if found["rounds"] != EPOCHS or found["least_visits"] != 2 * EPOCHS or not all(found.values()):
+        raise SystemExit(f"{name}: {found}")
+    return found
 
 
 def main() -> None:

@@ -147,7 +147,7 @@ class DataInputs:
             made = fetch(NamedSet(name, "", (Archive("set.archive", convert),), None), self.folder / "sets", file)
             assert not [path for path in made.rglob("*") if path.is_symlink()]
         finally:
-            left = {path.name for path in (self.folder / "sets").iterdir() if path.is_dir()}
+            left = {path.name for path in (self.folder / "sets").iterdir()}
             shutil.rmtree(self.folder / "sets", ignore_errors=True)
             assert left <= {name}, left
 

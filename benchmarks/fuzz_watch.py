@@ -34,5 +34,5 @@ class Watch:
         # Where a tree is removed, its parts are named below a folder that is open.
         base = Path(f"/proc/self/fd/{folder}").readlink() if folder >= 0 else Path()
         real = os.path.realpath(base / os.fsdecode(path))
-        if not real.startswith((self.allowed, "/dev/null")):
+        if real not in (self.allowed, os.devnull) and not real.startswith(self.allowed + os.sep):
             self.found.append(f"{event} {real}")

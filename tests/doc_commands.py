@@ -34,13 +34,15 @@ TOY = (
     (r"^prompts ", "--seeds 1"),
 )
 
+SHELL = {"mkdir held-out": ("-n 30", "-n 8")}
+"""What a line that the shell runs as it is begins with, and what is put into it for toys."""
+
 PROCESSES = 2
 """Of every job that torchrun starts here, however many it has in the docs."""
 
 NOT_RUN = (
     # What a line begins with, and why it is not run; what unrote is told in it is parsed all the same.
     ("pip install", "installs packages"),
-    ("mkdir held-out", "moves images that are already apart here"),
     ("make ", "CI runs the demo with --toy, and the tests are these; that there is such a target is tested"),
     (".ci/run", "it runs these tests; that it is a shell script is tested"),
     (".venv/bin/pre-commit install", "changes the repository; its configuration is tested"),
@@ -87,6 +89,11 @@ class Command:
         return next((reason for start, reason in NOT_RUN if self.line.startswith(start)), None)
 
     @property
+    def shell(self) -> str | None:
+        """What the shell is given; None if it is not the shell that runs it."""
+        return next((self.line.replace(*small) for start, small in SHELL.items() if self.line.startswith(start)), None)
+
+    @property
     def toy(self) -> list[str]:
         """``arguments`` and what makes them small."""
         assert self.arguments is not None, self
@@ -110,7 +117,7 @@ def commands_of(page: Path) -> list[Command]:
 def written_by(commands: list[Command]) -> set[str]:
     """The folders that they make."""
     words = [command.words for command in commands]
-    return {each[at + 1] for each in words for at, word in enumerate(each[:-1]) if word == "--out"}
+    return {each[at + 1] for each in words for at, word in enumerate(each[:-1]) if word in ("--out", "mkdir")}
 
 
 def parsed(arguments: list[str]) -> str:

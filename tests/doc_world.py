@@ -44,7 +44,11 @@ RUNS = {
     "runs/standard": ("standard", "photos.npz"),
     "runs/agc": ("agc", "photos.npz"),
 }
-INSTEAD = {"text.md": {"runs/a": "runs/text"}, "fine-tuning.md": {"runs/baseline": "runs/text"}}
+INSTEAD = {
+    "first-model.md": {"photos": "uncaptioned"},
+    "text.md": {"runs/a": "runs/text"},
+    "fine-tuning.md": {"runs/baseline": "runs/text"},
+}
 """By page: what a name stands for there, if not for what it does elsewhere."""
 
 
@@ -54,6 +58,7 @@ def build_world(folder: Path) -> None:
         save_images(folder / name, toy_images(count, side=SIDE, classes=classes, seed=seed), classes)
     for name, (count, seed) in FILES.items():
         np.savez(folder / name, images=toy_images(count, side=SIDE, seed=seed).images)
+    shutil.copytree(folder / "photos", folder / "uncaptioned", ignore=shutil.ignore_patterns("metadata.jsonl"))
     (folder / "prompts.txt").write_text("\n".join(CAPTIONS))
     build_models(folder)
     for name, (method, images) in RUNS.items():

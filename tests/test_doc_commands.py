@@ -36,7 +36,8 @@ def place(world, request, tmp_path, monkeypatch):
     for name, other in INSTEAD.get(page, {}).items():
         shutil.rmtree(folder / name)
         shutil.copytree(folder / other, folder / name)
-    for name in re.findall(r'\bout="(.+?)"', code) if code else written_by(COMMANDS[page]):
+    made = re.findall(r'\bout="(.+?)"', code) if code else written_by(COMMANDS[page])
+    for name in made:
         shutil.rmtree(folder / name, ignore_errors=True)
     monkeypatch.chdir(folder)
     monkeypatch.setenv("UNROTE_DATA", str(folder / "data"))
@@ -53,6 +54,9 @@ def in_processes(command):
 def test_the_commands_of_a_page_run(page, place, monkeypatch, capfd):
     for command in COMMANDS[page]:
         if command.reason is not None:
+            continue
+        if command.shell is not None:
+            subprocess.run(["bash", "-c", command.shell], check=True)
             continue
         assert command.arguments is not None, f"{page}: neither a command of unrote nor in NOT_RUN: {command.line}"
         if command.launcher:

@@ -136,8 +136,13 @@ def test_a_prompt_that_can_not_be_read_is_named(tmp_path, line):
 
 @pytest.mark.parametrize("cluster", ["1e999", "null", '"x"'])
 def test_a_report_with_a_wrong_position_is_named(tmp_path, cluster):
-    content = f'{{"schema_version": 2, "memorization": 0, "extracted": {{"images": [{{"cluster": {cluster}}}]}}}}'
-    (tmp_path / "report.json").write_text(content)
+    def written(cluster):
+        report = f'{{"schema_version": 2, "memorization": 0, "extracted": {{"images": [{{"cluster": {cluster}}}]}}'
+        (tmp_path / "report.json").write_text(report + ', "data": {"train": {"fingerprint": "f"}}}')
+
+    written(1)
+    assert _of_report(tmp_path, 3) == ([1], "f")
+    written(cluster)
     with pytest.raises(InputError, match=r"--from-report .*is no report\.json"):
         _of_report(tmp_path, 3)
 

@@ -182,6 +182,26 @@ def test_stopped_in_the_middle_and_gone_on_it_is_the_same_run(tmp_path, monkeypa
     assert decisions_of(found) == decisions_of(expected)
 
 
+def test_where_each_look_is_the_best_only_what_checkpoints_name_stays_beside_it(tmp_path, monkeypatch):
+    from unrote.training.monitor import Monitor
+
+    holdout, keep, kept = tmp_path / "holdout.npz", Monitor.keep_best, []
+    np.savez(holdout, images=toy_images(12, seed=5).images)
+    settings = {**LOOKS, "monitor__stop_when": "mq@0.9 > 0.99", "monitor__keep_best": "pareto"}
+    settings |= {"monitor__holdout": str(holdout), "training__checkpointing_steps": 2}
+    settings |= {"ensemble__local_epochs": 0.25, "training__checkpoints_total_limit": 2}
+
+    def counted(self, samples):
+        keep(self, samples)
+        kept.append(len(best_kept(tmp_path / "run")))
+
+    monkeypatch.setattr(Monitor, "_rank", lambda self, look: -look["samples"])
+    monkeypatch.setattr(Monitor, "keep_best", counted)
+    toy_run(tmp_path / "run", **settings)
+    assert len(kept) >= 8
+    assert max(kept) == 3
+
+
 def test_pareto_finishes_with_the_look_nearest_to_real_images_among_those_allowed(tmp_path):
     data = save(tmp_path, pictures(16))
     np.savez(tmp_path / "holdout.npz", images=pictures(60, seed=9).images)

@@ -41,6 +41,12 @@ class Hub(BaseHTTPRequestHandler):
             if "/closed/" in self.path:
                 self.reply(403, {"error": "read only"})
                 return
+            if "/many/" in self.path:
+                self.reply(429, {"error": "too many requests"})
+                return
+            if "/strange/" in self.path:
+                self.answer(200, b"<html>")
+                return
             if "/lost/" in self.path:
                 self.connection.shutdown(socket.SHUT_RDWR)
                 return
@@ -58,7 +64,9 @@ class Hub(BaseHTTPRequestHandler):
         return content
 
     def reply(self, status, answer):
-        content = json.dumps(answer).encode()
+        self.answer(status, json.dumps(answer).encode())
+
+    def answer(self, status, content):
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))
@@ -86,6 +94,7 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def answers(hub, run):
     pushed = (("me/a",), ("me/b", "--public"), ("me/closed",), ("me/d", "--dry-run"), ("me/invalid",), ("me/lost",))
+    pushed += ("me/many",), ("me/strange",)
     commands = [["push", str(run.path), *words] for words in pushed]
     environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_secret", "HF_HUB_OFFLINE": "0"}
     program = [sys.executable, "-c", IN_ONE_PROCESS, json.dumps(commands)]
@@ -117,7 +126,15 @@ def test_private_unless_asked(hub, answers):
     created = [json.loads(body) for path, body, _ in hub.seen if path == "/api/repos/create"]
     # Newer clients say it in a word.
     private = {one["name"]: one.get("private", one.get("visibility") == "private") for one in created}
-    assert private == {"a": True, "b": False, "closed": True, "invalid": True, "lost": True}
+    assert private == {
+        "a": True,
+        "b": False,
+        "closed": True,
+        "invalid": True,
+        "lost": True,
+        "many": True,
+        "strange": True,
+    }
 
 
 @pytest.mark.parametrize(
@@ -129,12 +146,15 @@ def test_private_unless_asked(hub, answers):
             ("me/invalid: the Hub does not take it: ", '"pipeline_tag" must be a string', "README.md, then push again"),
         ),
         (5, ("me/lost: the Hub does not answer (", "HF_ENDPOINT, then push again")),
+        (6, ("me/many: the Hub refuses: ", "429")),
+        (7, ("me/strange: the Hub does not answer (Expecting value", "HF_ENDPOINT, then push again")),
     ],
 )
 def test_a_refusal_says_what_to_do(answers, place, says):
     code, out, err = answers[place]
     assert (code, out) == (2, "")
     assert all(words in err for words in says), err
+    assert ("hf auth login" in err) == (place == 2)
     assert "Traceback" not in err
 
 

@@ -121,7 +121,7 @@ def test_positions_of_other_images_are_refused(memorizing, tmp_path):
     audit(others.subset(np.arange(8)), others).save(tmp_path / "report")
     result = CliRunner().invoke(cli, ["retest", str(memorizing.path), "--from-report", str(tmp_path / "report")])
     assert isinstance(result.exception, InputError)
-    assert "other images than those whose report" in str(result.exception)
+    assert "others than those whose report" in str(result.exception)
     for wrong in ("--top", "--most-skipped"):
         assert "not in the range" in CliRunner().invoke(cli, ["retest", str(memorizing.path), wrong, "0"]).output
 
@@ -143,6 +143,12 @@ def test_an_image_of_a_class_is_searched_among_samples_of_its_class(tmp_path):
     assert [(row["index"], row["found_after"]) for row in found] == [(2, 3), (0, None), (1, 2)]
     with pytest.raises(InputError, match="the model has 3 classes"):
         retest(run.model_folder, [0], in_memory_store(planted, source="none"), settings=search)
+    more = {"labels": classes["labels"] + (np.arange(len(images)) > 8), "class_names": ("a", "b", "c", "d")}
+    store = in_memory_store(planted, source="more", **more)
+    again = retest(run.model_folder, [2, 0, 1], store, settings=search)["images"]
+    assert [row["found_after"] for row in again] == [3, None, 2], "that another image is of another class is no matter"
+    with pytest.raises(InputError, match=r"--index 11: 000011 is of class 3, and the model has classes 0 to 2"):
+        retest(run.model_folder, [2, 11], store, settings=search)
 
 
 def test_the_command_takes_what_was_skipped_most(tmp_path):

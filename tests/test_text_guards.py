@@ -14,7 +14,7 @@ from diffusers.callbacks import MultiPipelineCallbacks
 from tiny_pipelines import tiny_stable_diffusion, tiny_stable_diffusion_xl
 from unrote.data import in_memory_store
 from unrote.errors import InputError
-from unrote.guards.attention import AttentionReweighting
+from unrote.guards.attention import AttentionReweighting, _Processor
 from unrote.guards.callback import GuardCallback
 from unrote.guards.embeddings import PromptOptimization
 from unrote.guards.guidance import AntiMemorizationGuidance
@@ -190,6 +190,28 @@ def test_attention_is_guarded_in_every_image_of_a_prompt(pipeline, scale):
         images(each)
 
 
+@torch.no_grad()
+def test_attention_in_fp16_is_scaled_before_it_could_overflow(pipeline):
+    """Of the same weights in fp32 it differs by rounding only, where a product of query and key is beyond 65,504."""
+    from diffusers.models.attention_processor import Attention
+
+    torch.manual_seed(0)
+    layer, text = (
+        Attention(query_dim=64, cross_attention_dim=8, heads=1, dim_head=64, scale_qk=True),
+        torch.randn(1, 7, 8),
+    )
+    for part in (layer.to_q, layer.to_k):
+        part.weight.mul_(500)
+    x = torch.randn(1, 16, 64)
+    assert (layer.to_q(x) @ layer.to_k(text).mT).abs().max() > 65_504
+    kept, layer.to_q.weight[:] = torch.ones(1, 7, dtype=torch.bool), layer.to_q.weight.half().float()
+    processor = _Processor(layer.processor, kept, 1.0, lambda: False)
+    expected = processor(layer.half().float(), x.half().float(), text.half().float())
+    found = processor(layer.half(), x.half(), text.half())
+    assert found.isfinite().all()
+    torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.05)
+
+
 @pytest.mark.parametrize("scale", [7.5, 1.0])
 def test_a_callback_is_for_one_prompt_an_image(pipeline, scale):
     callback = GuardCallback(pipeline, ["repeat-words"], ["red cat"], [0])
@@ -281,13 +303,45 @@ def test_what_no_callback_can_do_is_refused_with_the_way_out(pipeline, tmp_path)
     ):
         with pytest.raises(InputError, match=message):
             GuardCallback(pipeline, guards, prompts, seeds)
-    callback = GuardCallback(pipeline, ["repeat-words"], ["red cat"], [0])
-    with pytest.raises(InputError, match="made for 1 images"):
-        pipeline(["red cat", "a dog", "cat"], num_inference_steps=2, callback_on_step_end=callback)
-    pipeline(["red cat", "a dog", "cat"], num_inference_steps=2)
+    three, before = ["red cat", "a dog", "cat"], dict(pipeline.unet.attn_processors)
+    for guards, prompts in ((["repeat-words"], three[:1]), (["attention"], three[:2])):
+        callback = GuardCallback(pipeline, guards, prompts, range(len(prompts)))
+        with pytest.raises(InputError, match=f"made for {len(prompts)} images, and the call makes 3"):
+            pipeline(three, num_inference_steps=2, callback_on_step_end=callback)
+        assert pipeline.unet.attn_processors == before
+        assert not pipeline.unet._forward_pre_hooks
     large = tiny_stable_diffusion_xl(tmp_path / "tokenizer")
     with pytest.raises(InputError, match="SDXL is in two embeddings"):
         GuardCallback(large, ["repeat-words"], ["red cat"], [0])
+
+
+def test_one_whose_embedding_fails_leaves_the_pipeline_as_it_was(pipeline, monkeypatch):
+    callback = GuardCallback(pipeline, ["embedding-noise", "attention"], ["red cat"], [0])
+    before = pipeline.unet._forward_pre_hooks
+    assert before
+
+    def fails(*_, **__):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="out of memory"):
+        patch.setattr(EmbeddingNoise, "embedding", fails)
+        pipeline("red cat", num_inference_steps=2, callback_on_step_end=callback)
+    assert not pipeline.unet._forward_pre_hooks
+    assert not any(isinstance(one, _Processor) for one in pipeline.unet.attn_processors.values())
+
+
+def test_a_pipeline_whose_batch_is_put_together_otherwise_is_refused(pipeline):
+    """LEDITS++ guides by several edits at once, and does not tell how its batch is put together."""
+    from diffusers import DDIMScheduler, LEditsPPPipelineStableDiffusion
+
+    parts = {**pipeline.components, "image_encoder": None}
+    edits = LEditsPPPipelineStableDiffusion(
+        **{name: part for name, part in parts.items() if name not in ("image_encoder", "scheduler")},
+        scheduler=DDIMScheduler.from_config(pipeline.scheduler.config), requires_safety_checker=False,
+    )  # fmt: skip
+    for guard in ("attention", "repeat-words"):
+        with pytest.raises(InputError, match=r"LEditsPPPipelineStableDiffusion does not tell .* CopyFilter"):
+            GuardCallback(edits, [guard], ["red cat"], [0])
 
 
 def captioned(count=6):

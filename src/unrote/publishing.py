@@ -1,6 +1,7 @@
 """A finished run on the Hugging Face Hub: the model where diffusers looks for it, and its card."""
 
 import json
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
@@ -99,9 +100,11 @@ def _why(error: Exception, folder: Path) -> str:
     status = getattr(getattr(error, "response", None), "status_code", 0)
     if isinstance(error, OfflineModeIsEnabled):
         return "the Hub is not asked, since HF_HUB_OFFLINE is set: unset it, then push again"
-    if isinstance(error, LocalTokenNotFoundError) or (isinstance(error, HfHubHTTPError) and status < 500):
+    if isinstance(error, LocalTokenNotFoundError) or status in (401, 403):
         return f"the Hub refuses: {first_line(error)}. Log in with `hf auth login`, with a token that may write there"
-    if isinstance(error, ValueError):
+    if isinstance(error, HfHubHTTPError) and 400 <= status < 500:
+        return f"the Hub refuses: {first_line(error)}"
+    if isinstance(error, ValueError) and not isinstance(error, JSONDecodeError):
         said = " ".join(str(error).split())
         return f"the Hub does not take it: {said}. Mend the lines at the top of {folder / 'README.md'}, then push again"
     if isinstance(error, OSError) and error.filename:

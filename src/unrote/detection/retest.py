@@ -154,9 +154,11 @@ def retest(
 def _checked(targets: Sequence[int], images: ImageStore, fingerprints: Sequence[str]) -> list[int]:
     """The targets once each. Raises InputError if there are none, one is no position, or they are of other images."""
     if set(fingerprints) - {images.fingerprint}:
+        count, (height, width) = len(images), images.images.shape[1:3]
         raise InputError(
-            f"{images.source}: are other images than those whose report or ledger says which to search for; give "
-            "--train those, or name some by --index"
+            f"{images.source}: these {count:,} images at {height}x{width} are others than those whose report or ledger "
+            "says which to search for, so that its positions may name others: give --train those, audit again without "
+            "--limit and --resolution if it had them, or name some by --index"
         )
     if not targets:
         raise InputError("there are no images to search for; give --index, --from-report or --most-skipped")
@@ -178,9 +180,15 @@ def _found_by_class(
     classes = denoise.networks[0].config.num_class_embeds
     labels: Any = [None] * len(images)
     if classes:
-        if images.labels is None or not 0 <= images.labels.min() <= images.labels.max() < classes:
-            raise InputError(f"{images.source}: the model has {classes} classes, and these images are not all of them")
+        if images.labels is None:
+            raise InputError(f"{images.source}: the model has {classes} classes, and these images have none")
         labels = images.labels.tolist()
+        strange = [target for target in wanted if not 0 <= labels[target] < classes]
+        if strange:
+            raise InputError(
+                f"--index {strange[0]}: {images.names[strange[0]]} is of class {labels[strange[0]]}, and the model has "
+                f"classes 0 to {classes - 1}"
+            )
     after: dict[int, int | None] = {}
     for label in dict.fromkeys(labels[target] for target in wanted):
         denoise.label = label

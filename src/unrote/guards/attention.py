@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from unrote.errors import InputError
+from unrote.text.guarded import guidance_of
 
 
 class AttentionReweighting:
@@ -43,9 +44,7 @@ class AttentionReweighting:
         before = dict(unet.attn_processors)
         kept = _kept(pipeline.tokenizer, prompts)
         ours = {
-            name: _Processor(one, kept, self.scale, lambda: bool(pipeline.do_classifier_free_guidance))
-            if ".attn2." in name
-            else one
+            name: _Processor(one, kept, self.scale, lambda: guidance_of(pipeline) > 1) if ".attn2." in name else one
             for name, one in before.items()
         }
         unet.set_attn_processor(ours)
@@ -96,7 +95,8 @@ class _Processor:
                 attn.to_v(encoder_hidden_states),
             )
         )
-        logits = torch.einsum("bpd,bld->bpl", query, key) * attn.scale
+        # As the usual kernels: scaled before they could overflow fp16, and never rounded to it.
+        logits = torch.einsum("bpd,bld->bpl", query.float() * attn.scale, key.float())
         logits = self._reweighted(logits.view(len(hidden_states), attn.heads, *logits.shape[1:]))
         weights = logits.flatten(0, 1).softmax(-1).to(value.dtype)
         hidden = attn.to_out[0](attn.batch_to_head_dim(weights @ value))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from unrote.errors import InputError
 from unrote.guards.making import make_guards
-from unrote.text.guarded import PromptGuards, guidance_of, latent_size
+from unrote.text.guarded import PromptGuards, check_guidance, guidance_of, latent_size
 
 
 @dataclass
@@ -74,7 +74,8 @@ class GuardCallback(PipelineCallback):  # type: ignore[misc]
         self._texts = [self._guards.text(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
         self._changed: Tensor | None = None
         self._embedding = False
-        if self._guards.texts or self._guards.embeddings:
+        self._changes = bool(self._guards.texts or self._guards.embeddings)
+        if self._changes or self._guards.attention is not None:
             hook = pipeline.unet.register_forward_pre_hook(self._with_text, with_kwargs=True)
             self._stack.callback(hook.remove)
         self._stack.enter_context(self._guards.on(pipeline, self._texts))
@@ -90,21 +91,30 @@ class GuardCallback(PipelineCallback):  # type: ignore[misc]
         self._stack.close()
 
     def _with_text(self, unet: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """The UNet's arguments with the changed text, of a guided batch in its second half."""
+        """The UNet's arguments with the changed text, of a guided batch in its second half; None leaves them."""
         if self._embedding:  # prompt optimization calls the UNet itself
             return None
         given = kwargs["encoder_hidden_states"]
-        if self._changed is None:
-            self._embedding = True
-            self._changed = self._embedded(kwargs["sample"] if "sample" in kwargs else args[0])
-            self._embedding = False
-        free = given[: len(given) // 2] if self._pipeline.do_classifier_free_guidance else given[:0]
-        if len(given) - len(free) != len(self._changed):
+        free = given[: len(given) // 2] if guidance_of(self._pipeline) > 1 else given[:0]
+        images, wanted = len(given) - len(free), len(self._prompts)
+        # Attention alone also knows several images of a prompt.
+        if images != wanted and (self._changes or images % wanted):
             self.close()
             raise InputError(
-                f"the callback was made for {len(self._changed)} images, and the call makes {len(given) - len(free)}: "
-                "give it a prompt and a seed for each image of one call"
+                f"the callback was made for {wanted} images, and the call makes {images}: give it a prompt and a seed "
+                "for each image of one call"
             )
+        if not self._changes:
+            return None
+        if self._changed is None:
+            self._embedding = True
+            try:
+                self._changed = self._embedded(kwargs["sample"] if "sample" in kwargs else args[0])
+            except BaseException:
+                self.close()
+                raise
+            finally:
+                self._embedding = False
         return args, kwargs | {"encoder_hidden_states": torch.cat([free, self._changed.to(given)])}
 
     @torch.no_grad()
@@ -120,6 +130,7 @@ def _check(pipeline: Any, guards: Sequence[str], prompts: Sequence[str], seeds: 
             f"guards: a {type(pipeline).__name__} has no UNet under text to hook them into; change its prompts before "
             "the call, and put CopyFilter around it"
         )
+    check_guidance(pipeline)
     if len(prompts) != len(seeds) or not prompts:
         raise InputError(f"guards: {len(prompts)} prompts and {len(seeds)} seeds; give one of each an image")
     names = [text.partition(":")[0] for text in guards]

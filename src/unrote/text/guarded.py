@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unrote.errors import InputError
+
 
 @dataclass
 class PromptGuards:
@@ -79,8 +81,26 @@ class PromptGuards:
 
 
 def guidance_of(pipeline: Any) -> float:
-    """The scale of classifier-free guidance in a call; 1 where the batch is not doubled, as in distilled models."""
-    return float(pipeline.guidance_scale) if getattr(pipeline, "do_classifier_free_guidance", False) else 1.0
+    """The scale of classifier-free guidance in a call; 1 where the batch is not doubled, as in distilled models.
+
+    Raises:
+        InputError: see :func:`check_guidance`.
+    """
+    check_guidance(pipeline)
+    return float(pipeline.guidance_scale) if pipeline.do_classifier_free_guidance else 1.0
+
+
+def check_guidance(pipeline: Any) -> None:
+    """What finds the images with text in a batch must know how it is put together.
+
+    Raises:
+        InputError: the pipeline does not tell whether it guides; those that edit images mix batches of their own.
+    """
+    if not hasattr(type(pipeline), "do_classifier_free_guidance"):
+        raise InputError(
+            f"guards: a {type(pipeline).__name__} does not tell whether its batch is doubled for guidance; take "
+            "diffusers' StableDiffusionPipeline, change the prompts before the call, or put CopyFilter around it"
+        )
 
 
 def latent_size(pipeline: Any) -> tuple[int, int]:

@@ -198,17 +198,23 @@ class Monitor:
             join_in(state)
             return
         save_state(kept, state)
+        self._remove_all_but({kept})
 
     def checkpointed(self) -> None:
-        """A checkpoint names the best weights by now: those that none does any more are removed.
+        """A checkpoint names the best weights by now; those that none does any more are removed.
 
         A run that goes back to an older checkpoint must find what that one names, also where the same look, on another
         device, would not find the same to be the best.
         """
         if self._model is None or not self._whole.first:
             return
-        self._named.append(set() if self._best is None else {self._file(self._best["samples"])})
-        for file in set(self._kept()) - set[Path]().union(*self._named):
+        best = set() if self._best is None else {self._file(self._best["samples"])}
+        self._named.append(best)
+        self._remove_all_but(best)
+
+    def _remove_all_but(self, best: set[Path]) -> None:
+        """Without what neither a checkpoint that is kept names nor is ``best``."""
+        for file in set(self._kept()) - set[Path]().union(best, *self._named):
             file.unlink()
 
     def _kept(self) -> list[Path]:

@@ -215,8 +215,8 @@ def make_plan(
     state, count = StateSize.of(config, size.trained), config.num_shards
     placement = place(config, budget, size, processes, cpu=device == "cpu")
     checkpoint = state.kept * (count + 2 + min(processes, count) if count > 1 else 1)
-    # The weights of the best look and their average, and those that take their place.
-    best = 2 * (state.kept - 2 * state.weights) * (config.monitor.keep_best == "pareto")
+    # The weights of the best look and their average: what each checkpoint names, and what takes the place of the best.
+    best = (training.checkpoints_total_limit + 2) * (state.kept - 2 * state.weights)
     largest = max(placement.ranks, key=lambda rank: rank.device_bytes)
     problems = list(pitfalls(config, budget, placement))
     if device_memory is not None:
@@ -237,7 +237,7 @@ def make_plan(
         activation_bytes=largest.activation_bytes,
         disk_bytes=checkpoint * (training.checkpoints_total_limit + 1)
         + size.model_bytes * (1 + training.snapshots)
-        + best,
+        + best * (config.monitor.keep_best == "pareto"),
         cache_bytes=size.cache_bytes,
         held_disk_bytes=_held(out),
         free_disk_bytes=shutil.disk_usage(existing_parent(out)).free,
