@@ -29,7 +29,9 @@ def with_weights(pipeline: Any, base: Path, folder: Path | None) -> Any:
     )
     if lora:
         unet.load_lora_adapter(folder, weight_name=LORA_WEIGHTS, prefix="unet")
-    return StableDiffusionPipeline(**pipeline.components | {"unet": unet.eval()}, requires_safety_checker=False)
+    tuned = StableDiffusionPipeline(**pipeline.components | {"unet": unet.eval()}, requires_safety_checker=False)
+    tuned.encode_prompt = pipeline.encode_prompt  # which has read the captions for an earlier snapshot
+    return tuned
 
 
 @torch.inference_mode()
@@ -74,7 +76,7 @@ def measure(
     made = in_memory_store(copies, source="made from training captions")
     encoders = [] if sscd is None else [sscd]
     seen = audit(made, train, holdout, origins=list(asked.names), encoders=encoders, cache=cache)
-    other = audit(in_memory_store(fresh, source="made from held-out captions"), train, holdout)
+    other = audit(in_memory_store(fresh, source="made from held-out captions"), train, holdout, cache=cache)
     near = seen.pairs["orbit_ratio_distinct"] < HEADLINE["squared-l2"]
     repeated = np.array([f"{name.removesuffix('.png')}-again1.png" in set(train.names) for name in asked.names])
     groups = {"repeated": fraction(int(near[repeated].sum()), int(repeated.sum()))} if repeated.any() else {}

@@ -43,6 +43,7 @@ from unrote.encoders import load_encoder
 from unrote.encoders.base import Encoder
 from unrote.files import write_json
 from unrote.models.pretrained import load_pretrained
+from unrote.text.generation import reading_once
 
 UNTUNED, REGIME = "no fine-tuning", "emoji"
 SIZES = {"full": FULL, "toy": TOY}
@@ -105,7 +106,7 @@ class Study:
     @cached_property
     def pipeline(self) -> Any:
         """The pretrained pipeline, loaded."""
-        return load_pretrained(str(self.base))
+        return reading_once(load_pretrained(str(self.base)))
 
     @cached_property
     def sscd(self) -> Encoder | None:
