@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from unrote.auditing import audit
-from unrote.auditing.compare import References, find
 from unrote.auditing.memorization import THRESHOLDS, at_threshold
+from unrote.auditing.searching import References, find
 from unrote.data import in_memory_store, open_images
 from unrote.errors import InputError
 from unrote.neighbours.orbit import IDENTITY, Transform
@@ -249,3 +249,36 @@ def test_held_out_duplicates_of_training_images_are_counted_and_set_no_threshold
     copies = (in_memory_store(part, source="x") for part in (train[:5], train, train[:60]))
     with pytest.raises(InputError, match="--holdout x: all of its images are training images"):
         audit(*copies)
+
+
+def test_what_is_found_of_held_out_images_is_kept_and_changes_nothing(planted, tmp_path, monkeypatch):
+    """The second audit of the same sets, of other samples, does not search for them; what is damaged is found again."""
+    from unrote.auditing import searching
+
+    train, holdout = planted.train, in_memory_store(emoji()[1][:280], source="held-out")
+    samples = planted.generated.subset(np.arange(40))
+    searched, whole = [], searching.nearest_images
+
+    def counted(queries, *arguments, **options):
+        searched.append(len(queries))
+        return whole(queries, *arguments, **options)
+
+    monkeypatch.setattr(searching, "nearest_images", counted)
+
+    def again(**options):
+        searched.clear()
+        report = audit(samples, train, holdout, cache=tmp_path, **options)
+        return {**report.summary}, report.curves, searched.count(280)
+
+    summary, curves, first = again()
+    kept = sorted(tmp_path.glob("search-*.npz"))
+    assert len(kept) == 2 and first == 4, "plain, and over the orbit; first images and their duplicates"
+    for damage in (None, b"", kept[0].read_bytes()[:-100]):
+        if damage is not None:
+            kept[0].write_bytes(damage)
+        found, same, times = again()
+        assert (found, times) == (summary, 0 if damage is None else 2)
+        for key, ratios in curves.items():
+            np.testing.assert_array_equal(same[key], ratios)
+    assert again(num_neighbors=20)[2] == 4
+    assert again(max_shift=1)[2] == 2, "plain neighbours know no shift"

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from toy import toy_images, toy_run
 from unrote.auditing import audit
-from unrote.auditing.compare import References
+from unrote.auditing.searching import References
 from unrote.cli import cli
 from unrote.data.store import digests_of, in_memory_store, same_pixels
 from unrote.encoders.random_conv import RandomConvEncoder

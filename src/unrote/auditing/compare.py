@@ -1,61 +1,18 @@
-"""The searches: generated images among training images, and the controls that tell what needs no memorization.
+"""The searches: generated images among training images, and the controls that tell what needs no memorization."""
 
-Images of one *cluster* are duplicates of each other. A copy of an image that the training set holds n times has n
-equally near neighbours, and so a neighbour ratio near 1, as if it were no copy. Every search is therefore read twice:
-``plain``, as the papers define it, and ``distinct``, where every cluster counts once.
-"""
-
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from unrote.auditing.memorization import DEFINITIONS, TrainShare, neighbour_ratio, train_share
-from unrote.auditing.quality import subsample
+from unrote.auditing.memorization import TrainShare, train_share
+from unrote.auditing.searching import Found, References, find, find_once
 from unrote.data.store import ImageStore
-from unrote.neighbours.found import Neighbours
-from unrote.neighbours.images import nearest_images
 from unrote.neighbours.orbit import Transform
 
 MIN_UNSEEN = 1000  # held-out images (if there are as many) that false alarms and calibrated thresholds rest on
-
-
-@dataclass(frozen=True)
-class References:
-    """Images to search among.
-
-    Attributes:
-        store: the images.
-        clusters: the least index of the duplicates each image belongs to, its own if it has none. int64 [N].
-        leaks: of held-out images, which are duplicates of training images. bool [N].
-    """
-
-    store: ImageStore
-    clusters: np.ndarray
-    leaks: np.ndarray | None = None
-
-    def chosen(self, size: int, seed: int, purpose: str) -> "References":
-        """``size`` of them by the seed, in their order; all if there are no more."""
-        if size >= len(self.store):
-            return self
-        rows = subsample(len(self.store), size, seed, purpose)
-        _, first, inverse = np.unique(self.clusters[rows], return_index=True, return_inverse=True)
-        leaks = None if self.leaks is None else self.leaks[rows]
-        return References(self.store.subset(rows), first[inverse.reshape(-1)], leaks)
-
-
-@dataclass(frozen=True)
-class Found:
-    """Neighbours of each query: ``plain`` among all images; ``distinct`` where every cluster counts once."""
-
-    plain: Neighbours
-    distinct: Neighbours
-
-    def ratios(self, *, distinct: bool) -> dict[str, np.ndarray]:
-        """Neighbour ratio [G] by definition."""
-        neighbours = self.distinct if distinct else self.plain
-        return {definition: neighbour_ratio(neighbours, definition) for definition in DEFINITIONS}
 
 
 @dataclass(frozen=True)
@@ -114,102 +71,27 @@ def compare(
     *,
     margin: int = 0,
     resume: Path | None = None,
+    cache: Path | None = None,
     distributed: bool = False,
 ) -> View:
-    """Neighbours among train, and among equally many training and held-out images."""
+    """Neighbours among train, and among equally many training and held-out images.
 
-    def among(queries: ImageStore, references: References, what: str) -> Found:
-        label = f"{name}: {what}"
-        return find(
-            queries, references, num, transforms, margin=margin, label=label, resume=resume, distributed=distributed
-        )
+    What is found of held-out images does not depend on the generated ones and is kept in the folder ``cache``.
+    """
+    shared: dict[str, Any] = {"margin": margin, "resume": resume, "distributed": distributed}
 
-    found = among(generated, train, "generated → train")
+    def among(references: References, what: str) -> Found:
+        return find(generated, references, num, transforms, label=f"{name}: generated → {what}", **shared)
+
+    found = among(train, "train")
     if holdout is None:
         return View(name, found)
     size = min(len(train.store), len(holdout.store))
     control_train = found
     if len(train.store) > size:
-        control_train = among(generated, train.chosen(size, seed, "control-train"), "generated → train, subset")
-    control = among(generated, holdout.chosen(size, seed, "control-holdout"), "generated → held-out")
+        control_train = among(train.chosen(size, seed, "control-train"), "train, subset")
+    control = among(holdout.chosen(size, seed, "control-holdout"), "held-out")
     unseen = holdout.chosen(max(len(generated), MIN_UNSEEN), seed, "unseen")
-    seen = among(unseen.store, train, "held-out → train")
+    label = f"{name}: held-out → train"
+    seen = find_once(unseen.store, train, num, transforms, cache=cache, label=label, **shared)
     return View(name, found, control_train, control, seen, unseen.leaks, size)
-
-
-def find(
-    queries: ImageStore,
-    references: References,
-    num: int,
-    transforms: Sequence[Transform],
-    *,
-    margin: int = 0,
-    label: str | None = None,
-    resume: Path | None = None,
-    distributed: bool = False,
-) -> Found:
-    """The ``num`` nearest images of every query.
-
-    Distinct: the nearest image, then the nearest *first* images of other clusters. The first of each cluster and the
-    others are searched apart and merged, so both readings cost one search.
-    """
-    firsts = references.clusters == np.arange(len(references.clusters))
-    rows = np.flatnonzero(firsts)
-
-    def among(chosen: np.ndarray, count: int) -> Neighbours:
-        images = (
-            references.store.images if len(chosen) == len(references.store) else references.store.subset(chosen).images
-        )
-        found = nearest_images(
-            queries.images,
-            images,
-            count,
-            transforms=transforms,
-            margin=margin,
-            distributed=distributed,
-            progress=label,
-            resume=resume,
-        )
-        return _renumbered(found, chosen)
-
-    if firsts.all():
-        only = among(rows, num)
-        return Found(only, only)
-    first, others = among(rows, num + 1), among(np.flatnonzero(~firsts), num)
-    plain = _cut(_joined(first, others), min(num, len(firsts)))
-    nearest = _cut(plain, 1)
-    own = references.clusters[first.indices] == references.clusters[nearest.indices]
-    # A stable sort moves the nearest image's own cluster behind the others without changing their order.
-    order = np.argsort(own, axis=1, kind="stable")[:, : min(num, len(rows)) - 1]
-    return Found(plain, _beside(nearest, _picked(first, order)))
-
-
-def _renumbered(found: Neighbours, rows: np.ndarray) -> Neighbours:
-    return Neighbours(found.squared, rows[found.indices], found.transforms)
-
-
-def _joined(first: Neighbours, second: Neighbours) -> Neighbours:
-    """Both, nearest first; ties go to the lower index."""
-    both = _beside(first, second)
-    return _picked(both, np.lexsort((both.indices, both.squared), axis=1))
-
-
-def _beside(first: Neighbours, second: Neighbours) -> Neighbours:
-    """The columns of both."""
-    return _each(lambda one, other: np.concatenate([one, other], axis=1), first, second)
-
-
-def _picked(found: Neighbours, order: np.ndarray) -> Neighbours:
-    return _each(lambda part: np.take_along_axis(part, order, 1), found)
-
-
-def _cut(found: Neighbours, num: int) -> Neighbours:
-    return _each(lambda part: part[:, :num], found)
-
-
-def _each(change: Callable[..., np.ndarray], *found: Neighbours) -> Neighbours:
-    return Neighbours(
-        change(*(one.squared for one in found)),
-        change(*(one.indices for one in found)),
-        change(*(one.transforms for one in found)),
-    )

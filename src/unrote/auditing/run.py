@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from unrote.auditing.compare import References, View, compare
+from unrote.auditing.compare import View, compare
 from unrote.auditing.extracted import duplicate_facts, extracted_images
 from unrote.auditing.intervals import bootstrap_mean, fraction
 from unrote.auditing.ledger import check_ledger, join_ledger
@@ -16,6 +16,7 @@ from unrote.auditing.memorization import DEFINITIONS, HEADLINE, calibrated, imag
 from unrote.auditing.prompted import feature_similarity, paired, pixel_columns, prompted_summary
 from unrote.auditing.reading import SCHEMA_VERSION
 from unrote.auditing.result import AuditReport
+from unrote.auditing.searching import References
 from unrote.auditing.spaces import Space, measure_space
 from unrote.auditing.verdict import certainty, verdict
 from unrote.data.store import ImageStore, count_trained_on, digests_of, same_pixels
@@ -73,7 +74,7 @@ def audit(
         origins: name of the training image whose caption each generated image was made from; None where not known.
         device: where encoders' features are searched, and CLIP runs.
         provenance: what made the images (sampler, steps, EMA or raw weights, ...); JSON-able, kept in the summary.
-        cache: folder that keeps features; None computes them again each time.
+        cache: folder that keeps features, and what is found of held-out images; None computes all of it each time.
         resume: folder that keeps the progress of the searches, so that the same call goes on after it was killed.
         distributed: every process of the initialized ``torch.distributed`` group calls this with the same arguments;
             they share the searches and the extraction of features, and all get the same report.
@@ -96,7 +97,7 @@ def audit(
     height, width = train.images.shape[1:3]
     transforms = orbit(flip=flip, max_shift=max_shift, scales=scales, brightness=brightness, height=height, width=width)
     references, control = _references(train, holdout, near_duplicates)
-    shared: dict[str, Any] = {"resume": resume, "distributed": distributed}
+    shared: dict[str, Any] = {"resume": resume, "cache": cache, "distributed": distributed}
     views = [compare("plain", generated, references, control, num_neighbors, seed, (IDENTITY,), **shared)]
     if len(transforms) > 1:
         # What a shift brings in at the border is unknown, so no view is compared there.

@@ -7,10 +7,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from unrote.auditing.authenticity import Search
-from unrote.auditing.compare import MIN_UNSEEN, References, find
+from unrote.auditing.compare import MIN_UNSEEN
 from unrote.auditing.intervals import exceeding, threshold_at
 from unrote.auditing.memorization import HEADLINE, Definition, neighbour_ratio
 from unrote.auditing.quality import subsample
+from unrote.auditing.searching import References, find
 from unrote.auditing.similarity import most_similar
 from unrote.data.store import ImageStore, in_memory_store
 from unrote.encoders import Encoder, features

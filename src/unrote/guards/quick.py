@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from unrote.auditing.compare import find
 from unrote.auditing.frechet import Moments, frechet_with_influence
 from unrote.auditing.intervals import fraction
 from unrote.auditing.limits import MEASURES
 from unrote.auditing.memorization import HEADLINE, neighbour_ratio
+from unrote.auditing.searching import find
 from unrote.data.store import ImageStore, in_memory_store
 from unrote.encoders.random_conv import RandomConvEncoder
 from unrote.errors import InputError

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from unrote.auditing.compare import References, find
 from unrote.auditing.frechet import Moments, frechet_with_influence
 from unrote.auditing.intervals import exceeding, fraction, mean_spread, squared_estimate, threshold_at
 from unrote.auditing.manifold import Manifold
 from unrote.auditing.memorization import neighbour_ratio, train_share
+from unrote.auditing.searching import References, find
 from unrote.data.store import ImageStore, in_memory_store
 from unrote.encoders import Encoder, features
 from unrote.encoders.cache import pixels_digest
