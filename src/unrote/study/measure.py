@@ -13,11 +13,10 @@ from unrote.auditing.frechet import Moments, frechet_with_influence
 from unrote.auditing.intervals import exceeding, fraction, mean_spread, squared_estimate, threshold_at
 from unrote.auditing.manifold import Manifold
 from unrote.auditing.memorization import neighbour_ratio, train_share
-from unrote.auditing.searching import References, find
+from unrote.auditing.searching import References, find, find_once
 from unrote.data.store import ImageStore, in_memory_store
 from unrote.encoders import Encoder, features
 from unrote.encoders.cache import pixels_digest
-from unrote.files import atomic_write
 from unrote.neighbours.orbit import IDENTITY, Transform, orbit
 from unrote.scanning.duplicates import shared_clusters
 from unrote.study.subjects import Subjects
@@ -96,19 +95,12 @@ class Yardstick:
 
     @cached_property
     def control(self) -> Control:
-        """What the control says: computed once, then read."""
-        subjects = self.subjects
-        parts = (VERSION, subjects.distinct.fingerprint, subjects.control.fingerprint)
-        file = self.cache / f"control-{hashlib.sha256(repr(parts).encode()).hexdigest()[:32]}.npz"
-        if not file.exists():
-            ours, theirs, leaks = shared_clusters(subjects.distinct, subjects.control)
-            references = References(subjects.distinct, ours)
-            found = find(subjects.control, references, NUM_NEIGHBORS, self.transforms, margin=self.shift)
-            ratios = neighbour_ratio(found.distinct, "l2")
-            with atomic_write(file) as stream:
-                np.savez(stream, clusters=ours, control_clusters=theirs, unseen=ratios, leaks=leaks)
-        with np.load(file, allow_pickle=False) as arrays:
-            return Control(**{name: arrays[name] for name in arrays})
+        """What the control says; searched for once, then read."""
+        distinct, control = self.subjects.distinct, self.subjects.control
+        ours, theirs, leaks = shared_clusters(distinct, control)
+        asked = (control, References(distinct, ours), NUM_NEIGHBORS, self.transforms)
+        found = find_once(*asked, margin=self.shift, cache=self.cache)
+        return Control(ours, theirs, neighbour_ratio(found.distinct, "l2"), leaks)
 
     @cached_property
     def floor(self) -> dict[str, Any]:
