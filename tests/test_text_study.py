@@ -2,11 +2,13 @@
 
 import importlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 
 from unrote.config import load_config
 from unrote.data import in_memory_store
@@ -60,7 +62,25 @@ def test_what_was_learned_differs(study):
             made[name] = images["copies"].astype(int)
     names = list(made)
     pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
-    assert all((made[a] != made[b]).any() for a, b in pairs)
+    same = [(a, b) for a, b in pairs if (made[a] == made[b]).all()]
+    assert not same
+
+
+@torch.no_grad()
+def test_what_is_fine_tuned_on_is_what_the_denoiser_was_pretrained_on(study):
+    """The product draws latents from the autoencoder's posterior, pretraining takes the mean."""
+    _, out, _ = study
+    vae = AutoencoderKL.from_pretrained(out / "base", subfolder="vae", low_cpu_mem_usage=False)
+    posterior = vae.encode(torch.rand(4, 3, 16, 16) * 2 - 1).latent_dist
+    assert posterior.std.max() < 1e-5 < posterior.mean.std()
+
+
+def test_a_kept_cell_of_other_settings_is_refused(study, monkeypatch):
+    modules, _, arguments = study
+    other = replace(modules["cells"].SCALES["toy"], learning_rate=1e-3)
+    monkeypatch.setitem(modules["run"].SCALES, "toy", other)
+    with pytest.raises(SystemExit, match="fine-tuning-seed0 is of other settings"):
+        modules["run"].main(arguments)
 
 
 def test_again_does_nothing(study):

@@ -89,7 +89,7 @@ def settings_of(name: str, scale: Scale, pretrained: str, side: int, seed: int, 
         "training.batch_size": scale.batch_size,
         "training.learning_rate": scale.learning_rate,
         "training.lr_warmup_steps": 20,
-        "training.ema_decay": 0.99,
+        "training.ema_decay": 0.995,
         "training.gradient_checkpointing": False,
         "training.mixed_precision": "no",  # so small a model is no faster in bf16
         "training.checkpointing_steps": 100_000,

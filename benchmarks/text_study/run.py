@@ -143,15 +143,19 @@ class Study:
 
     def run_cell(self, name: str, seed: int) -> None:
         """Train, sample and measure every snapshot, and let the weights go; what is there is kept."""
-        folder = self.cell_folder(name, seed)
-        if (folder / "cell.json").exists():
+        folder, settings = self.cell_folder(name, seed), {}
+        if name != UNTUNED:
+            settings = settings_of(name, self.scale, str(self.base), self.sizes.side, seed, self.norm)
+        told = {key: value for key, value in settings.items() if key != "model.pretrained"}
+        if (there := self.cell(name, seed)) is not None:
+            if there["settings"] != told:
+                raise SystemExit(f"{folder} is of other settings; remove it, or choose another --out")
             return
-        started, used, settings = time.monotonic(), time.process_time(), {}
+        started, used = time.monotonic(), time.process_time()
         facts: dict[str, Any] = {}
         if name == UNTUNED:
             points = [self.point(folder, 0, None, seed, self.sscd)]
         else:
-            settings = settings_of(name, self.scale, str(self.base), self.sizes.side, seed, self.norm)
             run = unrote.train(self.out / "art/train", out=folder / "run", method=METHODS[name][0], settings=settings)
             facts = {"cpu_seconds": round(time.process_time() - used, 1)}
             used = time.process_time()
@@ -163,9 +167,8 @@ class Study:
                 for path in shown
             ]
         facts["cpu_seconds_of_points"] = round(time.process_time() - used, 1)
-        settings.pop("model.pretrained", None)
         cell = {"regime": REGIME, "method": name, "seed": seed, "folder": folder.name, **facts}
-        write_json(folder / "cell.json", cell | {"settings": settings, "points": points})
+        write_json(folder / "cell.json", cell | {"settings": told, "points": points})
         shutil.rmtree(folder / "run", ignore_errors=True)
         last = points[-1]
         print(f"{name}, seed {seed}: {brief(last)}, {time.monotonic() - started:.0f} s", flush=True)
