@@ -137,6 +137,7 @@ def test_nested_metadata_is_relative_to_its_folder(photos: Path) -> None:
         ('{"file_name": "../../etc/x.png", "text": "x"}', "line 1: file_name '../../etc/x.png' leads out"),
         ('{"file_name": "/etc/x.png", "text": "x"}', "line 1: file_name '/etc/x.png' leads out"),
         ('{"file_name": "a.png", "text": 3}', 'line 1: "text" must be a string or a list of strings, not int'),
+        ('{"file_name": "a.png", "text": ["x", "\\ud800"]}', 'line 1: "text" has half a character'),
         ('{"file_name": "a.png", "text": ["x", 3]}', 'line 1: "text" must be a string or a list of strings, not int'),
     ],
 )

@@ -191,15 +191,25 @@ def test_where_each_look_is_the_best_only_what_checkpoints_name_stays_beside_it(
     settings |= {"monitor__holdout": str(holdout), "training__checkpointing_steps": 2}
     settings |= {"ensemble__local_epochs": 0.25, "training__checkpoints_total_limit": 2}
 
+    class Killed(BaseException):
+        pass
+
     def counted(self, samples):
         keep(self, samples)
         kept.append(len(best_kept(tmp_path / "run")))
+        if len(kept) in (7, 12):
+            raise Killed
 
     monkeypatch.setattr(Monitor, "_rank", lambda self, look: -look["samples"])
     monkeypatch.setattr(Monitor, "keep_best", counted)
+    for _ in range(2):
+        with pytest.raises(Killed):
+            toy_run(tmp_path / "run", **settings)
+        assert best_named(tmp_path / "run") <= best_kept(tmp_path / "run")
     toy_run(tmp_path / "run", **settings)
-    assert len(kept) >= 8
+    assert len(kept) >= 16
     assert max(kept) == 3
+    assert best_named(tmp_path / "run") == best_kept(tmp_path / "run")
 
 
 def test_pareto_finishes_with_the_look_nearest_to_real_images_among_those_allowed(tmp_path):
@@ -349,9 +359,16 @@ def test_wrong_settings_are_named_with_the_way_out(settings, message):
         load_config(method="standard", overrides=overrides)
 
 
-def test_held_out_images_that_do_not_fit_are_refused_before_training(tmp_path):
+def test_held_out_images_that_do_not_fit_are_refused_before_training(tmp_path, monkeypatch, capsys):
     np.savez(tmp_path / "holdout.npz", images=toy_images(1).images)
     with pytest.raises(InputError, match="two images or more"):
         toy_run(tmp_path / "run", **LOOKS, monitor__holdout=str(tmp_path / "holdout.npz"))
     with pytest.raises(InputError, match=r"monitor\.holdout: "):
         toy_run(tmp_path / "other", **LOOKS, monitor__holdout=str(tmp_path / "nothing.npz"))
+    np.savez(tmp_path / "toy.npz", images=toy_images().images)
+    words = ["train", "--data", str(tmp_path / "toy.npz"), "--out", str(tmp_path / "dry"), "--dry-run"]
+    for name in ("nothing.npz", "holdout.npz"):
+        told = {"monitor.every": 1, "monitor.max_overhead": 100, "monitor.holdout": tmp_path / name}
+        told = [word for key, value in told.items() for word in ("--set", f"{key}={value}")]
+        assert in_process([*words, *told], monkeypatch) == 2
+        assert "monitor.holdout: " in capsys.readouterr().err

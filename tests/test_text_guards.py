@@ -330,18 +330,36 @@ def test_one_whose_embedding_fails_leaves_the_pipeline_as_it_was(pipeline, monke
     assert not any(isinstance(one, _Processor) for one in pipeline.unet.attn_processors.values())
 
 
-def test_a_pipeline_whose_batch_is_put_together_otherwise_is_refused(pipeline):
-    """LEDITS++ guides by several edits at once, and does not tell how its batch is put together."""
-    from diffusers import DDIMScheduler, LEditsPPPipelineStableDiffusion
+def edit_pipelines(pipeline):
+    """LEDITS++ guides by several edits at once, InstructPix2Pix by text and image, PAG has a third part."""
+    from diffusers import (
+        DDIMScheduler,
+        LEditsPPPipelineStableDiffusion,
+        StableDiffusionInstructPix2PixPipeline,
+        StableDiffusionPAGPipeline,
+        UNet2DConditionModel,
+    )
 
-    parts = {**pipeline.components, "image_encoder": None}
-    edits = LEditsPPPipelineStableDiffusion(
-        **{name: part for name, part in parts.items() if name not in ("image_encoder", "scheduler")},
-        scheduler=DDIMScheduler.from_config(pipeline.scheduler.config), requires_safety_checker=False,
-    )  # fmt: skip
-    for guard in ("attention", "repeat-words"):
-        with pytest.raises(InputError, match=r"LEditsPPPipelineStableDiffusion does not tell .* CopyFilter"):
-            GuardCallback(edits, [guard], ["red cat"], [0])
+    parts = {name: pipeline.components[name] for name in ("vae", "text_encoder", "tokenizer", "feature_extractor")}
+    parts |= {"safety_checker": None, "requires_safety_checker": False}
+    beside = UNet2DConditionModel.from_config({**pipeline.unet.config, "in_channels": 8})
+    ddim = DDIMScheduler.from_config(pipeline.scheduler.config)
+    yield LEditsPPPipelineStableDiffusion(**parts, unet=pipeline.unet, scheduler=ddim)
+    yield StableDiffusionInstructPix2PixPipeline(**parts, unet=beside, scheduler=ddim)
+    own = UNet2DConditionModel.from_config(pipeline.unet.config)
+    yield StableDiffusionPAGPipeline(**parts, unet=own, scheduler=ddim, pag_applied_layers="mid")
+
+
+def test_pipelines_that_put_their_batches_together_otherwise_are_refused(pipeline):
+    for edits in edit_pipelines(pipeline):
+        said = f"{type(edits).__name__} puts its batches together in a way of its own; .* CopyFilter"
+        for guard in ("attention", "repeat-words"):
+            with pytest.raises(InputError, match=said):
+                GuardCallback(edits, [guard], ["red cat"], [0])
+        with AttentionReweighting().on(edits, ["red cat"]), pytest.raises(InputError, match=said):
+            edits._guidance_scale = 7.5
+            text = torch.zeros(3, edits.tokenizer.model_max_length, edits.unet.config.cross_attention_dim)
+            edits.unet(torch.zeros(3, edits.unet.config.in_channels, 8, 8), 5, encoder_hidden_states=text)
 
 
 def captioned(count=6):
@@ -413,6 +431,9 @@ def test_the_copy_filter_notes_the_seed_of_the_try_that_was_kept(folder, tmp_pat
         ("prompt-optimization:target=0", "must be above 0"),
         ("random-tokens:count=0", "at least 1"),
         ("attention:scale=0", "above 0"),
+        ("attention:scale=nan", "not a finite number"),
+        ("amg:strength=inf", "not a finite number"),
+        ("embedding-noise:std=-1", "must not be negative"),
         ("amg", "add train=DATA"),
         ("copy-filter", "add train=DATA"),
     ],

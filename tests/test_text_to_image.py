@@ -9,7 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    DDPMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UNet2DConditionModel,
+)
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -27,10 +33,12 @@ from unrote.method.shards import SampleStream, split_shards
 from unrote.models.adapters import average_products
 from unrote.models.denoiser import DenoisingLoss
 from unrote.models.making import make_task
+from unrote.models.pretrained import load_pretrained
 from unrote.publishing import files_to_push
 from unrote.sampling import sample
 from unrote.seeding import derive_seed
 from unrote.training.budget import make_budget
+from unrote.training.plan import make_plan
 from unrote.training.run import Run
 from unrote.training.step import TrainingStep
 
@@ -212,6 +220,18 @@ def test_the_product_average_is_the_nearest_of_its_rank():
         torch.testing.assert_close((average[name[1]] @ average[name[0]]).double(), nearest, rtol=1e-4, atol=1e-4)
 
 
+def test_a_product_of_nothing_leaves_what_can_learn():
+    """B is 0 at the start: the rows of A keep their length and their span, and the product stays 0."""
+    draw = torch.Generator().manual_seed(0)
+    name = ("x/lora_A/default/weight", "x/lora_B/default/weight")
+    states = [dict(zip(name, (torch.randn(3, 9, generator=draw), torch.zeros(12, 3)), strict=True)) for _ in range(2)]
+    average = average_products(states, [0.5, 0.5])
+    assert not average[name[1]].any()
+    length = torch.cat([state[name[0]] for state in states]).norm(dim=1).mean()
+    torch.testing.assert_close(average[name[0]].norm(dim=1), length.expand(3))
+    assert torch.linalg.matrix_rank(average[name[0]]) == 3
+
+
 def test_products_are_averaged_in_training(tmp_path, base):
     runs = [tuned(tmp_path / how, base, "iet", "lora", model__lora__average=how) for how in ("factors", "product")]
     factors, product = (saved(run, "lora") for run in runs)
@@ -363,13 +383,55 @@ def test_min_snr_weighs_what_is_minimized_and_not_what_the_gate_sees(tmp_path, b
         ({"model__pretrained": "no such folder"}, "no Hub id"),
         ({"model__pretrained": str(Path(__file__))}, "safetensors"),
         ({"model__pretrained": str(Path(__file__).parent)}, "model_index"),
+        ({"model__pretrained": "flow"}, "a FlowMatchEulerDiscreteScheduler, does not say which betas"),
+        ({"model__pretrained": "kind"}, "predicts 'flow_prediction'; known are epsilon"),
     ],
-    ids=["captions", "side", "modules", "name", "file", "folder"],
+    ids=["captions", "side", "modules", "name", "file", "folder", "noise", "prediction"],
 )
 def test_what_can_not_work_is_refused_before_anything_is_written(tmp_path, base, changed, message):
+    strange = {
+        "flow": FlowMatchEulerDiscreteScheduler(),
+        "kind": DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
+    }
+    if (scheduler := strange.get(changed.get("model__pretrained"))) is not None:
+        shutil.copytree(base, tmp_path / "strange")
+        shutil.rmtree(tmp_path / "strange/scheduler")
+        scheduler.save_pretrained(tmp_path / "strange/scheduler")
+        index = json.loads((tmp_path / "strange/model_index.json").read_text())
+        index["scheduler"] = ["diffusers", type(scheduler).__name__]
+        (tmp_path / "strange/model_index.json").write_text(json.dumps(index))
+        changed = {"model__pretrained": str(tmp_path / "strange")}
     with pytest.raises(InputError, match=message):
         tuned(tmp_path / "run", base, "standard", "lora", **({"images": captioned()} | changed))
     assert not (tmp_path / "run").exists()
+
+
+def test_the_same_weights_of_another_configuration_are_encoded_anew(tmp_path, base, monkeypatch):
+    monkeypatch.setenv("UNROTE_CACHE", str(tmp_path / "cache"))
+    tuned(tmp_path / "first", base, training__epochs=1)
+    kept = len(list((tmp_path / "cache/texts").glob("*.npy")))
+    shutil.copytree(base, tmp_path / "other")
+    config = tmp_path / "other/text_encoder/config.json"
+    told = json.loads(config.read_text())
+    config.write_text(json.dumps(told | {"hidden_act": "relu"}))
+    tuned(tmp_path / "again", base, training__epochs=1)
+    assert len(list((tmp_path / "cache/texts").glob("*.npy"))) == kept
+    tuned(tmp_path / "second", tmp_path / "other", training__epochs=1)
+    assert len(list((tmp_path / "cache/texts").glob("*.npy"))) == 2 * kept
+    shutil.copytree(tmp_path / "other", tmp_path / "elsewhere")
+    tuned(tmp_path / "third", tmp_path / "elsewhere", training__epochs=1)
+    assert len(list((tmp_path / "cache/texts").glob("*.npy"))) == 2 * kept, "where it is from is no matter"
+
+
+def test_text_encoders_that_stay_are_counted(tmp_path, base):
+    plans = {}
+    for name, more in (("once", {}), ("each", {"text.add_tokens": 2}), ("no", {"data.cache_latents": False})):
+        settings = SETTINGS | {"model.pretrained": str(base), "model.train": "lora"} | more
+        plans[name] = make_plan(load_config(method="standard", overrides=settings), captioned(), tmp_path / name)
+    pipeline = load_pretrained(str(base))
+    text, vae = (4 * sum(w.numel() for w in part.parameters()) for part in (pipeline.text_encoder, pipeline.vae))
+    assert plans["each"].frozen_bytes - plans["once"].frozen_bytes == text
+    assert plans["no"].frozen_bytes - plans["once"].frozen_bytes == text + vae
 
 
 def test_the_command_tunes_a_folder_of_captioned_pictures(tmp_path, base):

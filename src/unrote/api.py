@@ -8,7 +8,7 @@ from typing import Any
 from unrote.config import Config, load_config
 from unrote.data import ImageStore
 from unrote.device import pick_device
-from unrote.training.images import training_images
+from unrote.training.images import training_images, watched_against
 from unrote.training.loop import train as _train
 from unrote.training.plan import Plan, existing_parent, make_plan
 from unrote.training.precision import settled
@@ -88,4 +88,6 @@ def plan(
     config = settled(config, Run(out), where)
     options: dict[str, Any] = {"processes": processes, "device_memory": device_memory, "device": where.type}
     found = make_plan(config, images, out, only_plan=True, **options)
+    if found.looks is not None:
+        watched_against(config, images)
     return replace(found, probe=measure(config, images, existing_parent(out), where)) if probe else found

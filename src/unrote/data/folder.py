@@ -206,4 +206,6 @@ def _metadata_row(line: bytes, where: str) -> tuple[str, list[str]]:
     wrong = next((one for one in texts if not isinstance(one, str)), None)
     if wrong is not None:
         raise InputError(f'{where}: "text" must be a string or a list of strings, not {type(wrong).__name__}')
+    if any("\ud800" <= letter <= "\udfff" for one in texts for letter in one):
+        raise InputError(f'{where}: "text" has half a character (a lone surrogate), which no tokenizer reads')
     return str(path), texts

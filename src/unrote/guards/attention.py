@@ -4,6 +4,7 @@ In memorized samples attention concentrates on the *summary tokens*, the end of 
 are masked, and the logits of the beginning token are multiplied; the words of the prompt share the rest.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -26,8 +27,8 @@ class AttentionReweighting:
     """
 
     def __init__(self, scale: float = 1.25) -> None:
-        if scale <= 0:
-            raise InputError(f"--guard attention: scale must be above 0, not {scale:g}")
+        if not 0 < scale < math.inf:
+            raise InputError(f"--guard attention: scale must be above 0 and finite, not {scale:g}")
         self.scale = scale
 
     @contextmanager

@@ -75,9 +75,8 @@ class GuardCallback(PipelineCallback):  # type: ignore[misc]
         self._changed: Tensor | None = None
         self._embedding = False
         self._changes = bool(self._guards.texts or self._guards.embeddings)
-        if self._changes or self._guards.attention is not None:
-            hook = pipeline.unet.register_forward_pre_hook(self._with_text, with_kwargs=True)
-            self._stack.callback(hook.remove)
+        hook = pipeline.unet.register_forward_pre_hook(self._with_text, with_kwargs=True)
+        self._stack.callback(hook.remove)
         self._stack.enter_context(self._guards.on(pipeline, self._texts))
 
     def callback_fn(self, pipeline: Any, step_index: int, timestep: Any, callback_kwargs: dict[str, Any]) -> Any:
@@ -97,8 +96,7 @@ class GuardCallback(PipelineCallback):  # type: ignore[misc]
         given = kwargs["encoder_hidden_states"]
         free = given[: len(given) // 2] if guidance_of(self._pipeline) > 1 else given[:0]
         images, wanted = len(given) - len(free), len(self._prompts)
-        # Attention alone also knows several images of a prompt.
-        if images != wanted and (self._changes or images % wanted):
+        if images != wanted:
             self.close()
             raise InputError(
                 f"the callback was made for {wanted} images, and the call makes {images}: give it a prompt and a seed "

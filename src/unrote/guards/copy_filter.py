@@ -30,7 +30,7 @@ class CopyFilter:
 
     def __init__(self, index: TrainingIndex, *, tries: int = 4) -> None:
         if tries < 1:
-            raise InputError(f"tries of a copy filter must be at least 1, not {tries}")
+            raise InputError(f"--guard copy-filter: tries must be at least 1, not {tries}")
         self.index, self.tries = index, tries
 
     def __call__(self, make: Make, indices: Sequence[int]) -> tuple[np.ndarray, list[dict[str, Any]]]:

@@ -1,5 +1,6 @@
 """Prompt-embedding optimisation (Wen et al., ICLR 2024, §5.1): loosen what steers the first step too strongly."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,8 +31,8 @@ class PromptOptimization:
     lr: float = 0.05
 
     def __post_init__(self) -> None:
-        if self.target <= 0 or self.steps < 1 or self.lr <= 0:
-            raise InputError("--guard prompt-optimization: target, steps and lr must be above 0")
+        if not (0 < self.target < math.inf and self.steps >= 1 and 0 < self.lr < math.inf):
+            raise InputError("--guard prompt-optimization: target, steps and lr must be above 0 and finite")
 
     def embedding(self, pipeline: Any, embedding: Tensor, empty: Tensor, noise: Tensor, seed: int) -> Tensor:
         """The embedding [L, D] that steers less; see :class:`unrote.guards.prompts.EmbeddingGuard`."""

@@ -61,8 +61,10 @@ class AntiMemorizationGuidance:
         clip: bool = True,
         train: str = "",
     ) -> None:
-        if not 0 < threshold <= 1 or min(strength, despecify, deduplicate) < 0:
-            raise InputError("amg: threshold lies in (0, 1]; strength, despecify and deduplicate are not negative")
+        if not (0 < threshold <= 1 and all(0 <= each < math.inf for each in (strength, despecify, deduplicate))):
+            raise InputError(
+                "amg: threshold lies in (0, 1]; strength, despecify and deduplicate are finite and not negative"
+            )
         if len(references) < 2:
             raise InputError("amg: needs two different training images or more")
         if deduplicate and embed is None:

@@ -1,5 +1,6 @@
 """Guards of the text: random tokens, repeated words, noise on embeddings (Somepalli et al. 2023, at inference)."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
@@ -79,6 +80,10 @@ class EmbeddingNoise:
     """Gaussian noise of deviation ``std`` on the text embedding; the paper's is 0.1."""
 
     std: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.std < math.inf:
+            raise InputError(f"--guard embedding-noise: std must not be negative, and finite, not {self.std:g}")
 
     def embedding(self, pipeline: Any, embedding: Tensor, empty: Tensor, noise: Tensor, seed: int) -> Tensor:
         """See :func:`unrote.text.mitigations.noisy_embeddings`."""

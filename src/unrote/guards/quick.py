@@ -13,7 +13,6 @@ from unrote.auditing.memorization import HEADLINE, neighbour_ratio
 from unrote.auditing.searching import find
 from unrote.data.store import ImageStore, in_memory_store
 from unrote.encoders.random_conv import RandomConvEncoder
-from unrote.errors import InputError
 from unrote.guards.index import PixelIndex
 from unrote.neighbours.orbit import IDENTITY
 
@@ -39,10 +38,6 @@ class QuickAudit:
         self.index = PixelIndex(_smaller(train))
         self._encoder, self._reference = RandomConvEncoder(), None
         if holdout is not None:
-            if holdout.images.shape[1:] != train.images.shape[1:] or len(holdout) < 2:
-                raise InputError(
-                    f"{holdout.source}: takes two images or more of the training images' size and channels"
-                )
             self._reference = Moments.of(self._encoder(np.asarray(_smaller(holdout).images[:])))
 
     def __call__(

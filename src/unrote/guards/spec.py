@@ -1,5 +1,6 @@
 """What ``--guard NAME[:key=value,…]`` says."""
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -63,7 +64,10 @@ def parse_guard(text: str) -> Spec:
 def _number(name: str, key: str, value: str) -> int | float | str:
     kind = GUARDS[name][key]
     try:
-        return kind(value)
+        number = kind(value)
+        if not isinstance(number, str) and not math.isfinite(number):
+            raise ValueError(value)
     except ValueError:
-        what = "a whole number" if kind is int else "a number"
+        what = "a whole number" if kind is int else "a finite number"
         raise InputError(f"--guard {name}: {key} is {value!r}, not {what}") from None
+    return number

@@ -59,7 +59,8 @@ def average_products(states: Iterable[Mapping[str, Tensor]], weights: Sequence[f
     """The mean ``Σ_k w_k B_k A_k`` of the weight changes, cut back to the rank; what is no adapter is averaged plainly.
 
     The mean of K products of rank r has rank up to K·r; its r largest singular values are kept, which is the nearest
-    such product (Eckart and Young 1936). Both factors get the square roots of the singular values.
+    such product (Eckart and Young 1936). B gets the singular values, and A's rows the length that they have on average:
+    where B is 0, as at the start, a product tells nothing of A, and with both 0 nothing would ever be learned.
 
     Args:
         states: of K proxies: tensors by name, adapters named as :class:`Adapters` does, both factors of each.
@@ -84,8 +85,9 @@ def _nearest_product(pairs: Sequence[tuple[Tensor, Tensor]], weights: Sequence[f
     u, s, v = torch.linalg.svd(left_core @ right_core.T, full_matrices=False)
     rank = len(down)
     # A small layer may have fewer singular values than the rank: the rest are 0.
-    u, s, v = (F.pad(u, (0, rank))[:, :rank], F.pad(s, (0, rank))[:rank].sqrt(), F.pad(v, (0, 0, 0, rank))[:rank])
-    new_up, new_down = left_basis @ u * s, s.unsqueeze(1) * v @ right_basis.T
+    u, s, v = (F.pad(u, (0, rank))[:, :rank], F.pad(s, (0, rank))[:rank], F.pad(v, (0, 0, 0, rank))[:rank])
+    length = right.norm(dim=1).mean().clamp(min=1e-12)
+    new_up, new_down = left_basis @ u * (s / length), length * v @ right_basis.T
     return new_up.reshape(up.shape).to(up.dtype), new_down.reshape(down.shape).to(down.dtype)
 
 

@@ -1,6 +1,7 @@
 """Latents and text embeddings: computed once and memory-mapped, or at each step; both ways give the same."""
 
 import hashlib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -90,7 +91,7 @@ class LatentEncoder:
             digest: of their content and shape.
             folder: of the cache.
         """
-        encoder = _Whole("vae", type(self.vae).__name__, weights_hash(self.vae), "to [-1, 1]", self._all_moments)
+        encoder = _Whole("vae", type(self.vae).__name__, _identity(self.vae), "to [-1, 1]", self._all_moments)
         kept = features(encoder, rows, digest=digest, cache=folder, progress="latents")
         with torch.no_grad():
             shape = self.moments(self._pixels(np.array(rows[:1])))[0].shape[1:]
@@ -107,6 +108,14 @@ class LatentEncoder:
         if rows.dtype == np.uint8:
             return as_floats(rows, self._device)
         return torch.from_numpy(rows).to(self._device).permute(0, 3, 1, 2).contiguous()
+
+
+def _identity(network: Any) -> str:
+    """Of weights, and of a configuration but for where it came from: what the network computes."""
+    config = network.config if isinstance(network.config, Mapping) else network.config.to_dict()
+    origin = ("transformers_version", "dtype", "torch_dtype", "architectures")
+    said = {key: value for key, value in config.items() if not key.startswith("_") and key not in origin}
+    return f"{weights_hash(network)} {json.dumps(said, sort_keys=True, default=str)}"
 
 
 class TextEncoder:
@@ -167,7 +176,7 @@ class TextEncoder:
         """The embeddings of ``texts``, all different, memory-mapped."""
         ids = self.tokens(texts)
         shapes = {name: values.shape[1:] for name, values in self(texts[:1]).items()}
-        weights = " ".join(weights_hash(encoder) for encoder in self.encoders)
+        weights = " ".join(map(_identity, self.encoders))
         names = ", ".join(type(encoder).__name__ for encoder in self.encoders)
         encoder = _Whole("text", names, weights, "token ids", self._all_flat)
         kind = f"{type(self._family).__name__} {self._lengths} {ids.shape}"

@@ -51,6 +51,20 @@ class StableDiffusion:
     def check(self, config: Config, denoiser: Mapping[str, Any], height: int, width: int) -> None:
         """Raise InputError unless the denoiser can be trained so on latents of this size."""
 
+    def check_noise(self, scheduler: Any) -> None:
+        """Raise InputError unless a pipeline's scheduler says how the model was trained."""
+        said, its = scheduler.config, f"model.pretrained: its scheduler, a {type(scheduler).__name__}"
+        if "beta_schedule" not in said:
+            raise InputError(
+                f"{its}, does not say which betas the model was trained with; put the DDPM or DDIM scheduler of the "
+                "original model into the pipeline's folder"
+            )
+        if said.prediction_type not in ("epsilon", "sample", "v_prediction"):
+            raise InputError(
+                f"{its}, says that the model predicts {said.prediction_type!r}; known are epsilon, sample and "
+                "v_prediction"
+            )
+
     def loss(
         self, pipeline: Any, latents: tuple[int, int], device: torch.device, dtype: torch.dtype | None
     ) -> PerSampleLoss:
@@ -133,6 +147,9 @@ class StableDiffusion3(StableDiffusion):
                 f"data.resolution: {config.model.pretrained} knows positions for {largest} latents a side, "
                 f"and images of this size have {max(height, width)}"
             )
+
+    def check_noise(self, scheduler: Any) -> None:
+        """Flow matching knows one noise only."""
 
     def loss(
         self, pipeline: Any, latents: tuple[int, int], device: torch.device, dtype: torch.dtype | None

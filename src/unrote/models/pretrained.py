@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import diffusers
 from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import nn
 
@@ -43,6 +44,8 @@ class Description:
     """Configuration of the AutoencoderKL."""
     has_t5: bool
     """Whether the encoders that may be left out are there."""
+    scheduler: Any = None
+    """What it samples with, which says how it was trained; None of one that is not here yet."""
 
 
 def describe(source: str) -> Description:
@@ -57,7 +60,8 @@ def describe(source: str) -> Description:
         pipeline = load_pretrained(source)
         family = family_of(type(pipeline).__name__, source)
         denoiser, autoencoder = (dict(getattr(pipeline, part).config) for part in (family.part, "vae"))
-        return Description(family, denoiser, autoencoder, getattr(pipeline, "text_encoder_3", None) is not None)
+        has_t5 = getattr(pipeline, "text_encoder_3", None) is not None
+        return Description(family, denoiser, autoencoder, has_t5, pipeline.scheduler)
     if source in KNOWN and not Path(source).is_dir():
         # Without asking the Hub, whose library tries for most of a minute where there is no network.
         name, denoiser = KNOWN[source]
@@ -69,7 +73,9 @@ def describe(source: str) -> Description:
         denoiser = family.denoiser.load_config(source, subfolder=family.part)
         autoencoder = AutoencoderKL.load_config(source, subfolder="vae")
         has_t5 = index.get("text_encoder_3", [None])[0] is not None
-        return Description(family, dict(denoiser), dict(autoencoder), has_t5)
+        kind: Any = getattr(diffusers, str(index["scheduler"][1]))
+        scheduler = kind.from_pretrained(source, subfolder="scheduler")
+        return Description(family, dict(denoiser), dict(autoencoder), has_t5, scheduler)
 
     return cast(Description, _attempt(source, read))
 

@@ -60,7 +60,10 @@ class Size:
     largest_block: int
     """Of these, what the block with most has, or what is outside of blocks: see :func:`blocks_of`."""
     frozen_bytes: int
-    """Weights that are only read, in float32: beside adapters, and the autoencoder if it is needed at every step."""
+    """Weights that are only read, in float32: beside adapters, and autoencoder and text encoders that each step needs.
+
+    Text encoders whose files are not in a folder here are not among them.
+    """
     halved: int
     """Parameters among them that are kept in half precision under mixed precision."""
     forward: Forward
@@ -121,6 +124,8 @@ def _pretrained_size(config: Config, images: ImageStore) -> Size:
     check_images(config, images, factor * family.patch)
     height, width = (side // factor for side in images.images.shape[1:3])
     family.check(config, pipeline.denoiser, height, width)
+    if pipeline.scheduler is not None:
+        family.check_noise(pipeline.scheduler)
     channels = pipeline.autoencoder["latent_channels"]
     with torch.device("meta"):
         denoiser = family.denoiser.from_config(pipeline.denoiser)
@@ -135,7 +140,8 @@ def _pretrained_size(config: Config, images: ImageStore) -> Size:
     halved = whole * lora
     views = view_cache(config, len(images), channels * height * width)
     needs_vae = not config.data.cache_latents or (views is not None and not views.kept)
-    frozen = 4 * halved + 4 * vae * needs_vae
+    needs_text = config.text.varies or not config.data.cache_latents
+    frozen = 4 * halved + 4 * vae * needs_vae + 4 * _text_parameters(source, family.text_parts) * needs_text
     cache = 0
     if config.data.cache_latents:
         cache = 8 * channels * height * width * len(images) * (1 + config.data.random_flip)
@@ -162,15 +168,33 @@ def _reading_flops(source: str, text_parts: Sequence[tuple[str, str]], longest: 
     for tokenizer, encoder in text_parts:
         settings = folder / tokenizer / "tokenizer_config.json"
         own = json.loads(settings.read_text("utf-8")).get("model_max_length") if settings.is_file() else None
-        weights = sum(_multiplying(path) for path in (folder / encoder).glob("*.safetensors"))
+        weights = sum(map(_multiplying, _weight_files(folder / encoder)))
         operations += 2 * min(longest, own or longest) * weights
     return operations
 
 
+def _text_parameters(source: str, text_parts: Sequence[tuple[str, str]]) -> int:
+    """Of a pipeline's text encoders; 0 of one that is not in a folder here."""
+    folders = [Path(source) / encoder for _, encoder in text_parts]
+    return sum(
+        math.prod(shape) for folder in folders for path in _weight_files(folder) for shape in _shapes(path).values()
+    )
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Of a network, each weight once: without the half-precision files if there are others."""
+    files = sorted(folder.glob("*.safetensors"))
+    return [path for path in files if ".fp16" not in path.name] or files
+
+
+def _shapes(path: Path) -> dict[str, list[int]]:
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+
+
 def _multiplying(path: Path) -> int:
     """Weights in a file that multiply every token: matrices, but tables that tokens are looked up in."""
-    with safe_open(path, framework="pt") as file:
-        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    shapes = _shapes(path)
     looked_up = re.compile(r"embed|shared\.")
     return sum(math.prod(shape) for name, shape in shapes.items() if len(shape) == 2 and not looked_up.search(name))
 

@@ -151,8 +151,11 @@ class PromptDenoiser:
 
     def _generator_seed(self, index: int, attempt: int) -> int:
         own = self._prompt(index).seed
-        # A seed of its own is counted on, so that a prompt's second image is another one.
-        first = derive_seed(self._seed, "sample", index) if own is None else own + index // len(self._prompts)
+        again = index // len(self._prompts)
+        if own is None:
+            first = derive_seed(self._seed, "sample", index)
+        else:  # counted on, it would be the seed of a neighbour in a list of seeds
+            first = derive_seed(own, "again", again) if again else own
         return derive_seed(first, "attempt", attempt) if attempt else first
 
 

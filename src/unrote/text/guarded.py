@@ -81,25 +81,29 @@ class PromptGuards:
 
 
 def guidance_of(pipeline: Any) -> float:
-    """The scale of classifier-free guidance in a call; 1 where the batch is not doubled, as in distilled models.
+    """The scale of classifier-free guidance in a call; 1 where the batch is not doubled, as without text.
 
     Raises:
         InputError: see :func:`check_guidance`.
     """
     check_guidance(pipeline)
-    return float(pipeline.guidance_scale) if pipeline.do_classifier_free_guidance else 1.0
+    guided = getattr(pipeline, "tokenizer", None) is not None and pipeline.do_classifier_free_guidance
+    return float(pipeline.guidance_scale) if guided else 1.0
 
 
 def check_guidance(pipeline: Any) -> None:
-    """What finds the images with text in a batch must know how it is put together.
+    """What finds the images with text in a batch must know how it is put together: those without, and those with text.
 
     Raises:
-        InputError: the pipeline does not tell whether it guides; those that edit images mix batches of their own.
+        InputError: the pipeline puts its batches together in another way, as those do that edit images.
     """
-    if not hasattr(type(pipeline), "do_classifier_free_guidance"):
+    kind, unet = type(pipeline), getattr(pipeline, "unet", None)
+    doubled = hasattr(kind, "do_classifier_free_guidance") and not hasattr(kind, "do_perturbed_attention_guidance")
+    beside = unet is not None and unet.config.in_channels != unet.config.out_channels
+    if getattr(pipeline, "tokenizer", None) is not None and (beside or not doubled):
         raise InputError(
-            f"guards: a {type(pipeline).__name__} does not tell whether its batch is doubled for guidance; take "
-            "diffusers' StableDiffusionPipeline, change the prompts before the call, or put CopyFilter around it"
+            f"guards: a {kind.__name__} puts its batches together in a way of its own; take diffusers' "
+            "StableDiffusionPipeline, change the prompts before the call, or put CopyFilter around it"
         )
 
 

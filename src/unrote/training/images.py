@@ -23,6 +23,26 @@ def training_images(config: Config, data: Any = None) -> ImageStore:
     return images if settings.limit is None else images.limit(settings.limit)
 
 
+def watched_against(config: Config, images: ImageStore) -> ImageStore | None:
+    """The held-out images of the monitor, at the size of the training images; None if there are none.
+
+    Raises:
+        InputError: they can't be read, have another size or channels, or are fewer than two.
+    """
+    source = config.monitor.holdout
+    if source is None:
+        return None
+    try:
+        holdout = open_images(source, resolution=images.images.shape[1], channels=config.data.channels)
+    except InputError as error:
+        raise InputError(f"monitor.holdout: {error}") from None
+    if holdout.images.shape[1:] != images.images.shape[1:] or len(holdout) < 2:
+        raise InputError(
+            f"monitor.holdout: {source}: takes two images or more of the training images' size and channels"
+        )
+    return holdout
+
+
 def _included(images: ImageStore, file: Path) -> ImageStore:
     """The images that ``file`` names, in their own order. Raises InputError for names that there are not."""
     try:

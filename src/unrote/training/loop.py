@@ -193,7 +193,7 @@ def _train(
             with peers.working("writing a checkpoint"):
                 parts = {"ensemble": ensemble.save(), "ledger": ledger.state_dict(), "log": journal.save()}
                 parts |= {"progress": progress.state_dict()}
-                parts |= {} if monitor is None else {"monitor": monitor.state_dict()}
+                parts |= {} if monitor is None else {"monitor": monitor.named()}
                 checkpoints.save(whole.steps, parts | asdict(whole) | {"proxies": proxies})
                 if monitor is not None:
                     monitor.checkpointed()

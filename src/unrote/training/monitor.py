@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from unrote.config import Config
-from unrote.data import ImageStore, open_images
+from unrote.data import ImageStore
 from unrote.errors import InputError
 from unrote.files import write_json, write_text
 from unrote.limits import StopRule, parse_stop_rule
@@ -26,6 +26,7 @@ from unrote.models.task import Task
 from unrote.seeding import generator
 from unrote.tensorfiles import Stored, join_in, save_state
 from unrote.training.budget import Budget
+from unrote.training.images import watched_against
 from unrote.training.journal import Journal
 from unrote.training.looks import Looks
 from unrote.training.looks_chart import looks_chart
@@ -77,13 +78,13 @@ class Monitor:
         self._settling_in = 0.0
         rule = config.monitor.stop_when
         self._rule = DEFAULT_RULE if rule is None else parse_stop_rule(rule)
-        self._audit = QuickAudit(images, _holdout(config, images))
+        self._audit = QuickAudit(images, watched_against(config, images))
         self._prompts = None if config.model.pretrained is None else prompts_of(images, config)
         self.stopped = False
         self._looks: list[dict[str, Any]] = []
         self._best: dict[str, Any] | None = None
-        # By each of the checkpoints that are kept, newest last; of those of an earlier process, all that there are.
-        self._named = deque([set(self._kept())], maxlen=config.training.checkpoints_total_limit)
+        # By each of the checkpoints that are kept, newest last: after how many samples the weights were the best.
+        self._named = deque[int | None](maxlen=config.training.checkpoints_total_limit)
 
     def look(self, rounds: int, samples: int, step: int, journal: Journal) -> None:
         """Look at the model after ``rounds`` rounds if it is due, log what is seen, and decide.
@@ -193,28 +194,31 @@ class Monitor:
         """Keep the weights if the look after ``samples`` samples was the best; see :meth:`look`."""
         if self._best is None or self._best["samples"] != samples:
             return
-        state, kept = take(self._parts()), self._file(samples)
+        state = take(self._parts())
         if not self._whole.first:
             join_in(state)
             return
-        save_state(kept, state)
-        self._remove_all_but({kept})
+        save_state(self._file(samples), state)
+        self._remove_others()
+
+    def named(self) -> dict[str, Any]:
+        """The state for a checkpoint, which names the best weights from now on; see :meth:`state_dict`."""
+        self._named.append(None if self._best is None else self._best["samples"])
+        return self.state_dict()
 
     def checkpointed(self) -> None:
-        """A checkpoint names the best weights by now; those that none does any more are removed.
+        """A checkpoint is written: weights that none of those that are kept names are removed.
 
         A run that goes back to an older checkpoint must find what that one names, also where the same look, on another
         device, would not find the same to be the best.
         """
-        if self._model is None or not self._whole.first:
-            return
-        best = set() if self._best is None else {self._file(self._best["samples"])}
-        self._named.append(best)
-        self._remove_all_but(best)
+        if self._model is not None and self._whole.first:
+            self._remove_others()
 
-    def _remove_all_but(self, best: set[Path]) -> None:
-        """Without what neither a checkpoint that is kept names nor is ``best``."""
-        for file in set(self._kept()) - set[Path]().union(best, *self._named):
+    def _remove_others(self) -> None:
+        """Remove what neither is the best nor is named by a checkpoint that is kept."""
+        wanted = [*self._named, None if self._best is None else self._best["samples"]]
+        for file in set(self._kept()) - {self._file(samples) for samples in wanted if samples is not None}:
             file.unlink()
 
     def _kept(self) -> list[Path]:
@@ -233,12 +237,15 @@ class Monitor:
     def state_dict(self) -> dict[str, Any]:
         """What was seen and decided."""
         seen = {"stopped": self.stopped, "looks": list(self._looks), "best": self._best}
-        return seen | {"pace": self.pace.state_dict()}
+        return seen | {"pace": self.pace.state_dict(), "named": list(self._named)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` gave."""
         self.stopped, self._looks, self._best = state["stopped"], list(state["looks"]), state["best"]
         self.pace.load_state_dict(state.get("pace", {"decided": []}))  # of an earlier version: as planned
+        earlier = [int(file.stem) for file in self._kept()]  # of an earlier version: any of them
+        self._named.clear()
+        self._named.extend(state.get("named", earlier))
 
 
 def make_monitor(
@@ -275,13 +282,3 @@ def prompts_of(images: ImageStore, config: Config) -> list[str]:
     draw = generator(config.seed, "monitor-prompts")
     order = torch.randperm(len(captions), generator=draw)[: config.monitor.samples]
     return [captions[place] for place in order.tolist()]
-
-
-def _holdout(config: Config, images: ImageStore) -> ImageStore | None:
-    source = config.monitor.holdout
-    if source is None:
-        return None
-    try:
-        return open_images(source, resolution=images.images.shape[1], channels=config.data.channels)
-    except InputError as error:
-        raise InputError(f"monitor.holdout: {error}") from None
