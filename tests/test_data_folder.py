@@ -81,12 +81,15 @@ def test_metadata_captions(photos: Path) -> None:
     rows = [{"file_name": "sub/b.png", "text": "a bé"}, {"file_name": "a.png", "text": None, "other": 3}]
     (photos / "metadata.jsonl").write_text("\n\n".join(json.dumps(row) for row in rows))
     (photos / "c.txt").write_text("\n  from the sidecar \nsecond line\n", encoding="utf-8-sig")
+    (photos / "sub/b.txt").write_text("not from here")
     store = open_images(photos, resolution=8)
     assert dict(zip(store.names, store.captions or (), strict=True)) == {
         "a.png": "",
         "c.png": "from the sidecar",
         "sub/b.png": "a bé",
     }
+    (photos / "a.txt").write_text("its row has no text")
+    assert "its row has no text" in open_images(photos, resolution=8).captions
 
 
 def test_several_captions(photos: Path) -> None:

@@ -82,7 +82,8 @@ class FolderSource:
         pixels, first_frame = decode_file(os.path.join(self.root, relative), settings)  # noqa: PTH118 - surrogates
         parts = relative.split("/")
         label = printable(parts[0]) if len(parts) > 1 else None
-        caption, *more = self._texts.get(relative) or (self._sidecar(relative),)
+        texts = self._texts.get(relative, [])
+        caption, *more = texts if any(texts) else (self._sidecar(relative),)
         return Sample(pixels, label, caption, first_frame, tuple(more))
 
     def key(self) -> str:

@@ -164,6 +164,8 @@ def reading_once(pipeline: Any) -> Any:
     read, kept = pipeline.encode_prompt, {}
 
     def remembered(*arguments: Any, **named: Any) -> tuple[Any, ...]:
+        if any(isinstance(value, torch.Tensor) for value in (*arguments, *named.values())):
+            return tuple(read(*arguments, **named))  # embeddings that were given: nothing is read
         key = repr((arguments, sorted(named.items())))
         if key not in kept:
             kept[key] = [None if part is None else (part.cpu(), part.device) for part in read(*arguments, **named)]

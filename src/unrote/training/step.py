@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from unrote.config import Config
 from unrote.data.augmentations import coin, mirror
+from unrote.errors import InputError
 from unrote.method.augment import augmentation_strength
 from unrote.method.bank import LossBank
 from unrote.method.gate import Decision, LossGate, gated_sum
@@ -119,10 +120,14 @@ class TrainingStep:
         hold(task, self.team, device)
         self.model, self.loss = task.trained, task.loss
         self._reference = torch.empty(0, dtype=torch.int64) if reference is None else reference
+        try:
+            averages = LossBank(self.loss.num_timesteps, **bank.model_dump(), device=device)
+        except ValueError as error:  # it begins with the name of the setting
+            raise InputError(f"gate.bank.{error}") from None
         self.gate = LossGate(
             self.loss.num_timesteps,
             config.skip_ratio,
-            bank=LossBank(self.loss.num_timesteps, **bank.model_dump(), device=device),
+            bank=averages,
             ledger=Ledger(num_samples, device),
             update_bank=len(self._reference) == 0,
             **config.gate.rule,
