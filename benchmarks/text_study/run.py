@@ -22,9 +22,10 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from multiprocessing import get_context
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -267,10 +268,22 @@ def done(wanted: Sequence[tuple[str, int]], study: Study, workers: int) -> Itera
             yield study.run_cell(name, seed)
         return
     # A fork of a process that has computed with threads may hang.
-    start = partial(torch.set_num_threads, 1)
-    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=start) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=begin, initargs=(os.getpid(),)) as pool:
         bare = Study(study.out, study.packages, study.scale_name, study.with_sscd)
         yield from pool.map(bare.run_cell, *zip(*wanted, strict=True))
+
+
+def begin(parent: int) -> None:
+    """A worker: one thread, and it ends with its parent, or it would go on with what is queued for nobody."""
+    torch.set_num_threads(1)
+    Thread(target=follow, args=(parent,), daemon=True).start()
+
+
+def follow(parent: int) -> None:
+    """End this process soon after its parent has."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 if __name__ == "__main__":
