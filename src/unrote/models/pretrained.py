@@ -6,7 +6,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import diffusers
-from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    SchedulerMixin,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
 from torch import nn
 
 from unrote.errors import InputError, first_line
@@ -73,11 +79,19 @@ def describe(source: str) -> Description:
         denoiser = family.denoiser.load_config(source, subfolder=family.part)
         autoencoder = AutoencoderKL.load_config(source, subfolder="vae")
         has_t5 = index.get("text_encoder_3", [None])[0] is not None
-        kind: Any = getattr(diffusers, str(index["scheduler"][1]))
-        scheduler = kind.from_pretrained(source, subfolder="scheduler")
-        return Description(family, dict(denoiser), dict(autoencoder), has_t5, scheduler)
+        return Description(family, dict(denoiser), dict(autoencoder), has_t5, _scheduler(source, index))
 
     return cast(Description, _attempt(source, read))
+
+
+def _scheduler(source: str, index: Any) -> Any:
+    """By its configuration; None where the pipeline names none of diffusers', which loading it will refuse."""
+    named = index.get("scheduler")
+    kind = getattr(diffusers, str(named[-1]), None) if isinstance(named, list | tuple) and named else None
+    if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
+        return None
+    scheduler: Any = kind
+    return scheduler.from_config(scheduler.load_config(source, subfolder="scheduler"))
 
 
 def base_weights(pipeline: Any) -> dict[str, str]:
