@@ -270,6 +270,7 @@ def done(wanted: Sequence[tuple[str, int]], study: Study, workers: int) -> Itera
     # A fork of a process that has computed with threads may hang.
     with ProcessPoolExecutor(workers, get_context("spawn"), initializer=begin, initargs=(os.getpid(),)) as pool:
         bare = Study(study.out, study.packages, study.scale_name, study.with_sscd)
+        bare.norm = study.norm  # or each cell, also one that is kept, would load the pipeline to find it again
         yield from pool.map(bare.run_cell, *zip(*wanted, strict=True))
 
 

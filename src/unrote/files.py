@@ -6,7 +6,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -98,6 +98,12 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def check_letters(texts: Iterable[str], where: str) -> None:
+    """Raises InputError, naming ``where``, for half a character, which JSON can hold and no tokenizer reads."""
+    if any("\ud800" <= letter <= "\udfff" for one in texts for letter in one):
+        raise InputError(f'{where}: "text" has half a character (a lone surrogate), which no tokenizer reads')
 
 
 def read_object(path: Path, way_out: str) -> dict[str, Any]:

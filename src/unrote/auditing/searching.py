@@ -167,7 +167,8 @@ def find_once(
 
     if cache is None:
         return searched()
-    sets = (pixels_digest(queries), pixels_digest(references.store), references.clusters.tobytes())
+    clusters = hashlib.sha256(references.clusters.tobytes()).hexdigest()
+    sets = (pixels_digest(queries), pixels_digest(references.store), clusters)
     identity = repr((KEPT_FORMAT, *sets, num, tuple(transforms), margin)).encode()
     file = cache / f"search-{hashlib.sha256(identity).hexdigest()[:40]}.npz"
     ranks, found = Ranks.here(distributed=distributed), _read(file, len(queries))

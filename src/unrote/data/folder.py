@@ -12,7 +12,7 @@ from typing import Any
 from unrote.data.decode import BadImage, DecodeSettings, decode_file
 from unrote.data.sources import Sample, digest_of
 from unrote.errors import InputError
-from unrote.files import parse_json
+from unrote.files import check_letters, parse_json
 
 log = logging.getLogger("unrote")
 
@@ -207,6 +207,5 @@ def _metadata_row(line: bytes, where: str) -> tuple[str, list[str]]:
     wrong = next((one for one in texts if not isinstance(one, str)), None)
     if wrong is not None:
         raise InputError(f'{where}: "text" must be a string or a list of strings, not {type(wrong).__name__}')
-    if any("\ud800" <= letter <= "\udfff" for one in texts for letter in one):
-        raise InputError(f'{where}: "text" has half a character (a lone surrogate), which no tokenizer reads')
+    check_letters(texts, where)
     return str(path), texts

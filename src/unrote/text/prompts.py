@@ -6,7 +6,7 @@ from typing import Any
 
 from unrote.data.folder import printable
 from unrote.errors import InputError
-from unrote.files import parse_json, text_lines
+from unrote.files import check_letters, parse_json, text_lines
 
 MAX_SEED = (1 << 63) - 1
 
@@ -56,8 +56,7 @@ def _from_json(line: str, where: str) -> list[Prompt]:
     texts: list[Any] = text if isinstance(text, list) else [text]
     if not texts or not all(isinstance(one, str) for one in texts):
         raise InputError(f'{where}: needs a JSON object with a "text"')
-    if any("\ud800" <= letter <= "\udfff" for one in texts for letter in one):
-        raise InputError(f'{where}: "text" has half a character (a lone surrogate), which no tokenizer reads')
+    check_letters(texts, where)
     return [Prompt(one, _seed(row, where), _origin(row, where)) for one in texts]
 
 

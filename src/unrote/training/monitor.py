@@ -243,9 +243,9 @@ class Monitor:
         """Restore what :meth:`state_dict` gave."""
         self.stopped, self._looks, self._best = state["stopped"], list(state["looks"]), state["best"]
         self.pace.load_state_dict(state.get("pace", {"decided": []}))  # of an earlier version: as planned
-        earlier = [int(file.stem) for file in self._kept()]  # of an earlier version: any of them
         self._named.clear()
-        self._named.extend(state.get("named", earlier))
+        # A state of an earlier version does not say: any of them. Only then, as every round comes by here.
+        self._named.extend(state["named"] if "named" in state else (int(file.stem) for file in self._kept()))
 
 
 def make_monitor(
