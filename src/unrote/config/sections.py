@@ -133,7 +133,7 @@ class TextConfig(Section):
 
     @property
     def varies(self) -> bool:
-        """Whether texts are made at each visit, so that they can't be embedded once."""
+        """Whether there are texts that are made at a visit, so that they can't be embedded before."""
         return bool(self.replace_caption or self.replace_tokens or self.add_tokens or self.repeat_words)
 
 

@@ -172,8 +172,8 @@ class TextEncoder:
                 outputs.append(encoder(part[:, 0], attention_mask=mask, output_hidden_states=True))
         return {name: values.float() for name, values in self._family.embedded(outputs).items()}
 
-    def cached(self, texts: Sequence[str], folder: Path) -> "CachedTexts":
-        """The embeddings of ``texts``, all different, memory-mapped."""
+    def cached(self, texts: Sequence[str], folder: Path, *, others: bool) -> "CachedTexts":
+        """The embeddings of ``texts``, all different, memory-mapped; those of ``others`` computed when asked for."""
         ids = self.tokens(texts)
         shapes = {name: values.shape[1:] for name, values in self(texts[:1]).items()}
         weights = " ".join(map(_identity, self.encoders))
@@ -183,7 +183,8 @@ class TextEncoder:
         digest = hashlib.sha256(kind.encode() + ids.tobytes()).hexdigest()
         kept = features(encoder, ids, digest=digest, cache=folder, progress="texts")
         rows = {text: row for row, text in enumerate(texts)}
-        return CachedTexts(kept, rows, shapes, self._device, zeros_for_empty=self._zeros_for_empty)
+        zeros = self._zeros_for_empty
+        return CachedTexts(kept, rows, shapes, self._device, self if others else None, zeros_for_empty=zeros)
 
     def _all_flat(self, ids: np.ndarray) -> Tensor:
         parts = [self._encoded(ids[start : start + self.batch_size]) for start in range(0, len(ids), self.batch_size)]
@@ -191,7 +192,7 @@ class TextEncoder:
 
 
 class CachedTexts:
-    """Embeddings by text, as :class:`TextEncoder` gives them."""
+    """Embeddings by text, as :class:`TextEncoder` gives them; what is not kept comes from ``others``."""
 
     def __init__(
         self,
@@ -199,18 +200,24 @@ class CachedTexts:
         rows: Mapping[str, int],
         shapes: Mapping[str, tuple[int, ...]],
         device: torch.device,
+        others: TextEncoder | None,
         *,
         zeros_for_empty: bool,
     ) -> None:
         self._kept, self._rows, self._shapes = kept, rows, shapes
-        self._device, self._zeros_for_empty = device, zeros_for_empty
+        self._device, self._others, self._zeros_for_empty = device, others, zeros_for_empty
 
     def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """Embeddings of ``texts``."""
-        flat = torch.from_numpy(np.asarray(self._kept[[self._rows[text] for text in texts]])).to(self._device)
+        new = [] if self._others is None else [place for place, text in enumerate(texts) if text not in self._rows]
+        rows = [0 if place in new else self._rows[text] for place, text in enumerate(texts)]
+        flat = torch.from_numpy(np.asarray(self._kept[rows])).to(self._device)
         parts = torch.split(flat, [math.prod(shape) for shape in self._shapes.values()], 1)
         named = zip(self._shapes.items(), parts, strict=True)
         outputs = {name: part.reshape(-1, *shape) for (name, shape), part in named}
+        if self._others is not None and new:
+            for name, values in self._others([texts[place] for place in new]).items():
+                outputs[name][new] = values
         return _without_empty(outputs, texts) if self._zeros_for_empty else outputs
 
 

@@ -147,7 +147,7 @@ def _pretrained_size(config: Config, images: ImageStore) -> Size:
         cache = 8 * channels * height * width * len(images) * (1 + config.data.random_flip)
         cache += views.bytes if views is not None and views.kept else 0
         texts = len({"", *(text for texts in images.every_caption() for text in texts)})
-        cache += 0 if config.text.varies else 4 * texts * sum(values[0].numel() for values in text.values())
+        cache += 4 * texts * sum(values[0].numel() for values in text.values())
     copies = 1 + config.training.use_ema
     model = 4 * trained * copies if lora else 4 * whole * copies + 2 * _folder_bytes(source)
     reading = batch * _reading_flops(source, family.text_parts, family.t5_length or CLIP_LENGTH) / forward.flops

@@ -86,9 +86,10 @@ class TextToImage:
         encoder = TextEncoder(self._family, tokenizers, encoders, self._device, zeros_for_empty=zeros)
         self._policy = TextPolicy(self._config.text, tokenizers[0], self._images.every_caption())
         self._empty = encoder([""])
-        texts = self._policy.texts()
-        cached = texts is not None and self._config.data.cache_latents
-        self._embed: Embed = encoder.cached(texts, cache_folder() / "texts") if cached and texts else encoder
+        self._embed: Embed = encoder
+        if self._config.data.cache_latents:
+            folder = cache_folder() / "texts"
+            self._embed = encoder.cached(self._policy.texts(), folder, others=self._config.text.varies)
 
     def clean(self, indices: Tensor, mirrored: Tensor | None, draw: torch.Generator) -> Tensor:
         """Scaled latents, one draw from each posterior."""

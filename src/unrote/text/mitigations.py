@@ -113,13 +113,10 @@ class TextPolicy:
         self._captions = [list(texts) or [""] for texts in captions]
         random_words = config.replace_caption or config.replace_tokens or config.add_tokens
         self._words = vocabulary(tokenizer) if random_words else []
-        self._varies = bool(random_words or config.repeat_words)
-        self._draws = self._varies or config.dropout > 0 or config.caption == "random"
+        self._draws = config.varies or config.dropout > 0 or config.caption == "random"
 
-    def texts(self) -> list[str] | None:
-        """Every text that :meth:`captions_for` can give and the empty one, sorted; None where they vary freely."""
-        if self._varies:
-            return None
+    def texts(self) -> list[str]:
+        """The empty text and every caption that :meth:`captions_for` can give as it is, sorted."""
         return sorted({"", *(text for texts in self._captions for text in self._choices(texts))})
 
     def captions_for(self, indices: Tensor, generator: torch.Generator) -> list[str]:
