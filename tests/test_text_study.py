@@ -124,7 +124,9 @@ def test_copies_are_measured_as_copies(study):
     modules, out, _ = study
     toy = modules["run"].Study(out, out, "toy", with_sscd=False)
     given = np.asarray(toy.asked.images), np.asarray(toy.unseen.images)
-    found = modules["measures"].measure(*given, toy.asked, toy.unseen, toy.train, toy.holdout, None, out / "features")
+    found = modules["measures"].measure(
+        *given, toy.asked, toy.unseen, toy.train, toy.holdout, None, 0, out / "features"
+    )
     copies = found["memorization"]["orbit"]
     assert copies["fraction"] == copies["repeated"]["fraction"] == copies["single"]["fraction"] == 1
     assert copies["repeated"]["total"] == 4 and copies["single"]["total"] == 8 and copies["distinct"] >= 1

@@ -17,7 +17,7 @@ from unrote.sampling import make_scheduler
 from unrote.text.generation import LORA_WEIGHTS, PromptDenoiser
 from unrote.text.prompts import Prompt
 
-BATCH = 40
+BATCH = 64
 SPACE = "random-conv"
 
 
@@ -59,6 +59,7 @@ def measure(
     train: ImageStore,
     holdout: ImageStore,
     sscd: Encoder | None,
+    looked_at: int,
     cache: Path,
 ) -> dict[str, dict[str, Any]]:
     """``memorization`` of ``copies``, ``quality`` of ``fresh`` in the form of a study's points, and ``prompts``.
@@ -71,11 +72,11 @@ def measure(
         train: the training set.
         holdout: the held-out set.
         sscd: the copy detector; None leaves it out.
+        looked_at: how many of the first of ``copies`` it is given.
         cache: folder for its features of the real images.
     """
     made = in_memory_store(copies, source="made from training captions")
-    encoders = [] if sscd is None else [sscd]
-    seen = audit(made, train, holdout, origins=list(asked.names), encoders=encoders, cache=cache)
+    seen = audit(made, train, holdout, origins=list(asked.names), cache=cache)
     other = audit(in_memory_store(fresh, source="made from held-out captions"), train, holdout, cache=cache)
     near = seen.pairs["orbit_ratio_distinct"] < HEADLINE["squared-l2"]
     repeated = np.array([f"{name.removesuffix('.png')}-again1.png" in set(train.names) for name in asked.names])
@@ -88,7 +89,7 @@ def measure(
             "orbit": orbit | groups,
             "calibrated": None if known is None else {"threshold": known["threshold"], **known["below"]},
             "train_share": seen.summary["train_share"]["orbit"],
-            **({} if sscd is None else {"sscd": copy_detection(seen.summary, sscd.key)}),
+            **({} if sscd is None else {"sscd": copy_detection(copies[:looked_at], train, holdout, sscd, cache)}),
         },
         "quality": {"primary": SPACE, SPACE: {"frechet_distance": frechet(other.summary)}},
         "prompts": {
@@ -109,9 +110,13 @@ def frechet(summary: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def copy_detection(summary: dict[str, Any], space: str) -> dict[str, Any]:
+def copy_detection(
+    copies: np.ndarray, train: ImageStore, holdout: ImageStore, sscd: Encoder, cache: Path
+) -> dict[str, Any]:
     """95th percentile of the similarity, and the share above the threshold that 1 % of the held-out art exceeds."""
-    similarity = summary["spaces"][space]["similarity"]
+    made = in_memory_store(copies, source="made from training captions")
+    found = audit(made, train, holdout, encoders=[sscd], cache=cache).summary
+    similarity = found["spaces"][sscd.key]["similarity"]
     known = similarity["calibrated"]
     return {
         "p95": similarity["generated"]["quantiles"]["0.95"],

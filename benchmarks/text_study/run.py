@@ -164,7 +164,6 @@ class Study:
             used = time.process_time()
             facts |= json.loads((run.path / "run.json").read_text())
             shown = sorted((path for path in (run.path / "snapshots").iterdir()), key=lambda path: int(path.name))
-            # SSCD takes as long as all else of a point.
             points = [
                 self.point(folder, int(path.name), path, seed, self.sscd if path == shown[-1] else None)
                 for path in shown
@@ -186,7 +185,7 @@ class Study:
             folder.mkdir(parents=True, exist_ok=True)
             np.savez_compressed(folder / f"{seen}.npz", copies=copies, fresh=fresh)
             sets = (self.asked, self.unseen, self.train, self.holdout)
-            numbers = measure(copies, fresh, *sets, sscd, self.out / "features")
+            numbers = measure(copies, fresh, *sets, sscd, self.scale.looked_at, self.out / "features")
             write_json(file, {"samples_seen": seen, **numbers})
         point: dict[str, Any] = json.loads(file.read_text())
         return point
