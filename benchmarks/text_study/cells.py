@@ -44,7 +44,7 @@ SCALES = {
 
 _CAPTIONS = {"text.caption": "random"}
 _TOKENS = {"text.replace_tokens": 0.2}
-_LORA = {"model.train": "lora", "model.lora.rank": 8}
+_LORA = {"model.train": "lora", "model.lora.rank": 8, "training.learning_rate": 3e-3}
 
 METHODS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "fine-tuning": ("standard", {}),
