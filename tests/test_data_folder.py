@@ -109,6 +109,9 @@ def test_several_captions(photos: Path) -> None:
     assert open_images(photos, resolution=8).fingerprint != store.fingerprint
     (photos / "metadata.jsonl").write_text('{"file_name": "b.png", "text": "dog"}\n')
     single = open_images(photos, resolution=8)
+    later = '{"file_name": "b.png", "text": ["", "dog"]}\n'
+    (photos / "metadata.jsonl").write_text(later)
+    assert open_images(photos, resolution=8).every_caption() == [[""], ["", "dog"], [""], [""]]
     assert single.more_captions is None and single.subset([1]).fingerprint == store.subset([1]).fingerprint
 
 

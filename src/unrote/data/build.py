@@ -136,7 +136,8 @@ class _RowWriter:
     def write_columns(self) -> str:
         assert self._shape is not None
         labels, class_names = _label_column(self._labels, self._source.class_names)
-        captions = [text or "" for text in self._captions] if any(self._captions) else None
+        told = any(self._captions) or any(map(any, self._more_captions))
+        captions = [text or "" for text in self._captions] if told else None
         more = self._more_captions if any(self._more_captions) else None
         digests = np.frombuffer(b"".join(self._digests), dtype=np.uint8).reshape(-1, 32)
         shape = (len(self._names), *self._shape)
