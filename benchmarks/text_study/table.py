@@ -15,7 +15,7 @@ DISTANCE = ("quality", "random-conv", "frechet_distance", "value")
 COPIED, DISTINCT = ("memorization", "orbit", "fraction"), ("memorization", "orbit", "distinct")
 CALIBRATED = ("memorization", "calibrated", "fraction")
 MEMORIZED = {"copied": COPIED, "calibrated": CALIBRATED, "distinct": DISTINCT}
-WITHIN = (1.05, 1.5)
+WITHIN = (1.05, 1.2, 1.5)
 """Times the best Fréchet distance of ordinary fine-tuning: where what is memorized is compared. As studies do."""
 COLUMNS = {
     "copied": COPIED,
