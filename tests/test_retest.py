@@ -233,11 +233,14 @@ def test_guards_of_a_text_to_image_model_work_once_however_many_images_are_asked
 
 @pytest.mark.parametrize("command", ["retest", "membership"])
 def test_one_that_is_interrupted_says_that_nothing_was_written(
-    command, memorizing, holdout, tmp_path, monkeypatch, capsys
+    command, memorizing, holdout, tmp_path, monkeypatch, capsys, request
 ):
     def interrupted(*_):
         os.kill(os.getpid(), signal.SIGINT)
 
+    # Jobs in the background of a shell ignore it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     monkeypatch.setattr("unrote.guards.index.PixelIndex.__call__", interrupted)
     monkeypatch.setattr("unrote.detection.membership.as_noise", interrupted)
     own = ["--index", 0, "--tries", 4, "--out", tmp_path / "result.json"]
