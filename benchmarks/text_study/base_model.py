@@ -21,6 +21,7 @@ from transformers import BertConfig, BertModel, BertTokenizer
 
 from unrote.data import ImageStore, open_images
 from unrote.files import atomic_path
+from unrote.models.encoding import LatentEncoder
 from unrote.models.pixels import as_floats
 from unrote.training.precision import multiplies_bf16
 
@@ -187,10 +188,10 @@ def train_unet(pipeline: Any, images: ImageStore, sizes: Sizes, seed: int) -> No
     distinct = sorted({"", *(text for several in texts for text in several)})
     known = torch.cat([_embedded(pipeline, distinct[i : i + 256]) for i in range(0, len(distinct), 256)])
     row_of = {text: row for row, text in enumerate(distinct)}
-    with torch.no_grad():
-        pixels = as_floats(np.asarray(images.images), DEVICE).split(256)
-        parts = [pipeline.vae.encode(part).latent_dist for part in pixels]
-        mean, std = (torch.cat([getattr(part, name) for part in parts]) for name in ("mean", "std"))
+    # What fine-tuning draws with: a denoiser that knows the means only has never seen what it is tuned on.
+    encoder = LatentEncoder(pipeline.vae, DEVICE)
+    parts = [encoder.moments(part) for part in as_floats(np.asarray(images.images), DEVICE).split(256)]
+    mean, std = (torch.cat(values) for values in zip(*parts, strict=True))
     unet, steps = pipeline.unet.train(), math.ceil(sizes.unet_images / sizes.batch)
     average = torch.optim.swa_utils.AveragedModel(unet, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.995))
 
@@ -198,10 +199,7 @@ def train_unet(pipeline: Any, images: ImageStore, sizes: Sizes, seed: int) -> No
         for rows in _batches(len(images), sizes.batch, sizes.unet_images, draw):
             chosen = ["" if random.random() < 0.1 else str(random.choice(texts[row])) for row in rows]
             states = known[[row_of[text] for text in chosen]].float()
-            chosen_rows = torch.from_numpy(rows)
-            # Drawn, as fine-tuning draws: a denoiser that knows the means only has never seen what it is tuned on.
-            clean = mean[chosen_rows] + std[chosen_rows] * torch.randn(mean[chosen_rows].shape, generator=draw)
-            clean = clean * pipeline.vae.config.scaling_factor
+            clean = encoder.drawn((mean[rows], std[rows]), draw)
             noise = torch.randn(clean.shape, generator=draw)
             timesteps = torch.randint(1000, (len(rows),), generator=draw)
             noisy = pipeline.scheduler.add_noise(clean, noise, timesteps)

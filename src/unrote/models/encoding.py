@@ -209,13 +209,14 @@ class CachedTexts:
 
     def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """Embeddings of ``texts``."""
-        new = [] if self._others is None else [place for place, text in enumerate(texts) if text not in self._rows]
-        rows = [0 if place in new else self._rows[text] for place, text in enumerate(texts)]
-        flat = torch.from_numpy(np.asarray(self._kept[rows])).to(self._device)
+        rows = [self._rows.get(text) for text in texts]
+        new = [place for place, row in enumerate(rows) if row is None]
+        flat = torch.from_numpy(np.asarray(self._kept[[row or 0 for row in rows]])).to(self._device)
         parts = torch.split(flat, [math.prod(shape) for shape in self._shapes.values()], 1)
         named = zip(self._shapes.items(), parts, strict=True)
         outputs = {name: part.reshape(-1, *shape) for (name, shape), part in named}
-        if self._others is not None and new:
+        if new:
+            assert self._others is not None, "a text that is not kept, and nothing to read it"
             for name, values in self._others([texts[place] for place in new]).items():
                 outputs[name][new] = values
         return _without_empty(outputs, texts) if self._zeros_for_empty else outputs
