@@ -71,6 +71,9 @@ def test_what_a_method_sets_wins_over_a_preset_and_not_over_the_user(tmp_path):
     gate = load_config(file=file, overrides={"gate.skip_ratio": 0.9}).gate
     assert (gate.skip_ratio, gate.reference, gate.signal) == (0.9, 0.2, "history")
     assert load_config(preset="cifar10").gate.reference == 0
+    more = load_config(method="gap+", overrides={"augmentation.ops.flip": False})
+    assert (more.gate.reference, more.skip_ratio) == (0.125, 0.7)
+    assert more.augmentation.labels and more.augmentation.ops.shift == 0.125 and not more.augmentation.ops.flip
 
 
 def test_a_part_that_the_file_or_an_override_sets_itself_stays(tmp_path):

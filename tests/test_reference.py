@@ -43,6 +43,8 @@ def test_reference_images_are_a_random_share_of_those_that_are_there_once():
     assert len(reference_of(config_of(), twice)) == 0
     with pytest.raises(InputError, match=r"gate\.reference: 0\.5 of 20 images are 10, and only 0 are there once"):
         reference_of(config_of(gate__reference=0.5), twice.subset([*range(10), *range(40, 50)]))
+    with pytest.raises(InputError, match=r"of 1 images leaves none to train on.*--method agc"):
+        reference_of(load_config(method="gap+"), toy_images(1))
 
 
 @pytest.mark.parametrize("method", ["agc", "iet-agc+"])

@@ -26,7 +26,7 @@ CASES = [
     ),
     (3, "iet-agc+", {"ensemble.num_shards": 2, "training.gradient_accumulation_steps": 2}),
     (2, "agc", {"augmentation.enabled": True, "augmentation.ratio_source": "lookahead", "gate.target_skip_rate": 0.5}),
-    (2, "gap", {"training.epochs": 2}),
+    (2, "gap+", {"training.epochs": 2}),
 ]
 
 

@@ -32,7 +32,7 @@ def train(
         data: anything :func:`unrote.open_images` takes: a folder, an ``.npz``, a named set, a Hugging Face or torch
             data set.
         out: the run folder.
-        method: ``standard``, ``agc``, ``iet``, ``iet-agc``, ``iet-agc+`` (the default) or ``gap``.
+        method: ``standard``, ``agc``, ``iet``, ``iet-agc``, ``iet-agc+`` (the default), ``gap`` or ``gap+``.
         preset: where the other settings come from; ``tiny`` by default.
         config: a YAML file of settings.
         settings: dotted field → value, e.g. ``{"gate.skip_ratio": 0.8}``; these win.

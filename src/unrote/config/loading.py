@@ -56,7 +56,9 @@ def load_config(
     preset = preset or written.get("preset") or ("fine-tune" if tuned else "tiny")
     method = method or written.get("method", "iet-agc+")
     parts = _parts_of(method, written)
-    values = merge(merge(preset_values(preset), METHOD_SETTINGS.get(method, {})), written)
+    chosen = preset_values(preset)
+    tuned = tuned or chosen.get("model", {}).get("pretrained")
+    values = merge(merge(chosen, _settings_of(method, bool(tuned))), written)
     values = merge(values, {"method": method, "preset": preset} | parts)
     for key, value in (overrides or {}).items():
         values = merge(values, _nest(key, value))
@@ -195,6 +197,13 @@ def _parts_of(method: str, written: Mapping[str, Any]) -> dict[str, Any]:
     # What is no mapping is left for validation to complain about.
     unset = [part for part in PARTS if isinstance(sections[part], Mapping) and "enabled" not in sections[part]]
     return {part: {"enabled": part in METHODS[method]} for part in unset}
+
+
+def _settings_of(method: str, tuned: bool) -> dict[str, Any]:
+    """What ``method`` sets besides its parts."""
+    settings = METHOD_SETTINGS.get(method, {})
+    # A pretrained model can't be told what was done to an image.
+    return merge(settings, {"augmentation": {"labels": False}}) if tuned and "augmentation" in settings else settings
 
 
 def _nest(key: str, value: Any) -> dict[str, Any]:

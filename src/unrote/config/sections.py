@@ -27,18 +27,18 @@ METHODS: dict[str, tuple[str, ...]] = {
     "iet-agc": ("ensemble", "gate"),
     "iet-agc+": ("ensemble", "gate", "redistribution", "augmentation"),
     "gap": ("gate",),
+    "gap+": ("gate", "augmentation"),
 }
 """Which parts each method turns on."""
 
+_UNSEEN = {"reference": 0.125, "signal": "history", "bank": {"bins": 20, "decay": 0.95, "warm_start": True}}
+
 METHOD_SETTINGS: dict[str, dict[str, Any]] = {
-    "gap": {
-        "gate": {
-            "skip_ratio": 0.8,
-            "reference": 0.125,
-            "signal": "history",
-            "bank": {"bins": 20, "decay": 0.95, "warm_start": True},
-        }
-    }
+    "gap": {"gate": {"skip_ratio": 0.8, **_UNSEEN}},
+    "gap+": {
+        "gate": {"skip_ratio": 0.7, **_UNSEEN},
+        "augmentation": {"labels": True, "beta": 1.3, "ops": {"shift": 0.125}},
+    },
 }
 """What a method sets besides: over a preset's values, under those of a file and of single settings."""
 
@@ -221,7 +221,7 @@ class Config(Section):
     """A whole training run."""
 
     method: str = "iet-agc+"
-    """standard, agc, iet, iet-agc, iet-agc+ or gap: which of four parts are enabled, unless they say otherwise."""
+    """standard, agc, iet, iet-agc, iet-agc+, gap or gap+: which of four parts are on, unless they say otherwise."""
     preset: str = "tiny"
     """Where the values that you did not set came from."""
     seed: NonNegativeInt = 0

@@ -17,7 +17,7 @@ def reference_of(config: Config, images: ImageStore) -> Tensor:
     would be trained on.
 
     Raises:
-        InputError: too few images are in the set only once.
+        InputError: too few images are in the set only once, or none would be left to train on.
     """
     share = config.gate.reference if config.gate.enabled or config.augmentation.enabled else 0.0
     if share == 0:
@@ -29,6 +29,11 @@ def reference_of(config: Config, images: ImageStore) -> Tensor:
         raise InputError(
             f"gate.reference: {share:g} of {len(images):,} images are {count:,}, and only {len(single):,} are there "
             "once; remove duplicates (`unrote scan` lists them) or lower it"
+        )
+    if count == len(images):
+        raise InputError(
+            f"gate.reference: {share:g} of {len(images):,} images leaves none to train on; add images, lower it, or "
+            "choose a method that needs no unseen images, such as --method agc"
         )
     order = torch.randperm(len(single), generator=generator(config.seed, "reference"))
     return single[order[:count]].sort().values
