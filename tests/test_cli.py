@@ -188,7 +188,7 @@ def test_version(here):
         (["train", "--out", "x", "--set", "model.attention_levels=[1]", "--set", "model.attention_head_dim=48"],
          ["model.attention_head_dim", "divide"]),
         (["train", "--out", "x", "--set", "training.adam_beta1=1"], ["training.adam_beta1", "less than 1"]),
-        (["train", "--out", "x", "--limit", "3", "--set", "ensemble.num_shards=4"], ["ensemble.num_shards must", "3"]),
+        (["train", "--out", "x", "--limit", "3", "--method", "iet"], ["ensemble.num_shards must", "3"]),
         (["train", "--out", ""], ["--out", "is empty"]),
         (["train", "--out", "x", "--data", ""], ['"" names no images']),
         (["train", "--out", "x", "--dry-run", "--device-memory", "-1"], ["--device-memory", "x>0"]),

@@ -32,7 +32,8 @@ def train(
         data: anything :func:`unrote.open_images` takes: a folder, an ``.npz``, a named set, a Hugging Face or torch
             data set.
         out: the run folder.
-        method: ``standard``, ``agc``, ``iet``, ``iet-agc``, ``iet-agc+`` (the default), ``gap`` or ``gap+``.
+        method: ``standard``, ``agc``, ``iet``, ``iet-agc``, ``iet-agc+``, ``gap`` or ``gap+``; by default what the
+            preset names, else ``gap+``, with a pretrained model ``iet-agc+``.
         preset: where the other settings come from; ``tiny`` by default.
         config: a YAML file of settings.
         settings: dotted field → value, e.g. ``{"gate.skip_ratio": 0.8}``; these win.

@@ -112,7 +112,7 @@ def _config_options(command: Callable[..., Any]) -> Callable[..., Any]:
     options = [
         click.option("--preset", help="Where settings that are not given come from; `unrote presets` lists them."),
         click.option("--config", "file", type=_FILE, help="YAML file of settings."),
-        click.option("--method", help=f"{', '.join(METHODS)} (default iet-agc+)."),
+        click.option("--method", help=f"{', '.join(METHODS)} (default gap+; with a pretrained model iet-agc+)."),
         click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="One setting; may be repeated."),
     ]
     for option in reversed(options):

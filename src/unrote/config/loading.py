@@ -35,7 +35,8 @@ def load_config(
     Later ones win: defaults, preset, what the method sets besides, file, parts that the method enables, overrides.
 
     Args:
-        method: one of :data:`METHODS`.
+        method: one of :data:`METHODS`; by default what the preset names, else ``iet-agc+`` with a pretrained model and
+            ``gap+`` without.
         preset: one of :func:`preset_names`; by default ``fine-tune`` with a pretrained model, ``tiny`` without.
         file: a YAML file with any of the fields.
         overrides: dotted field → value, e.g. ``{"gate.skip_ratio": 0.8}``.
@@ -54,11 +55,12 @@ def load_config(
     pretrained = model.get("pretrained") if isinstance(model, Mapping) else None
     tuned = (overrides or {}).get("model.pretrained") or pretrained
     preset = preset or written.get("preset") or ("fine-tune" if tuned else "tiny")
-    method = method or written.get("method", "iet-agc+")
-    parts = _parts_of(method, written)
     chosen = preset_values(preset)
     tuned = tuned or chosen.get("model", {}).get("pretrained")
-    values = merge(merge(chosen, _settings_of(method, bool(tuned))), written)
+    # Measured, not settled: docs/choosing.md.
+    method = method or written.get("method") or chosen.get("method") or ("iet-agc+" if tuned else "gap+")
+    parts = _parts_of(method, written)
+    values = merge(merge(chosen, _settings_of(method, chosen, bool(tuned))), written)
     values = merge(values, {"method": method, "preset": preset} | parts)
     for key, value in (overrides or {}).items():
         values = merge(values, _nest(key, value))
@@ -199,11 +201,15 @@ def _parts_of(method: str, written: Mapping[str, Any]) -> dict[str, Any]:
     return {part: {"enabled": part in METHODS[method]} for part in unset}
 
 
-def _settings_of(method: str, tuned: bool) -> dict[str, Any]:
-    """What ``method`` sets besides its parts."""
+def _settings_of(method: str, preset: Mapping[str, Any], tuned: bool) -> dict[str, Any]:
+    """What ``method`` sets besides its parts, over those of a preset."""
     settings = METHOD_SETTINGS.get(method, {})
+    if "augmentation" not in settings:
+        return settings
+    # What may be done to images is known by whoever knows the images.
+    own: dict[str, Any] = {"ops": preset.get("augmentation", {}).get("ops", {})}
     # A pretrained model can't be told what was done to an image.
-    return merge(settings, {"augmentation": {"labels": False}}) if tuned and "augmentation" in settings else settings
+    return merge(settings, {"augmentation": own | ({"labels": False} if tuned else {})})
 
 
 def _nest(key: str, value: Any) -> dict[str, Any]:

@@ -40,7 +40,8 @@ METHOD_SETTINGS: dict[str, dict[str, Any]] = {
         "augmentation": {"labels": True, "beta": 1.3, "ops": {"shift": 0.125}},
     },
 }
-"""What a method sets besides: over a preset's values, under those of a file and of single settings."""
+"""What a method sets besides: over a preset's values (but for ``augmentation.ops``), under those of a file and of
+single settings."""
 
 
 class DataConfig(Section):
@@ -220,7 +221,7 @@ class AugmentationConfig(Section):
 class Config(Section):
     """A whole training run."""
 
-    method: str = "iet-agc+"
+    method: str = "gap+"
     """standard, agc, iet, iet-agc, iet-agc+, gap or gap+: which of four parts are on, unless they say otherwise."""
     preset: str = "tiny"
     """Where the values that you did not set came from."""

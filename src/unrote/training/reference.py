@@ -28,7 +28,8 @@ def reference_of(config: Config, images: ImageStore) -> Tensor:
     if count > len(single):
         raise InputError(
             f"gate.reference: {share:g} of {len(images):,} images are {count:,}, and only {len(single):,} are there "
-            "once; remove duplicates (`unrote scan` lists them) or lower it"
+            "once; remove duplicates (`unrote scan` lists them), lower it, or choose a method that needs no unseen "
+            "images, such as --method agc"
         )
     if count == len(images):
         raise InputError(
