@@ -55,9 +55,9 @@ def nearest_features(
     """
     assert queries.shape[1:] == references.shape[1:] and len(references) > 0 and num > 0
     num, count, values = min(num, len(references)), len(references), references.shape[1]
-    sizes = Blocks.within(memory_bytes, values, slots_of("reduced", num, count), 8, 10)
+    sizes = Blocks.within(memory_bytes, values, slots_of("bfloat16", num, count), 8, 10)
     ranks, device = Ranks.here(distributed=distributed), torch.device(device)
-    saved = Saved.keyed(resume, ranks, queries, references, "features/4", num, sizes.group)
+    saved = Saved.keyed(resume, ranks, queries, references, "features/5", num, sizes.group)
     groups = range(0, len(queries), sizes.group)
     squared, indices = np.zeros((len(queries), num)), np.zeros((len(queries), num), dtype=np.int64)
     again = 0
