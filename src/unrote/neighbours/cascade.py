@@ -75,8 +75,10 @@ class CascadeScan:
             error = reduction.error(width)
             common = 2 * error + error**2 + reduction.norm_error
             self.slacks.append((1.01 * (common + _gamma(width)) + 4 * UNIT, 1.01 * (common + 3 * _gamma(width + 8)) + 16 * UNIT))
-        self._scores = torch.empty(0)
+        # Kept, as fresh memory costs as much as what is done in it.
+        self._scores, self._block = torch.empty(0), torch.empty((0, values))
         self.queries, self.norms, self.sides = self._prepared(queries)
+        self._block = torch.empty((0, values))
         for side in self.sides:
             side[:, :-1].mul_(-2.0)
             side[:, -1] = 1.0
@@ -99,8 +101,6 @@ class CascadeScan:
     def add(self, first: int, references: np.ndarray) -> None:
         """Take in float32 rows [b, D]."""
         block, norms, sides = self._prepared(references)
-        if not norms.amax() < FAR**2 / 2:
-            checked(references)
         for start in range(0, len(self.queries), self.tile):
             rows = slice(start, min(start + self.tile, len(self.queries)))
             queries, limits = rows.stop - start, self._limits(rows)
@@ -150,8 +150,10 @@ class CascadeScan:
         self.limits = torch.minimum(self.limits, torch.from_numpy(state["limits"]))
 
     def _prepared(self, rows: np.ndarray) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """z float32 [n, D], n̂ float64 [n], and (ŷ, W, h) of both bounds."""
-        centred, norms = torch.empty(rows.shape), torch.empty(len(rows), dtype=torch.float64)
+        """z float32 [n, D] (which the next call overwrites), n̂ float64 [n], and (ŷ, W, h) of both bounds."""
+        if len(self._block) < len(rows):
+            self._block = torch.empty(rows.shape)
+        centred, norms = self._block[: len(rows)], torch.empty(len(rows), dtype=torch.float64)
         reduced = torch.empty((len(rows), self.reduction.values))
         # A piece stays in the processor's cache through all passes.
         step = max(1, (1 << 20) // rows.shape[1])
@@ -159,8 +161,10 @@ class CascadeScan:
             piece = slice(start, start + step)
             part = centred[piece]
             np.subtract(rows[piece], self.centre, out=part.numpy())
-            part.mul_(self.scale).clamp_(-FAR, FAR)
-            reduced[piece], norms[piece] = self.reduction.coordinates(part)
+            reduced[piece], norms[piece] = self.reduction.coordinates(part.mul_(self.scale))
+            if not norms[piece].amax() < FAR**2:
+                checked(rows[piece])
+                reduced[piece], norms[piece] = self.reduction.coordinates(part.clamp_(-FAR, FAR))
         sides = []
         for width, (outside, slack) in zip(self.widths, self.slacks, strict=True):
             # A whole number of what a processor multiplies at once.

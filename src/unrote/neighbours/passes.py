@@ -17,7 +17,7 @@ WAYS: tuple[Way, ...] = ("int8", "reduced", "bfloat16", "float32")
 # Candidates kept per neighbour asked for (and 16 more): the coarser the bounds, the more references they cannot tell.
 KEPT = {"int8": 3.5, "reduced": 1.5, "bfloat16": 4.0, "float32": 1.5}
 SAMPLE, RUN = 2048, 128  # references looked at, and how many of them lie together
-TRIED = 64  # queries
+FITTED, TRIED = 512, 64  # queries that a reduction is fitted to, and that a pass is tried on
 PAYS = 0.5  # the most that a cascade may take of the time of a product
 
 
@@ -41,7 +41,7 @@ class Passes:
     """
 
     def __init__(self, queries: np.ndarray, references: Rows, num: int, most: int, device: torch.device):
-        self.queries, self.num, self.count, self.device = queries, num, len(references), device
+        self.queries, self.num, self.count, self.most, self.device = queries, num, len(references), most, device
         runs = max(1, min(SAMPLE, most) // RUN)
         starts = np.linspace(0, max(0, self.count - RUN), 2 * runs).astype(np.int64)
         parts = [checked(np.array(references[start : start + RUN])) for start in starts]
@@ -54,8 +54,8 @@ class Passes:
     @cached_property
     def reduction(self) -> Reduction:
         """By queries and by other references than those that it is tried on, which it would fit too well."""
-        some = self.queries[:: -(-len(self.queries) // len(self.shown))]
-        return Reduction(np.concatenate([self.shown, some]), self.device)
+        some = self.queries[:: -(-len(self.queries) // FITTED)]
+        return Reduction(np.concatenate([self.shown[::2], some]), self.device)
 
     def there(self, way: Way) -> bool:
         """Whether this machine and these values have that pass."""
@@ -107,7 +107,8 @@ class Passes:
             cascade = CascadeScan(queries, self.box, num, slots, self.count, tile, self.reduction)
             # Near the ends of the references the same may have been looked at twice.
             once = np.unique(self.numbers, return_index=True)[1]
-            cascade.expect(np.concatenate([self.shown, self.sample])[once])
+            some = once[:: -(-len(once) // self.most)]
+            cascade.expect(np.concatenate([self.shown, self.sample])[some])
             return cascade
         coarse, reduction = way == "bfloat16", self.reduction if way == "reduced" else None
         return FloatScan(

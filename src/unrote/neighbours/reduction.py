@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SHARE = 8
+SHARE = 10
 """D / SHARE directions are kept, so that the products of a search are as many times fewer."""
 MOST, MOST_NUMBERS = 512, 1 << 23
 """Directions, and numbers that all of them have together (32 MiB)."""
@@ -75,12 +75,13 @@ class Reduction:
     def coordinates(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """ŷ float32 [n, d], and ‖z‖² float64 [n] but for a share ``norm_error``."""
         reduced = torch.zeros((len(rows), self.values), device=rows.device)
-        norms = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
         for start in range(0, rows.shape[1], CHUNK):
             part = slice(start, start + CHUNK)
             reduced.addmm_(rows[:, part], self.basis[part])
-            norms += torch.linalg.vecdot(rows[:, part], rows[:, part])
-        return reduced, norms
+        whole = rows.shape[1] // CHUNK * CHUNK
+        chunks, last = rows[:, :whole].unflatten(1, (-1, CHUNK)), rows[:, whole:]
+        norms = torch.linalg.vecdot(chunks, chunks).double().sum(1)
+        return reduced, norms.add_(torch.linalg.vecdot(last, last))
 
 
 def directions_of(values: int) -> int:
