@@ -14,7 +14,7 @@ from unrote.neighbours.running_top import FloatTop
 from unrote.neighbours.scans import State
 
 UNIT = 2.0**-23  # twice the unit roundoff of float32
-LEADING = 62  # directions of the first bound: with two more columns a short product
+LEADING = 94  # directions of the first bound: with two more columns a short product
 TILE = 512  # queries whose rows a processor's last cache holds
 DENSE = 8  # a number of a product at single positions costs as much as so many of a whole product
 FAR = 2.0**40
@@ -30,9 +30,10 @@ class CascadeScan:
     farther from any query; a limit beyond 2⁷⁰ counts as none.
 
     Proof. Let u = 2⁻²³ and n = ‖z‖², computed as n̂ with an error of νn at most. Let y be the exact coordinates in d
-    orthonormal directions, ŷ those computed, ‖ŷ − y‖ ≤ ε‖z‖, and w² = n − ‖y‖² what lies outside. By Cauchy and Schwarz
-    z_q·z_r ≤ y_q·y_r + w_q w_r. As |‖ŷ‖² − ‖y‖²| ≤ (2ε + ε²)n, W² = max(0, n̂ − ‖ŷ‖²) + κn̂ is at least w² with
-    κ = 1.01(2ε + ε² + ν + γ_d) + 4u, and as |ŷ_q·ŷ_r − y_q·y_r| ≤ (2ε + ε²)‖z_q‖‖z_r‖,
+    orthonormal directions, ŷ those computed, ‖ŷ − y‖ ≤ ε‖z‖, and w² = n − ‖y‖² what lies outside. By Cauchy and
+    Schwarz z_q·z_r ≤ y_q·y_r + w_q w_r. As |‖ŷ‖² − ‖y‖²| ≤ (2ε + ε²)n, W² = max(0, n̂ − ‖ŷ‖²) + κn̂ is at least w² with
+    κ = 1.01(2ε + ε² + ν + γ_d) + 4u (and D · 2⁻¹²⁰ more, as squares underflow); and |ŷ_q·ŷ_r − y_q·y_r| ≤
+    (2ε + ε²)‖z_q‖‖z_r‖. So
 
         ‖z_q − z_r‖² ≥ n_q + n_r − 2(ŷ_q·ŷ_r + W_q W_r) − (2ε + ε²)(n_q + n_r).
 
@@ -42,9 +43,9 @@ class CascadeScan:
     with h = (1 − σ)n̂, σ = 1.01(2ε + ε² + ν + 3γ_K) + 16u, the product exceeds (1 + 4u)t − h_q only if the squared
     distance exceeds t.
 
-    The third: e = 1.01(γ_D + ν) + 32u bounds how far d̂ = n̂_q + n̂_r − 2z_q·z_r, rounded to float32, is off as a share of
-    n_q + n_r. As ‖z_r‖ ≤ ‖z_q‖ + d, that is less than 3n_q + 2d². So (d̂ − 3en_q)/(1 + 2e) ≤ d² ≤ (d̂ + 3en_q)/(1 − 2e): d̂
-    orders references as both bounds do, and the n-th least d̂ gives a limit. What underflows is less than D · 2⁻⁸⁰.
+    The third: e = 1.01(γ_D + ν) + 32u bounds how far d̂ = n̂_q + n̂_r − 2z_q·z_r, rounded to float32, is off as a share
+    of n_q + n_r. As ‖z_r‖ ≤ ‖z_q‖ + d, that is at most 3n_q + 2d². So (d̂ − 3en_q)/(1 + 2e) ≤ d² ≤ (d̂ + 3en_q)/(1 − 2e):
+    both bounds order references as d̂ does, and the n-th least d̂ gives a limit. What underflows is less than D · 2⁻⁸⁰.
 
     Args:
         queries: float32 [g, D].
@@ -74,7 +75,9 @@ class CascadeScan:
         for width in self.widths:
             error = reduction.error(width)
             common = 2 * error + error**2 + reduction.norm_error
-            self.slacks.append((1.01 * (common + _gamma(width)) + 4 * UNIT, 1.01 * (common + 3 * _gamma(width + 8)) + 16 * UNIT))
+            self.slacks.append(
+                (1.01 * (common + _gamma(width)) + 4 * UNIT, 1.01 * (common + 3 * _gamma(width + 8)) + 16 * UNIT)
+            )
         # Kept, as fresh memory costs as much as what is done in it.
         self._scores, self._block = torch.empty(0), torch.empty((0, values))
         self.queries, self.norms, self.sides = self._prepared(queries)
@@ -114,7 +117,9 @@ class CascadeScan:
             flat = flat[bounds <= self._allowed(1, rows, limits)[flat % queries]]
             squared = self._squared(norms, self.norms[rows], flat, _products(block, self.queries[rows], flat))
             places = flat % queries
-            near = squared <= (limits * (1 + 2 * self.error) + 3 * self.error * self.norms[rows] + self.underflow)[places]
+            near = (
+                squared <= (limits * (1 + 2 * self.error) + 3 * self.error * self.norms[rows] + self.underflow)[places]
+            )
             places, squared, flat = places[near], squared[near], flat[near]
             keys = self.top.keys_of(squared, flat.div_(queries, rounding_mode="floor").add_(first))
             order = torch.from_numpy(np.argsort(places.numpy().astype(np.int16), kind="stable"))
@@ -171,7 +176,8 @@ class CascadeScan:
             side = torch.zeros((len(rows), -(-(width + 2) // 8) * 8))
             side[:, :width] = leading = reduced[:, :width]
             rest = norms - torch.linalg.vecdot(leading, leading)
-            side[:, width] = rest.clamp_(min=0.0).add_(norms, alpha=outside).sqrt_().mul_(1 + UNIT)
+            rest.clamp_(min=0.0).add_(norms, alpha=outside).add_(self.underflow * 2.0**-40)
+            side[:, width] = rest.sqrt_().mul_(1 + UNIT)
             side[:, -1] = norms * (1 - slack)
             sides.append(side)
         return centred, norms, sides

@@ -350,7 +350,7 @@ def checked(rows: np.ndarray) -> np.ndarray:
 
 
 def framed(queries: np.ndarray, box: np.ndarray) -> tuple[np.ndarray, float]:
-    """The mean of the queries float32 [D], and a power of two that takes what is left of the box [2, D] into [−1, 1]."""
+    """The mean of the queries float32 [D], and a power of two that brings the box [2, D] about it into [−1, 1]."""
     centre = torch.from_numpy(queries).mean(0, dtype=torch.float64).float().numpy()
     largest = float(np.abs(box.astype(np.float64) - centre).max(initial=0.0))
     return centre, 2.0 ** -min(max(math.frexp(largest)[1], -126), 126)

@@ -64,7 +64,11 @@ def nearest_features(
     squared, indices = np.zeros((len(queries), num)), np.zeros((len(queries), num), dtype=np.int64)
     again = 0
     # The bounds are of float32 products.
-    with torch.autocast("cpu", enabled=False), float32_products("highest"), ranks.bar(progress, "row", len(groups), count) as bar:
+    with (
+        torch.autocast("cpu", enabled=False),
+        float32_products("highest"),
+        ranks.bar(progress, "row", len(groups), count) as bar,
+    ):
         stream = Stream(references, sizes.block, ranks, saved, bar)
         for start in groups:
             group = slice(start, start + sizes.group)

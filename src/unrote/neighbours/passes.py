@@ -18,7 +18,6 @@ WAYS: tuple[Way, ...] = ("int8", "reduced", "bfloat16", "float32")
 KEPT = {"int8": 3.5, "reduced": 1.5, "bfloat16": 4.0, "float32": 1.5}
 SAMPLE, RUN = 2048, 128  # references looked at, and how many of them lie together
 FITTED, TRIED = 512, 64  # queries that a reduction is fitted to, and that a pass is tried on
-PAYS = 0.5  # the most that a cascade may take of the time of a product
 
 
 def slots_of(way: Way, num: int, count: int) -> int:
@@ -86,7 +85,7 @@ class Passes:
                 continue
             if way == "reduced" and kind == "cpu":
                 cascade = CascadeScan(some, self.box, rank, rank, self.count, 4 * len(some), self.reduction)
-                if cascade.work(self.sample, distances) < PAYS:
+                if cascade.work(self.sample, distances) < (0.5 if bfloat16_pays(kind) else 1.0):
                     return way
                 continue
             trial = self.scan(way, some, rank, slots_of(way, rank, len(self.sample)), len(some))

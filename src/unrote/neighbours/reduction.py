@@ -21,8 +21,9 @@ class Reduction:
     """The coordinates of rows z in d directions of R^D: ‖y(q) − y(r)‖ ≤ ‖q − r‖ but for errors that are known.
 
     The directions are those in which ``sample`` varies most, in order (found by subspace iteration: Halko, Martinsson
-    and Tropp, SIAM Review 53, 2011, algorithm 4.4, and turned by Rayleigh and Ritz), so that of images and features most
-    of a distance is left, and much by the first few. Whatever they are, the bound holds. Let P [D, d] be the matrix as it is stored, δ = ‖PᵀP − I‖_F, and P̃ = P (PᵀP)^(−½) the next one with
+    and Tropp, SIAM Review 53, 2011, algorithm 4.4, and turned by Rayleigh and Ritz), so that of images and features
+    most of a distance is left, and much by the first few. Whatever they are, the bound holds. Let P [D, d] be the
+    matrix as it is stored, δ = ‖PᵀP − I‖_F, and P̃ = P (PᵀP)^(−½) the next one with
     orthonormal columns: P̃ᵀ takes no two rows farther apart, and ‖P − P̃‖ ≤ δ. What is computed, ŷ, is P̃ᵀz but for ε‖z‖,
     ε = γ√d (1 + δ) + δ + 4u: the sums are made of chunks in float32, so each of the d is off by at most γ|P_j|·|z|,
     γ = mu/(1 − mu), m the length of a chunk and their number together, u = 2⁻²³; and centring rounded z. As
@@ -46,7 +47,8 @@ class Reduction:
         for _ in range(PASSES):
             basis = torch.linalg.qr(rows.T @ (rows @ basis)).Q
         held = rows @ basis
-        turn = torch.linalg.eigh((held.T @ held).double()).eigenvectors.flip(1).float()
+        variances = (held.T @ held).double().nan_to_num(0.0, 0.0, 0.0)
+        turn = torch.linalg.eigh(variances).eigenvectors.flip(1).float()
         self.basis = (basis @ turn).contiguous()
         gram = self.basis.double().T @ self.basis.double()
         gram.diagonal().sub_(1.0)
