@@ -195,7 +195,7 @@ class CascadeScan:
 
     def _above(self, squared: Tensor, rows: slice) -> Tensor:
         """The most that the squared distance can be where d̂ is ``squared``: [t]."""
-        most = (squared + 3 * self.error * self.norms[rows] + self.underflow) / (1 - 2 * self.error)
+        most: Tensor = (squared + 3 * self.error * self.norms[rows] + self.underflow) / (1 - 2 * self.error)
         return most.masked_fill_(most > FAR**2 / 2**10, torch.inf)
 
     def _limits(self, rows: slice) -> Tensor:
@@ -221,4 +221,5 @@ def _products(left: Tensor, right: Tensor, flat: Tensor) -> Tensor:
             starts, flat % len(right), torch.zeros(len(flat)), (len(left), len(right)), check_invariants=False
         )
     # It reads the rows where they lie: to gather them first takes longer than to multiply them.
-    return torch.sparse.sampled_addmm(wanted, left, right.T, beta=0.0).values()
+    products: Tensor = torch.sparse.sampled_addmm(wanted, left, right.T, beta=0.0).values()
+    return products

@@ -81,7 +81,7 @@ class Reduction:
             part = slice(start, start + CHUNK)
             reduced.addmm_(rows[:, part], self.basis[part])
         whole = rows.shape[1] // CHUNK * CHUNK
-        chunks, last = rows[:, :whole].unflatten(1, (-1, CHUNK)), rows[:, whole:]
+        chunks, last = rows[:, :whole].view(len(rows), whole // CHUNK, CHUNK), rows[:, whole:]
         norms = torch.linalg.vecdot(chunks, chunks).double().sum(1)
         return reduced, norms.add_(torch.linalg.vecdot(last, last))
 
