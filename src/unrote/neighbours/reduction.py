@@ -1,4 +1,4 @@
-"""Fewer numbers per row, by a map that takes no two rows farther apart: an eighth of the products of a search."""
+"""Fewer numbers per row, by a map that takes no two rows farther apart: a tenth of the products of a search."""
 
 import math
 
