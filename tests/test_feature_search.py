@@ -348,6 +348,22 @@ def test_cascades_of_parts_are_merged_in_any_order():
             assert set(found[query, :10].tolist()) == set(whole[1][query, :10].tolist())
 
 
+@pytest.mark.parametrize("values", [1, 7, 8, 9, 100, 3072])
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.9])
+def test_products_at_single_positions_are_summed_in_float32(values, share):
+    """Long sums that cancel are off by no more than is proven, whether few positions are asked for or most."""
+    left, right = normal(1, 33, values), normal(2, 21, values)
+    left[:, 0], right[:, 0], left[:, -1], right[:, -1] = 256, 256, -256, 256
+    flat = np.flatnonzero(np.random.default_rng(3).random(33 * 21) < share)
+    found = cascade._products(*(torch.from_numpy(part) for part in (left, right, flat))).numpy()
+    rows, columns = flat // 21, flat % 21
+    exact, sizes = (
+        (one[rows].astype(np.float64) * two[columns]).sum(1) for one, two in ((left, right), (abs(left), abs(right)))
+    )
+    assert found.shape == exact.shape
+    assert (np.abs(found - exact) <= cascade._gamma(values) * sizes).all()
+
+
 def test_a_reduced_search_warns_of_nothing_and_ignores_autocast():
     """Sparse products warn once per process that they are in beta."""
     program = (

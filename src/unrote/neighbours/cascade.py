@@ -113,8 +113,9 @@ class CascadeScan:
             scores = dense_product(sides[0], self.sides[0][rows].T, self._scores[:size].view(len(block), queries))
             # Numpy finds them several times faster than torch.
             flat = torch.from_numpy(np.flatnonzero((scores <= self._allowed(0, rows, limits)).numpy()))
-            bounds = _products(sides[1], self.sides[1][rows], flat)
-            flat = flat[bounds <= self._allowed(1, rows, limits)[flat % queries]]
+            if self.widths[0] < self.widths[1]:
+                bounds = _products(sides[1], self.sides[1][rows], flat)
+                flat = flat[bounds <= self._allowed(1, rows, limits)[flat % queries]]
             squared = self._squared(norms, self.norms[rows], flat, _products(block, self.queries[rows], flat))
             places = flat % queries
             near = (

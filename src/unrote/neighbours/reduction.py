@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SHARE = 10
-"""D / SHARE directions are kept, so that the products of a search are as many times fewer."""
+SHARE, FEWEST = 10, 64
+"""D / SHARE directions are kept (but not fewer), so that the products of a search are as many times fewer."""
 MOST, MOST_NUMBERS = 512, 1 << 23
 """Directions, and numbers that all of them have together (32 MiB)."""
 FEWEST_VALUES = 256
@@ -88,4 +88,5 @@ class Reduction:
 
 def directions_of(values: int) -> int:
     """d for rows of so many values."""
-    return min(values, max(32, min(MOST, MOST_NUMBERS // values, values // SHARE) // 32 * 32) - NORMS)
+    share = max(FEWEST, values // SHARE)
+    return min(values, max(32, min(MOST, MOST_NUMBERS // values, share) // 32 * 32) - NORMS)
