@@ -339,7 +339,9 @@ def test_cascades_of_parts_are_merged_in_any_order():
         first, second = (
             scan(range(start, start + 1000, 250), sample) for start, sample in zip(parts, (0, 50), strict=True)
         )
+        limits = torch.minimum(first.limits, second.limits)
         first.merge(second.state())
+        assert torch.equal(first.limits, limits)
         # Products of many pairs are computed another way, which rounds otherwise.
         bounds, found = first.candidates()
         near = whole[0] < torch.inf
