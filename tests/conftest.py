@@ -1,5 +1,6 @@
 """Fixtures that several modules share."""
 
+import gc
 import os
 
 import pytest
@@ -7,6 +8,11 @@ import pytest
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Before torch is imported: workers, and the processes that their tests start, would fight over the processors.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_finish():
+    """What was imported stays: it need not be gone through again and again."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")

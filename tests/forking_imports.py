@@ -1,5 +1,7 @@
 """What the server of :mod:`forking` imports once, for all processes."""
 
+import gc
+
 import torch
 
 import toy  # noqa: F401
@@ -9,3 +11,4 @@ import unrote.sampling
 import unrote.training.loop  # noqa: F401
 
 torch.set_num_threads(1)
+gc.freeze()

@@ -25,12 +25,12 @@ PROGRAM = Path(__file__).parents[1] / "benchmarks" / "fuzz.py"
 
 
 def test_a_few_hundred_changed_inputs(tmp_path):
-    command = [sys.executable, str(PROGRAM), "--count", "400", "--seed", "3", "--out", str(tmp_path / "found.json")]
+    command = [sys.executable, str(PROGRAM), "--count", "200", "--seed", "3", "--out", str(tmp_path / "found.json")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["failures"] == []
-    assert sum(found["outcomes"].values()) == found["inputs"] >= 395
+    assert sum(found["outcomes"].values()) == found["inputs"] >= 195
     for kind in ("image", "metadata", "config", "run", "prompts", "archive", "samples", "report", "model"):
         assert found["outcomes"][f"{kind}: read"] > 0, "some changes do no harm"
         assert found["outcomes"][f"{kind}: refused"] > 0

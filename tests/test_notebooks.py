@@ -39,6 +39,11 @@ def test_a_notebook_was_run_from_top_to_bottom(path):
 def test_a_notebook_runs(path, tmp_path, module_cache, monkeypatch):
     # The kernel is a process of its own: it finds the package where this one does.
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]))
+    if path.stem != SAME_EVERYWHERE:
+        # One round shows that it runs; what is stored in it are the numbers of six.
+        whole, path = path.read_text("utf-8"), tmp_path / path.name
+        assert whole.count("for number in range(6):") == 1
+        path.write_text(whole.replace("for number in range(6):", "for number in range(1):"), "utf-8")
     again = program("tools/run_notebooks").run(path, tmp_path)
     if path.stem == SAME_EVERYWHERE:
         assert said(again) == said(nbformat.read(path, as_version=4))

@@ -60,8 +60,8 @@ def test_a_text_model_in_parts(request, tmp_path, kind):
         base = request.getfixturevalue("base")
     settings = {
         **PARTS, "model.pretrained": str(base), "model.train": "lora" if lora else "full", "model.lora.rank": 2,
-        "training.mixed_precision": "bf16" if lora else "no", "training.epochs": 2, "training.batch_size": 5,
-        "training.use_ema": kind == "full", "monitor.every": 1, "monitor.samples": 2, "monitor.steps": 4,
+        "training.mixed_precision": "bf16" if lora else "no", "training.epochs": 2, "training.batch_size": 13,
+        "training.use_ema": kind == "full", "monitor.every": 1, "monitor.samples": 2, "monitor.steps": 2,
         "monitor.max_overhead": 100.0, "monitor.stop_when": "mq@0.9 > 0.99", "ensemble.local_epochs": 1,
     }  # fmt: skip
     alone, team = (finished(tmp_path / str(world), world, "agc", settings) for world in (1, 2))
@@ -99,7 +99,7 @@ def test_the_monitor_sees_and_keeps_the_same(tmp_path):
 
 def test_killed_and_gone_on_with_in_other_numbers_of_processes(tmp_path):
     """Four processes in two teams of two; then two without teams, then three, of which two share."""
-    settings = PARTS | {"training.epochs": 8, "training.checkpointing_steps": 2, "ensemble.num_shards": 2}
+    settings = PARTS | {"training.epochs": 5, "training.checkpointing_steps": 2, "ensemble.num_shards": 2}
     out, calm = tmp_path / "run", finished(tmp_path / "calm", 1, "iet-agc+", settings)
     before = 0
     for world, killed in ((4, 3), (2, 0)):

@@ -418,4 +418,4 @@ def test_the_toy_study_from_the_command_line(tmp_path, module_cache):
     result = CliRunner().invoke(cli, arguments, catch_exceptions=False)
     assert result.exit_code == 0
     assert "| agc | 1 |" in result.output and str(tmp_path / "study.html") in result.output
-    assert "emoji-24/standard/1" in result.output  # not computed yet
+    assert "Not computed yet: emoji-24 (seed 1): standard, agc." in result.output

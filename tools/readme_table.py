@@ -3,7 +3,7 @@
     python tools/readme_table.py            # rewrites what stands between the marks
     python tools/readme_table.py --check    # exit code 1 if that would change it
 
-The mark says which results: `<!-- study: benchmarks/results/study_pilot.json -->` … `<!-- /study -->`.
+The mark says which results: `<!-- study: benchmarks/results/study.json -->` … `<!-- /study -->`.
 """
 
 import argparse
@@ -41,10 +41,12 @@ def rendered(text: str, root: Path = ROOT) -> str:
 
 
 def tables(result: Mapping[str, Any]) -> str:
-    """A table per regime with ordinary training in it."""
+    """A table per regime in which there is something to compare ordinary training with."""
     parts = []
     for regime, summary in result["summary"].items():
         space = next(iter(summary["spaces"]))
+        if len(summary["spaces"][space]["near-copies"]) == 1:
+            continue
         about = result["study"]["regimes"][regime]["about"]
         lines = [f"**{regime}**: {about}\n", "| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
         for method, row in summary["spaces"][space]["near-copies"].items():

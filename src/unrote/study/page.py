@@ -14,7 +14,7 @@ from unrote.study.cells import Folder
 from unrote.study.charts import chart_style, pareto_chart
 from unrote.study.curves import Curve
 from unrote.study.summary import MEASURES, QUALITY_MARGIN, curve_of, spaces_of
-from unrote.study.tables import COLUMNS, floor_lines, table
+from unrote.study.tables import COLUMNS, floor_lines, not_computed, table
 
 SHEET_STYLE = (
     ".sheets{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,210px),1fr));gap:18px;margin:14px 0}"
@@ -29,7 +29,7 @@ def write_page(result: Mapping[str, Any], path: Path, root: Path) -> None:
     style = (files("unrote.report") / "page.css").read_text(encoding="utf-8") + chart_style() + SHEET_STYLE
     study = result["study"]
     sections = [_regime(result, regime, root) for regime in result["summary"]]
-    missing = ", ".join(result["missing"])
+    missing = not_computed(result["missing"])
     gaps = f'<p class="soft">Not computed yet: {escape(missing)}.</p>' if missing else ""
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     write_text(

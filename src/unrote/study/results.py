@@ -15,7 +15,7 @@ from unrote.study.records import Records
 from unrote.study.run import run_study
 from unrote.study.runs import compare_runs
 from unrote.study.summary import summarize
-from unrote.study.tables import COLUMNS, floor_lines, table
+from unrote.study.tables import COLUMNS, floor_lines, not_computed, table
 
 SCHEMA_VERSION = 1
 
@@ -74,5 +74,5 @@ def markdown(result: Mapping[str, Any]) -> str:
         floors = [floor for floor in result["floors"] if floor["regime"] == regime]
         parts.append("\n".join([*lines, "", *floor_lines(floors, space)]) + "\n")
     if result["missing"]:
-        parts.append(f"Not computed yet: {', '.join(result['missing'])}.\n")
+        parts.append(f"Not computed yet: {not_computed(result['missing'])}.\n")
     return "\n".join(parts)

@@ -22,6 +22,23 @@ COLUMNS = (
 )
 
 
+def not_computed(missing: Sequence[str]) -> str:
+    """Labels of cells in words, methods of a regime that lack the same seeds together; empty if none is missing.
+
+    >>> not_computed(["few/agc/0", "few/iet/0", "few/agc/1", "few/iet/1", "emoji/agc/1"])
+    'few (seeds 0, 1): agc, iet; emoji (seed 1): agc'
+    """
+    seeds: dict[tuple[str, str], list[str]] = {}
+    for label in missing:
+        regime, method, seed = label.split("/")
+        seeds.setdefault((regime, method), []).append(seed)
+    methods: dict[tuple[str, str], list[str]] = {}
+    for (regime, method), lacking in seeds.items():
+        which = f"seed{'s' if len(lacking) > 1 else ''} {', '.join(lacking)}"
+        methods.setdefault((regime, which), []).append(method)
+    return "; ".join(f"{regime} ({which}): {', '.join(names)}" for (regime, which), names in methods.items())
+
+
 def table(summary: Mapping[str, Any], space: str) -> list[list[str]]:
     """The cells of :data:`COLUMNS` for every method, as text."""
     measures = summary["spaces"][space]
