@@ -1,7 +1,7 @@
 """A search in a process of its own, for test_search_processes: alone or as one of several, resumable, and killable.
 
-Usage: search_program.py images|features OUT RESUME KILL_AT. Kills itself (SIGKILL) at the KILL_AT-th read of the last
-process; 0 for never. Writes the result and the number of reads of every process.
+Usage: search_program.py images|features|reduced OUT RESUME KILL_AT. Kills itself (SIGKILL) at the KILL_AT-th read of
+the last process; 0 for never. Writes the result and the number of reads of every process.
 """
 
 import os
@@ -16,6 +16,7 @@ from unrote.neighbours import streaming
 from unrote.neighbours.features import nearest_features
 from unrote.neighbours.images import nearest_images
 from unrote.neighbours.orbit import orbit
+from unrote.neighbours.passes import Passes
 
 
 class Rows:
@@ -39,6 +40,9 @@ def data(kind: str) -> tuple[np.ndarray, np.ndarray]:
     if kind == "images":
         return (random.integers(0, 256, (n, 6, 6, 1), dtype=np.uint8) for n in (40, 1000))
     queries, references = (random.normal(size=(n, 24)).astype(np.float32) for n in (40, 1000))
+    if kind == "reduced":
+        basis = random.normal(size=(24, 300)).astype(np.float32)
+        queries, references = queries @ basis, references @ basis
     references[300:600] = queries[3]  # more copies than the fast pass keeps: this query is searched again
     references[900] = queries[4] + np.float32(1e-6)
     return queries, references
@@ -62,6 +66,9 @@ def main() -> None:
         views = orbit(flip=True, max_shift=1, height=6, width=6)
         found = nearest_images(queries, rows, 20, transforms=views, **kwargs)
     else:
+        if kind == "reduced":
+            Passes.fastest = lambda _: "reduced"
+            kwargs["memory_bytes"] = 1 << 21
         found = nearest_features(queries, rows, 20, **kwargs)
     rank = dist.get_rank() if distributed else 0
     np.savez(

@@ -1,6 +1,8 @@
 """Feature search against brute force in float64, the bounds it rests on, and inputs that force its guard to fire."""
 
 import copy
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -9,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unrote.errors import InputError
+from unrote.neighbours import cascade
+from unrote.neighbours.cascade import CascadeScan
 from unrote.neighbours.feature_scans import FloatScan, QuantisedScan, bounding_box
 from unrote.neighbours.features import nearest_features
 from unrote.neighbours.passes import WAYS, Passes
@@ -183,6 +187,199 @@ def test_a_reduction_takes_no_two_rows_farther_apart_but_for_its_slack(seed, val
     squared = ((rows[:, None].astype(np.float64) - rows) ** 2).sum(2)
     bounds = ((reduced[:, None] - reduced) ** 2).sum(2) - 2 * (slack[:, None] + slack)
     assert (bounds <= squared).all() != spoilt
+
+
+def cascaded(queries, references, num, slots, reduction, sample):
+    """A scan of all references in blocks, with limits by a sample."""
+    scan = CascadeScan(queries, bounding_box(queries), num, slots, len(references), 16, reduction)
+    scan.expect(sample)
+    for start in range(0, len(references), 40):
+        scan.add(start, references[start : start + 40])
+    return scan
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(0, 2**31),
+    st.sampled_from([1, 3, 40, 300, 1100]),
+    st.sampled_from([1e-20, 1e-3, 1.0, 1e15]),
+    st.sampled_from([0.0, 1.0, 1e4]),
+    st.sampled_from([1.0, 1e-8, 1e6, 1e18]),
+    st.booleans(),
+)
+def test_a_cascade_drops_nothing_that_is_near(seed, values, scale, offset, wild, fitted):
+    """Bounds from below hold, limits from above hold, and what is dropped is as far as said."""
+    random = np.random.default_rng(seed)
+    queries = ((random.standard_t(2, size=(9, values)) + offset) * scale).astype(np.float32)
+    references = ((random.standard_t(2, size=(130, values)) * wild + offset) * scale).astype(np.float32)
+    references[::5] = queries[random.integers(0, 9, 26)]
+    references[1::5] = np.nextafter(references[::5], np.float32(np.inf))
+    references[2::5] = references[2] * random.choice([1, 1 + 1e-6], 26)[:, None].astype(np.float32)
+    squared = np.stack([((query.astype(np.float64) - references) ** 2).sum(1) for query in queries])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cascade, "LEADING", 7)  # so that the first bound is another than the second
+        patch.setattr(cascade, "DENSE", int(random.choice([1, 8, 100])))
+        reduction = Reduction(references if fitted else np.ones((5, values), np.float32), CPU)
+        for num, slots in ((5, 5), (5, 12), (20, 20), (130, 130)):
+            for sample in (references[:0], references[::3], references[:4]):
+                scan = cascaded(queries, references, num, slots, reduction, sample)
+                bounds, indices = (part.numpy() for part in scan.candidates())
+                distances = np.sqrt(np.take_along_axis(squared, indices, 1)) * (1 + 1e-12)
+                assert ((bounds <= distances) | (bounds == np.inf)).all()
+                nth = np.sort(squared, axis=1)[:, num - 1]
+                assert (nth * (1 - 1e-12) <= scan._limits(slice(None)).numpy() / scan.scale / scan.scale).all()
+                for query, kept in enumerate(bounds < np.inf):
+                    others = np.delete(np.sqrt(squared[query]), indices[query, kept])
+                    least = min(bounds[query, -1], np.sqrt(nth[query]))
+                    assert (others >= least * (1 - 1e-12)).all()
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 2**31), st.sampled_from([1e-12, 1e-3, 1.0, 1e3]), st.sampled_from([0.0, 1e-3, 1.0]))
+def test_both_bounds_let_a_pair_pass_at_its_own_distance(seed, wild, noise):
+    """Rows within the leading directions, near them, and in all directions; and each bound excludes what is farther."""
+    random, values = np.random.default_rng(seed), 1100
+    basis = normal(7, 90, values)
+    rows = random.standard_normal((160, 90)) * np.geomspace(1, 0.2, 90)
+    rows[::2, 5:] = 0.0
+    rows = (rows @ basis + noise * random.standard_normal((160, values)) * random.random((160, 1))).astype(np.float32)
+    rows[100:] *= np.float32(wild)
+    rows[100::3] = rows[:60:3] + np.float32(1e-4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cascade, "LEADING", 20)
+        scan = CascadeScan(rows[:50], bounding_box(rows[:50]), 1, 1, 110, 64, Reduction(rows[:90], CPU))
+    _, _, sides = scan._prepared(rows[50:])
+    squared = ((rows[:50, None].astype(np.float64) - rows[50:]) ** 2).sum(2)
+    excluded = []
+    for stage, side in enumerate(sides):
+        products = (side @ scan.sides[stage].T).T
+        for share in (1.0, 0.5):
+            for reference in range(110):
+                limits = torch.from_numpy(squared[:, reference] * share) * scan.scale**2
+                passed = products[:, reference] <= scan._allowed(stage, slice(None), limits)
+                assert share < 1 or passed.all()
+                excluded.append((stage, share, float((~passed).float().mean())))
+    if wild == 1.0 and noise < 1.0:
+        first, second = (np.mean([e for stage, share, e in excluded if (stage, share) == (k, 0.5)]) for k in (0, 1))
+        assert 0.2 < first < second
+
+
+ADVERSARIAL = {
+    "all equal": lambda rows: rows * 0 + 3,
+    "one dimension": lambda rows: rows * (np.arange(rows.shape[1]) == 7),
+    "far from zero": lambda rows: rows + 1e4,
+    "copies": lambda rows: rows[np.arange(len(rows)) % 40],
+    "half of them copies": lambda rows: np.where(np.arange(len(rows))[:, None] % 2, rows[5], rows),
+    "one far": lambda rows: np.where(np.arange(len(rows))[:, None] == 9, 1e18, rows),
+    "tiny distances beside huge norms": lambda rows: np.sign(rows[5]) * 1e3 + rows * 1e-4,
+    "nearest last": lambda rows: rows * np.linspace(3, 1e-3, len(rows))[:, None],
+}
+
+
+@pytest.mark.parametrize("kind", ADVERSARIAL)
+@pytest.mark.parametrize("memory", [1 << 21, 512 << 20])
+def test_a_cascade_equals_brute_force(kind, memory, monkeypatch):
+    monkeypatch.setattr(Passes, "fastest", lambda _: "reduced")
+    monkeypatch.setattr(cascade, "LEADING", 10)
+    rows = normal(1, 900, 30) @ normal(2, 30, 400) + normal(3, 900, 400)
+    rows = np.asarray(ADVERSARIAL[kind](rows), np.float32)
+    queries, references = rows[::20], rows[np.arange(900) % 20 > 0]
+    found = nearest_features(queries, references, 20, memory_bytes=memory)
+    assert_brute_force(found, queries, references, 20)
+
+
+@pytest.mark.parametrize("total", [21, 130, 700, 5000])
+def test_no_reference_counts_twice_in_what_is_expected(total, monkeypatch):
+    """Near the ends the sample overlaps itself: a limit by the same row twice would be too low."""
+    expect, seen = CascadeScan.expect, []
+
+    def spy(scan, sample):
+        seen.append(sample)
+        expect(scan, sample)
+
+    monkeypatch.setattr(CascadeScan, "expect", spy)
+    monkeypatch.setattr(Passes, "fastest", lambda _: "reduced")
+    queries, references = normal(1, 50, 300), normal(2, total, 300)
+    assert_brute_force(nearest_features(queries, references, 20), queries, references, 20)
+    (sample,) = seen
+    assert len(sample) >= min(total, 3000) and len(np.unique(sample, axis=0)) == len(sample)
+
+
+@pytest.mark.parametrize("sample", ["none", "too few", "the farthest", "the nearest"])
+def test_what_is_expected_changes_nothing(sample):
+    queries, references = (rows[:, :4] @ normal(3, 4, 300) for rows in (normal(1, 50, 4), normal(2, 2000, 4)))
+    squared, indices = brute_force(queries, references, 2000)
+    order = np.argsort(squared.mean(0)) if sample == "none" else indices[0]
+    chosen = {"none": order[:0], "too few": order[:9], "the farthest": order[-100:], "the nearest": order[:100]}[sample]
+    scan = CascadeScan(queries, bounding_box(queries), 10, 31, 2000, 64, Reduction(references[::5], CPU))
+    scan.expect(references[chosen])
+    limits = scan.limits.numpy() / scan.scale**2
+    assert np.isinf(limits).all() if len(chosen) < 10 else (limits >= squared[:, 9] * (1 - 1e-12)).all()
+    assert sample != "the nearest" or limits[0] < squared[0, 9] * 1.01
+    for start in range(0, 2000, 300):
+        scan.add(start, references[start : start + 300])
+    bounds, found = (part.numpy() for part in scan.candidates())
+    for query in range(50):
+        assert set(indices[query, :10]) <= set(found[query, bounds[query] < np.inf])
+
+
+def test_cascades_of_parts_are_merged_in_any_order():
+    queries, references = normal(1, 50, 12) @ normal(3, 12, 300), normal(2, 2000, 12) @ normal(3, 12, 300)
+    reduction = Reduction(references[::5], CPU)
+
+    def scan(parts, sample):
+        scan = CascadeScan(queries, bounding_box(queries), 10, 31, 2000, 64, reduction)
+        scan.expect(references[:sample])
+        for start in parts:
+            scan.add(start, references[start : start + 250])
+        return scan
+
+    whole = scan(range(0, 2000, 250), 100).candidates()
+    for parts in ((0, 1000), (1000, 0)):
+        first, second = (
+            scan(range(start, start + 1000, 250), sample) for start, sample in zip(parts, (0, 50), strict=True)
+        )
+        limits = torch.minimum(first.limits, second.limits)
+        first.merge(second.state())
+        assert torch.equal(first.limits, limits)
+        # Products of many pairs are computed another way, which rounds otherwise.
+        bounds, found = first.candidates()
+        near = whole[0] < torch.inf
+        assert torch.allclose(bounds[near], whole[0][near], rtol=1e-3)
+        for query in range(50):
+            assert set(found[query, :10].tolist()) == set(whole[1][query, :10].tolist())
+
+
+@pytest.mark.parametrize("values", [1, 7, 8, 9, 100, 3072])
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.9])
+def test_products_at_single_positions_are_summed_in_float32(values, share):
+    """Long sums that cancel are off by no more than is proven, whether few positions are asked for or most."""
+    left, right = normal(1, 33, values), normal(2, 21, values)
+    left[:, 0], right[:, 0], left[:, -1], right[:, -1] = 256, 256, -256, 256
+    flat = np.flatnonzero(np.random.default_rng(3).random(33 * 21) < share)
+    found = cascade._products(*(torch.from_numpy(part) for part in (left, right, flat))).numpy()
+    rows, columns = flat // 21, flat % 21
+    exact, sizes = (
+        (one[rows].astype(np.float64) * two[columns]).sum(1) for one, two in ((left, right), (abs(left), abs(right)))
+    )
+    assert found.shape == exact.shape
+    assert (np.abs(found - exact) <= cascade._gamma(values) * sizes).all()
+
+
+def test_a_reduced_search_warns_of_nothing_and_ignores_autocast():
+    """Sparse products warn once per process that they are in beta."""
+    program = (
+        "import numpy as np, torch; from unrote.neighbours.features import nearest_features as search\n"
+        "from unrote.neighbours.passes import Passes; Passes.fastest = lambda _: 'reduced'\n"
+        "random = np.random.default_rng(0); basis = random.standard_normal((4, 300))\n"
+        "rows = (random.standard_normal((3000, 4)) @ basis).astype(np.float32)\n"
+        "calm = search(rows[:60], rows, 5)\n"
+        "with torch.autocast('cpu', dtype=torch.bfloat16): found = search(rows[:60], rows, 5)\n"
+        "assert (found.indices == calm.indices).all() and (found.indices[:, 0] == np.arange(60)).all()\n"
+        "print(calm.searched_again)"
+    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "0\n", "")
 
 
 def test_rows_are_reduced_where_that_spares_most_of_the_products():

@@ -29,7 +29,7 @@ def assert_same(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray]) 
         np.testing.assert_array_equal(actual[name], expected[name])
 
 
-@pytest.fixture(scope="module", params=["images", "features"])
+@pytest.fixture(scope="module", params=["images", "features", "reduced"])
 def alone(request, tmp_path_factory):
     out = tmp_path_factory.mktemp(request.param)
     assert run(request.param, out, 1) == 0
@@ -38,7 +38,7 @@ def alone(request, tmp_path_factory):
 
 def test_the_guard_fired_in_the_search_of_features(alone):
     kind, expected = alone
-    assert expected["again"] == (1 if kind == "features" else 0)
+    assert expected["again"] == {"images": 0, "features": 1, "reduced": 2}[kind]
 
 
 @pytest.mark.parametrize("world", [2, 3])

@@ -11,7 +11,7 @@ from unrote.errors import InputError
 from unrote.neighbours.direct import least, squared_distances
 from unrote.neighbours.products import dense_product
 from unrote.neighbours.reduction import Reduction
-from unrote.neighbours.running_top import EMPTY, RunningTop, below
+from unrote.neighbours.running_top import FloatTop, below
 from unrote.neighbours.scans import IntegerScan, State
 
 DITHER_BITS = 15
@@ -52,9 +52,7 @@ class HalfBounds:
         coarse: bool,
         reduction: Reduction | None = None,
     ):
-        self.centre = torch.from_numpy(queries).mean(0, dtype=torch.float64).float().numpy()
-        largest = float(np.abs(box.astype(np.float64) - self.centre).max(initial=0.0))
-        self.scale = 2.0 ** -min(max(math.frexp(largest)[1], -126), 126)
+        self.centre, self.scale = framed(queries, box)
         self.device, self.coarse, self.reduction = device, coarse, reduction
         self.values = queries.shape[1] if reduction is None else reduction.values
         # Cut against overflow; the queries lie within.
@@ -160,11 +158,9 @@ class FloatScan:
         coarse: bool = False,
         reduction: Reduction | None = None,
     ):
-        if num_references > 2**32:
-            raise InputError(f"{num_references} references are more than one search numbers: search parts of them")
         self.half = HalfBounds(queries, box, device, coarse=coarse, reduction=reduction)
-        self.tile, self.num_references = tile, num_references
-        self.top = RunningTop(len(queries), slots, device)
+        self.tile = tile
+        self.top = FloatTop(len(queries), slots, num_references, device)
         self.greatest = torch.zeros((), dtype=torch.float64, device=device)
 
     def add(self, first: int, references: np.ndarray) -> None:
@@ -173,7 +169,7 @@ class FloatScan:
         self.greatest = torch.maximum(self.greatest, errors.amax())
         for start in range(0, len(self.top.keys), self.tile):
             rows = slice(start, min(start + self.tile, len(self.top.keys)))
-            last = self._squared(self.top.keys[rows, -1])
+            last = self.top.squared(self.top.keys[rows, -1])
             thresholds = last.div(2.0).masked_fill_(last == torch.inf, 0.0)
             bounds = self.half.bounds(rows, block, thresholds)
             found = below(bounds, torch.where(last == torch.inf, torch.inf, 0.0).to(bounds.dtype))
@@ -182,27 +178,16 @@ class FloatScan:
                 for part in self.top.parts(rows, bounds):
                     inside = slice(part.start - start, part.stop - start)
                     squared = self.half.squared(bounds[inside], thresholds[inside, None])
-                    self.top.add_all(part, self._keys(squared, columns))
+                    self.top.add_all(part, self.top.keys_of(squared, columns))
                 continue
             places, columns = found
             squared = self.half.squared(bounds[places, columns], thresholds[places])
-            self.top.add_some(places + start, self._keys(squared, columns + first))
-
-    def _keys(self, squared: Tensor, indices: Tensor) -> Tensor:
-        """The bits of a non-negative float32 order like an integer."""
-        keys: Tensor = squared.float().view(torch.int32).long().mul_(self.num_references).add_(indices)
-        return keys
-
-    def _squared(self, keys: Tensor) -> Tensor:
-        """Lower bounds of squared distances (scaled) in keys: float64; infinite where there is none."""
-        bits = torch.where(keys == EMPTY, 0, keys // self.num_references).to(torch.int32)
-        squared: Tensor = bits.view(torch.float32).double().masked_fill_(keys == EMPTY, torch.inf)
-        return squared
+            self.top.add_some(places + start, self.top.keys_of(squared, columns + first))
 
     def candidates(self) -> tuple[Tensor, Tensor]:
         """Lower bounds of distances float64 (infinite: none) and indices int64, each [g, slots], bounds ascending."""
-        bounds = self._squared(self.top.keys).sqrt_().sub_(self.half.errors[:, None] + self.greatest).clamp_(min=0.0)
-        return bounds.div_(self.half.scale).mul_(1 - 1e-9), self.top.keys % self.num_references
+        bounds = self.top.squared(self.top.keys).sqrt_().sub_(self.half.errors[:, None] + self.greatest).clamp_(min=0.0)
+        return bounds.div_(self.half.scale).mul_(1 - 1e-9), self.top.indices()
 
     def state(self) -> State:
         """The keys and the greatest rounding of references."""
@@ -362,6 +347,13 @@ def checked(rows: np.ndarray) -> np.ndarray:
     if not np.isfinite(rows.sum(dtype=np.float32)) and not np.isfinite(rows).all():
         raise InputError("features contain values that are not finite: mend or leave out those rows")
     return rows
+
+
+def framed(queries: np.ndarray, box: np.ndarray) -> tuple[np.ndarray, float]:
+    """The mean of the queries float32 [D], and a power of two that brings the box [2, D] about it into [−1, 1]."""
+    centre = torch.from_numpy(queries).mean(0, dtype=torch.float64).float().numpy()
+    largest = float(np.abs(box.astype(np.float64) - centre).max(initial=0.0))
+    return centre, 2.0 ** -min(max(math.frexp(largest)[1], -126), 126)
 
 
 def bounding_box(*parts: np.ndarray) -> np.ndarray:

@@ -20,6 +20,8 @@ from unrote.neighbours.products import float32_products
 from unrote.neighbours.streaming import Blocks, Rows, Saved, Stream, release
 from unrote.ranks import Ranks
 
+FEW = 1.3  # candidates per neighbour that float64 tells apart sooner than float32 and float64 do
+
 
 @torch.no_grad()
 def nearest_features(
@@ -55,14 +57,18 @@ def nearest_features(
     """
     assert queries.shape[1:] == references.shape[1:] and len(references) > 0 and num > 0
     num, count, values = min(num, len(references)), len(references), references.shape[1]
-    sizes = Blocks.within(memory_bytes, values, slots_of("reduced", num, count), 8, 10)
+    sizes = Blocks.within(memory_bytes, values, slots_of("bfloat16", num, count), 8, 10)
     ranks, device = Ranks.here(distributed=distributed), torch.device(device)
-    saved = Saved.keyed(resume, ranks, queries, references, "features/4", num, sizes.group)
+    saved = Saved.keyed(resume, ranks, queries, references, "features/5", num, sizes.group)
     groups = range(0, len(queries), sizes.group)
     squared, indices = np.zeros((len(queries), num)), np.zeros((len(queries), num), dtype=np.int64)
     again = 0
-    # The bound is one of float32 products.
-    with float32_products("highest"), ranks.bar(progress, "row", len(groups), count) as bar:
+    # The bounds are of float32 products.
+    with (
+        torch.autocast("cpu", enabled=False),
+        float32_products("highest"),
+        ranks.bar(progress, "row", len(groups), count) as bar,
+    ):
         stream = Stream(references, sizes.block, ranks, saved, bar)
         for start in groups:
             group = slice(start, start + sizes.group)
@@ -127,11 +133,12 @@ class _Group:
         return squared, indices
 
     def _nearest(self, span: range, bounds: np.ndarray, candidates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Float32 tells most of them apart, and float64 the rest."""
-        low, high = np.full(bounds.shape, np.inf), np.full(bounds.shape, np.inf)
+        """Float32 tells most of them apart, and float64 the rest: all, if they are few anyway."""
+        low, high = np.where(bounds < np.inf, 0.0, np.inf), np.full(bounds.shape, np.inf)
         farthest = np.full(len(bounds), np.inf)
+        many = (bounds < np.inf).sum() > FEW * self.num * len(bounds)
         # Some at a time: each time fewer of the rest can be as near as the farthest that is kept.
-        for start in range(0, bounds.shape[1], self.num):
+        for start in range(0, bounds.shape[1] if many else 0, self.num):
             part = bounds[:, start : start + self.num]
             places, columns = np.nonzero((part <= np.sqrt(farthest)[:, None] * (1 + 1e-9)) & (part < np.inf))
             columns += start

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from unrote.errors import InputError
+
 EMPTY = torch.iinfo(torch.int64).max
 SEGMENT = 16
 
@@ -46,6 +48,31 @@ class RunningTop:
     def _merge(self, rows: slice | Tensor, fresh: Tensor) -> None:
         merged = torch.cat([self.keys[rows], fresh], dim=1)
         self.keys[rows] = merged.topk(self.keys.shape[1], dim=1, largest=False).values
+
+
+class FloatTop(RunningTop):
+    """The least non-negative float32 numbers of ``count`` references: their bits order like an integer."""
+
+    def __init__(self, rows: int, slots: int, count: int, device: torch.device):
+        if count > 2**32:
+            raise InputError(f"{count} references are more than one search numbers: search parts of them")
+        super().__init__(rows, slots, device)
+        self.count = count
+
+    def keys_of(self, squared: Tensor, indices: Tensor) -> Tensor:
+        """Keys of numbers and of the references that have them."""
+        keys: Tensor = squared.float().view(torch.int32).long().mul_(self.count).add_(indices)
+        return keys
+
+    def squared(self, keys: Tensor) -> Tensor:
+        """The numbers in keys: float64; infinite where there is none."""
+        bits = torch.where(keys == EMPTY, 0, keys // self.count).to(torch.int32)
+        squared: Tensor = bits.view(torch.float32).double().masked_fill_(keys == EMPTY, torch.inf)
+        return squared
+
+    def indices(self) -> Tensor:
+        """The references kept, int64 [rows, slots]; any where fewer were seen."""
+        return self.keys % self.count
 
 
 def below(scores: Tensor, limits: Tensor) -> tuple[Tensor, Tensor] | None:
