@@ -21,9 +21,10 @@ from unrote.config import fields_of
 
 TINY = [
     *("--set", "model.block_out_channels=[32, 32]", "--set", "training.mixed_precision=no"),
-    *("--set", "training.lr_warmup_steps=2", "--set", "ensemble.num_shards=2", "--set", "ensemble.local_epochs=1"),
-    *("--epochs", "2", "--batch-size", "8"),
+    *("--set", "training.lr_warmup_steps=2", "--epochs", "2", "--batch-size", "8"),
 ]
+
+TWO = ["--method", "iet-agc+", "--set", "ensemble.num_shards=2", "--set", "ensemble.local_epochs=1"]
 
 IN_ONE_PROCESS = """
 import contextlib, io, json, logging, os, sys, traceback
@@ -146,8 +147,8 @@ def answers(home, trained):
         "again, JSON": [*train, "run", *TINY, "--json"],
         "changed": [*train, "run", *TINY, "--seed", "3", "--learning-rate", "0.5"],
         "other data": ["train", "--data", "others", "--out", "run", *TINY],
-        "dry": [*train, "dry", *TINY, "--dry-run"],
-        "dry, JSON": [*train, "dry", *TINY, "--dry-run", "--json"],
+        "dry": [*train, "dry", *TINY, *TWO, "--dry-run"],
+        "dry, JSON": [*train, "dry", *TINY, *TWO, "--dry-run", "--json"],
         "foreign folder": [*train, "others", *TINY],
         "data": ["train", "--data", "emojy", "--out", "x"],
         "path": ["train", "--data", "photo", "--out", "x"],

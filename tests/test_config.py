@@ -117,6 +117,19 @@ def test_every_preset_loads_with_every_method_and_survives_its_run_folder(preset
     assert load_config(file=path) == config, "a run's config.yaml given as --config is the same run"
 
 
+def test_the_method_is_what_is_said_or_the_preset_names_or_depends_on_the_model(tmp_path):
+    own, tuned = {}, {"model.pretrained": "somebody/model"}
+    assert [load_config(overrides=values).method for values in (own, tuned)] == ["gap+", "iet-agc+"]
+    assert load_config(preset="laion-10k").method == "iet-agc+", "it names a model"
+    assert load_config(preset="cifar10").method == "iet-agc+"
+    assert load_config(preset="cifar10", method="agc").method == "agc"
+    (tmp_path / "run.yaml").write_text("method: iet\npreset: cifar10\n")
+    assert load_config(file=tmp_path / "run.yaml").method == "iet"
+    scans = load_config(preset="medical-grey")
+    assert (scans.method, scans.augmentation.labels, scans.gate.skip_ratio) == ("gap+", True, 0.7)
+    assert (scans.augmentation.ops.shift, scans.augmentation.ops.flip) == (0.03, False), "the preset knows the images"
+
+
 def test_presets_set_only_known_keys_and_are_all_listed():
     files = [entry.name for entry in (resources.files("unrote") / "presets").iterdir()]
     assert sorted(f"{name}.yaml" for name in preset_names()) == sorted(files)

@@ -224,6 +224,25 @@ def test_leftovers_of_a_living_builder_are_left_alone(tmp_path: Path, stores: Pa
     assert json.loads(answer)[1] == 150
 
 
+def test_of_a_source_without_a_key_too_however_many_others_look(tmp_path: Path, stores: Path) -> None:
+    """Whoever finds that it is being decoded must not take away what says so: the next one would remove it."""
+    make_folder(tmp_path / "other", 2)
+    images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
+
+    class Slow:
+        def __len__(self) -> int:
+            return len(images)
+
+        def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+            if index == 2:
+                assert list(stores.glob("*.partial"))
+                for size in (4, 5, 6):
+                    open_images(tmp_path / "other", resolution=size)
+            return Image.fromarray(images[index]), index
+
+    assert np.array_equal(open_images(Slow(), resolution=8).images, images)
+
+
 MEASURED = """
 import resource, sys
 from pathlib import Path

@@ -176,6 +176,7 @@ def test_a_probe_measures_and_leaves_nothing(tmp_path):
 
 def test_the_flags(tmp_path):
     command = ["train", "--data", "emoji", "--limit", "64", "--resolution", "16", "--out", str(tmp_path / "run")]
+    command += ["--method", "iet"]
     flags = ["--processes", "2", "--device-memory", "0.001"]
     result = CliRunner().invoke(cli, [*command, "--dry-run", *flags])
     assert result.exit_code == 0, result.output

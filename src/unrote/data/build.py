@@ -77,17 +77,25 @@ def _build(source: ImageSource, settings: DecodeSettings, stores: Path, key: str
     partial.mkdir()
     try:
         fingerprint = _decode_into(partial, source, settings)
-        final = stores / (key if keep_name else f"content-{fingerprint[:32]}")
-        if final.exists() and not keep_name and _open_store(final, source.description) is not None:
-            shutil.rmtree(partial)
-            return final
-        shutil.rmtree(final, ignore_errors=True)
         fsync(partial)
-        partial.rename(final)
+        if keep_name:
+            final = _put(partial, stores / key)
+        else:  # others may have decoded the same
+            with _owned(stores, f"content-{fingerprint[:32]}") as name:
+                found = _open_store(stores / name, source.description) is not None
+                final = stores / name if found else _put(partial, stores / name)
+            shutil.rmtree(partial, ignore_errors=True)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     fsync(stores)
+    return final
+
+
+def _put(partial: Path, final: Path) -> Path:
+    """Rename a whole store, in place of one that is not."""
+    shutil.rmtree(final, ignore_errors=True)
+    partial.rename(final)
     return final
 
 
@@ -266,12 +274,12 @@ def _open_store(folder: Path, description: str) -> ImageStore | None:
 def _owned(stores: Path, key: str, wait: bool = True) -> Iterator[str]:
     """Own ``key``, which ends with the process, however that ends. BusyError if not to wait for it."""
     file = stores / f"{key}.lock"
-    try:
-        with Ownership(file, "another process decodes the same images").held(wait=wait):
+    with Ownership(file, "another process decodes the same images").held(wait=wait):
+        try:
             yield key
-    finally:
-        if key.startswith(_NAMELESS):  # nobody else ever waits for this one
-            file.unlink(missing_ok=True)
+        finally:
+            if key.startswith(_NAMELESS):  # nobody else ever waits for this one
+                file.unlink(missing_ok=True)
 
 
 def _remove_leftovers(stores: Path) -> None:
