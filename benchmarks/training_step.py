@@ -3,7 +3,7 @@
 Both sides train the same UNet on images of the same shape at the same batch size and precision, each in a process of
 its own, as it would be, but one step each in turn: whatever else the machine does meets both. Their side is the
 published example (accelerate, AdamW, EMAModel, cosine schedule, loss read every step) without transforms, progress bar
-and trackers; ours is the step of the default method, iet-agc+ (gate, ledger and augmentation included), driven as the
+and trackers; ours is the step of iet-agc+ (gate, ledger and augmentation included), driven as the
 training loop drives it.
 
 What gate, ledger and sample order cost is timed inside real steps, with the caches as a step leaves them, and given as
@@ -54,7 +54,11 @@ Step = Callable[[], None]
 
 def settings(precision: str, batch: int) -> Config:
     """Ours at the preset ``tiny``, but for precision and batch size."""
-    return load_config(preset="tiny", overrides={"training.mixed_precision": precision, "training.batch_size": batch})
+    return load_config(
+        method="iet-agc+",
+        preset="tiny",
+        overrides={"training.mixed_precision": precision, "training.batch_size": batch},
+    )
 
 
 def unet(config: Config, side: int) -> UNet2DModel:
