@@ -25,6 +25,7 @@ from unrote.limits import MONITORED, StopRule, parse_stop_rule
 from unrote.sampling import sample
 from unrote.tensorfiles import load_state
 from unrote.training.looks import plan_looks
+from unrote.training.monitor import Monitor
 from unrote.training.run import Run
 
 LOOKS = {"monitor__every": 1, "monitor__samples": 6, "monitor__steps": 4, "monitor__max_overhead": 100.0}
@@ -41,7 +42,7 @@ def decisions_of(run):
     return found
 
 
-@pytest.mark.parametrize("method", ["standard", "iet-agc+"])
+@pytest.mark.parametrize("method", ["standard", "iet-agc+", "gap+"])
 def test_looking_changes_nothing_that_is_learned(tmp_path, method):
     alone = toy_run(tmp_path / "alone", method)
     watched = toy_run(tmp_path / "watched", method, **LOOKS)
@@ -49,6 +50,17 @@ def test_looking_changes_nothing_that_is_learned(tmp_path, method):
     for name, content in everything_of(alone).items():
         if name != "log":
             assert everything_of(watched)[name] == content, name
+
+
+@pytest.mark.parametrize("classes", [0, 2])
+def test_a_model_that_is_told_of_augmentation_is_looked_at_as_it_is_saved(tmp_path, monkeypatch, classes):
+    seen, sampled = [], Monitor._sampled
+    monkeypatch.setattr(Monitor, "_sampled", lambda self: seen.append(sampled(self)) or seen[-1])
+    own = {"model__class_conditional": classes > 0, "monitor__stop_when": "mq@0.5 > 0.99"}
+    run = toy_run(tmp_path / "run", "gap+", images=toy_images(classes=classes), **LOOKS | own)
+    assert run.config.augmentation.labels
+    folder = sample(run, len(seen[-1]), steps=run.config.monitor.steps, out=tmp_path / "samples")
+    np.testing.assert_array_equal(seen[-1], open_images(folder, resolution=None).images)
 
 
 def test_a_look_says_what_an_audit_of_the_snapshot_says(tmp_path):

@@ -1,6 +1,7 @@
 """An unconditional or class-conditional denoiser of pixels, trained from fresh weights."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -88,6 +89,10 @@ class Pixels:
         return condition
 
     average = staticmethod(weighted_average)
+
+    def sampled_as(self) -> AbstractContextManager[None]:
+        """The context to sample in: without what a model is told of augmentation."""
+        return without_augmentation(self.denoiser)
 
     def save(self, folder: Path) -> None:
         """Write a DDPMPipeline."""

@@ -1,6 +1,7 @@
 """What differs between kinds of models in the one training loop."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -69,6 +70,9 @@ class Task(Protocol):
 
     def average(self, states: Iterable[Mapping[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:
         """The average of the proxies' tensors by name under ``weights``; of some of them at a time."""
+
+    def sampled_as(self) -> AbstractContextManager[None]:
+        """The context in which ``denoiser`` is sampled from, as the model that :meth:`save` writes."""
 
     def save(self, folder: Path) -> None:
         """Write the model, with the weights that it has now, so that diffusers loads it without this package."""

@@ -8,7 +8,6 @@ import logging
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -171,8 +170,7 @@ class Monitor:
 
         size = min(BATCH if self._prompts is None else PROMPTED_BATCH, self._settings.samples)
         starts = range(0, self._settings.samples, size)
-        own = nullcontext() if self._prompts is None else self._task.sampled_as()  # type: ignore[attr-defined]
-        with self._whole.weights(sampled=True), own:
+        with self._whole.weights(sampled=True), self._task.sampled_as():
             if not self._whole.first:
                 return None
             self._task.denoiser.eval()
