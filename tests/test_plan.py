@@ -199,7 +199,7 @@ def test_fewer_images_than_shards(tmp_path):
 def test_images_that_are_not_square(tmp_path):
     wide = in_memory_store(np.zeros((26, 8, 12, 3), np.uint8), source="wide")
     refused(tmp_path, "wide: images of 8x12 are not square; give --resolution", images=wide)
-    assert train(wide, out=tmp_path / "square", settings=SETTINGS | {"data.resolution": 8}).finished
+    assert train(wide, out=tmp_path / "square", method="standard", settings=SETTINGS | {"data.resolution": 8}).finished
 
 
 @pytest.mark.parametrize("levels", [2, 3, 4])
