@@ -130,6 +130,16 @@ def test_the_method_is_what_is_said_or_the_preset_names_or_depends_on_the_model(
     assert (scans.augmentation.ops.shift, scans.augmentation.ops.flip) == (0.03, False), "the preset knows the images"
 
 
+def test_a_file_that_thinks_of_another_default_is_told(tmp_path, caplog):
+    file = tmp_path / "run.yaml"
+    file.write_text("ensemble: {num_shards: 4}\n")
+    with caplog.at_level(logging.WARNING, "unrote"):
+        load_config(file=file, method="standard")
+        assert caplog.text == "", "the same file serves several methods"
+        load_config(file=file)
+    assert "ensemble.num_shards is ignored: method gap+ does not enable ensemble" in caplog.text
+
+
 def test_presets_set_only_known_keys_and_are_all_listed():
     files = [entry.name for entry in (resources.files("unrote") / "presets").iterdir()]
     assert sorted(f"{name}.yaml" for name in preset_names()) == sorted(files)

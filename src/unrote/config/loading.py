@@ -57,6 +57,9 @@ def load_config(
     preset = preset or written.get("preset") or ("fine-tune" if tuned else "tiny")
     chosen = preset_values(preset)
     tuned = tuned or chosen.get("model", {}).get("pretrained")
+    given = dict.fromkeys(overrides or {})
+    if not (method or written.get("method")):  # a file that chooses no method may think of another default
+        given |= dict.fromkeys(_flat(written))
     # Measured, not settled: docs/choosing.md.
     method = method or written.get("method") or chosen.get("method") or ("iet-agc+" if tuned else "gap+")
     parts = _parts_of(method, written)
@@ -65,7 +68,7 @@ def load_config(
     for key, value in (overrides or {}).items():
         values = merge(values, _nest(key, value))
     config = parse(values, str(file) if file else "configuration")
-    for key in overrides or {}:
+    for key in given:
         section, _, field = key.partition(".")
         rounds = key == "ensemble.local_epochs" and config.monitor.every > 0
         if section in PARTS and field != "enabled" and not getattr(config, section).enabled and not rounds:
