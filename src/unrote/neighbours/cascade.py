@@ -70,7 +70,8 @@ class CascadeScan:
         values = queries.shape[1]
         self.error = 1.01 * (_gamma(values) + reduction.norm_error) + 32 * UNIT
         self.underflow = values * 2.0**-80
-        self.widths = (min(LEADING, reduction.values), reduction.values)
+        # Of few directions the first bound is of all of them.
+        self.widths = sorted({min(LEADING, reduction.values), reduction.values})
         self.slacks = []
         for width in self.widths:
             error = reduction.error(width)
@@ -95,7 +96,7 @@ class CascadeScan:
         block, norms, sides = self._prepared(sample)
         for start in range(0, len(self.queries), self.tile):
             rows = slice(start, start + self.tile)
-            bounds = dense_product(self.sides[1][rows], sides[1].T)
+            bounds = dense_product(self.sides[-1][rows], sides[-1].T)
             places = bounds.topk(self.num, dim=1, largest=False, sorted=False).indices
             flat = places.add_(torch.arange(len(bounds))[:, None] * len(block)).sort().values.view(-1)
             squared = self._squared(self.norms[rows], norms, flat, _products(self.queries[rows], block, flat))
@@ -113,9 +114,9 @@ class CascadeScan:
             scores = dense_product(sides[0], self.sides[0][rows].T, self._scores[:size].view(len(block), queries))
             # Numpy finds them several times faster than torch.
             flat = torch.from_numpy(np.flatnonzero((scores <= self._allowed(0, rows, limits)).numpy()))
-            if self.widths[0] < self.widths[1]:
-                bounds = _products(sides[1], self.sides[1][rows], flat)
-                flat = flat[bounds <= self._allowed(1, rows, limits)[flat % queries]]
+            for stage in range(1, len(sides)):
+                bounds = _products(sides[stage], self.sides[stage][rows], flat)
+                flat = flat[bounds <= self._allowed(stage, rows, limits)[flat % queries]]
             squared = self._squared(norms, self.norms[rows], flat, _products(block, self.queries[rows], flat))
             places = flat % queries
             near = (
@@ -130,8 +131,9 @@ class CascadeScan:
         """Time per pair as a share of a product's, roughly, with limits as near as ``distances`` [g]."""
         block, _, sides = self._prepared(references)
         limits, rows = distances.double().mul_(self.scale).square_(), slice(None)
-        total = float(sides[0].shape[1])
-        for stage, following in enumerate((sides[1].shape[1], block.shape[1])):
+        lengths = [*(side.shape[1] for side in sides), block.shape[1]]
+        total = float(lengths[0])
+        for stage, following in enumerate(lengths[1:]):
             near = dense_product(sides[stage], self.sides[stage].T) <= self._allowed(stage, rows, limits)
             total += DENSE * following * float(near.float().mean())
         return total / block.shape[1]
@@ -156,7 +158,7 @@ class CascadeScan:
         self.limits = torch.minimum(self.limits, torch.from_numpy(state["limits"]))
 
     def _prepared(self, rows: np.ndarray) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """z float32 [n, D] (which the next call overwrites), n̂ float64 [n], and (ŷ, W, h) of both bounds."""
+        """z float32 [n, D] (which the next call overwrites), n̂ float64 [n], and (ŷ, W, h) of each bound."""
         if len(self._block) < len(rows):
             self._block = torch.empty(rows.shape)
         centred, norms = self._block[: len(rows)], torch.empty(len(rows), dtype=torch.float64)
