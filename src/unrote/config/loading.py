@@ -58,10 +58,11 @@ def load_config(
     chosen = preset_values(preset)
     tuned = tuned or chosen.get("model", {}).get("pretrained")
     given = dict.fromkeys(overrides or {})
-    if not (method or written.get("method")):  # a file that chooses no method may think of another default
+    if not method and "method" not in written:  # a file that chooses no method may think of another default
         given |= dict.fromkeys(_flat(written))
     # Measured, not settled: docs/choosing.md.
-    method = method or written.get("method") or chosen.get("method") or ("iet-agc+" if tuned else "gap+")
+    default = chosen.get("method", "iet-agc+" if tuned else "gap+")
+    method = method or written.get("method", default)
     parts = _parts_of(method, written)
     values = merge(merge(chosen, _settings_of(method, chosen, bool(tuned))), written)
     values = merge(values, {"method": method, "preset": preset} | parts)

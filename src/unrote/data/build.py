@@ -84,10 +84,8 @@ def _build(source: ImageSource, settings: DecodeSettings, stores: Path, key: str
             with _owned(stores, f"content-{fingerprint[:32]}") as name:
                 found = _open_store(stores / name, source.description) is not None
                 final = stores / name if found else _put(partial, stores / name)
-            shutil.rmtree(partial, ignore_errors=True)
-    except BaseException:
+    finally:  # nothing is left where it was renamed
         shutil.rmtree(partial, ignore_errors=True)
-        raise
     fsync(stores)
     return final
 
