@@ -55,9 +55,8 @@ class ModelInputs:
             "model.block_out_channels": [32], "training.epochs": 2, "training.mixed_precision": "no",
             "ensemble.num_shards": 2, "ensemble.local_epochs": 1, "training.checkpointing_steps": 1,
         }  # fmt: skip
-        Run(
-            unrote.train(np.zeros((4, 8, 8, 3), np.uint8), out=out, method="iet-agc+", settings=settings).path
-        ).keep_base(BASE)
+        run = unrote.train(np.zeros((4, 8, 8, 3), np.uint8), out=out, method="iet-agc+", settings=settings)
+        Run(run.path).keep_base(BASE)
         return out
 
     def _sample(self) -> Path:

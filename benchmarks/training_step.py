@@ -3,8 +3,8 @@
 Both sides train the same UNet on images of the same shape at the same batch size and precision, each in a process of
 its own, as it would be, but one step each in turn: whatever else the machine does meets both. Their side is the
 published example (accelerate, AdamW, EMAModel, cosine schedule, loss read every step) without transforms, progress bar
-and trackers; ours is the step of iet-agc+ (gate, ledger and augmentation included), driven as the
-training loop drives it.
+and trackers; ours is the step of iet-agc+ (gate, ledger and augmentation included), driven as the training loop drives
+it.
 
 What gate, ledger and sample order cost is timed inside real steps, with the caches as a step leaves them, and given as
 a share of the very step it is part of.
@@ -54,11 +54,8 @@ Step = Callable[[], None]
 
 def settings(precision: str, batch: int) -> Config:
     """Ours at the preset ``tiny``, but for precision and batch size."""
-    return load_config(
-        method="iet-agc+",
-        preset="tiny",
-        overrides={"training.mixed_precision": precision, "training.batch_size": batch},
-    )
+    overrides = {"training.mixed_precision": precision, "training.batch_size": batch}
+    return load_config(method="iet-agc+", preset="tiny", overrides=overrides)
 
 
 def unet(config: Config, side: int) -> UNet2DModel:
